@@ -1,0 +1,247 @@
+"""Layers of the causal S2V transformer under their official tensor names (model.md sections 3-7).
+
+All functions take a batch axis. Tokens are ordered latent-major, then row, then column. G is the
+number of modulation groups: tokens are split evenly into G runs that share one timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liveavatar import ops
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class BlockModulation(NamedTuple):
+    """AdaLN-zero parameters of one layer, each fp32 [B, G, D]; official order of the six rows."""
+
+    shift1: torch.Tensor
+    scale1: torch.Tensor
+    gate1: torch.Tensor
+    shift2: torch.Tensor
+    scale2: torch.Tensor
+    gate2: torch.Tensor
+
+
+class HeadModulation(NamedTuple):
+    """Shift and scale of the output head, each fp32 [B, G, D]."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+
+# ---------------------------------------------------------------- rotation
+
+
+def rope_widths(head_dim: int) -> tuple[int, int, int]:
+    """Rotary widths (time, rows, columns) of a head, e.g. 128 -> (44, 42, 42)."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rope_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """cos and sin for integer positions without any upper limit.
+
+    positions: int64 [T, 3] (latent, row, column), negative allowed. Returns fp32 [2, T, head_dim/2]
+    on the same device. Angles in float64: a table would end (the reference's ends at 7,200 s) and
+    float32 products lose the fraction beyond 2^24.
+    """
+    parts = []
+    for axis, width in enumerate(rope_widths(head_dim)):
+        j = torch.arange(width // 2, dtype=torch.float64, device=positions.device)
+        parts.append(positions[:, axis, None].double() * torch.pow(10000.0, -2.0 * j / width))
+    angle = torch.cat(parts, dim=1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate interleaved (even, odd) pairs. x: [B, T, heads, d]; angles: fp32 [2, T, d/2]. Keeps dtype."""
+    cos, sin = angles[0][:, None], angles[1][:, None]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------- patches
+
+
+def patchify(x: torch.Tensor, kernel: tuple[int, int, int]) -> torch.Tensor:
+    """Cut [B, C, T, H, W] into non-overlapping patches: [B, tokens, C*kt*kh*kw].
+
+    A remainder at the far edges is dropped, as a convolution with kernel = stride does. A matmul on
+    the result equals that convolution and avoids a bf16 Conv3d fault of oneDNN (model.md section 4).
+    """
+    kt, kh, kw = kernel
+    b, c, t, h, w = x.shape
+    nt, nh, nw = t // kt, h // kh, w // kw
+    x = x[:, :, : nt * kt, : nh * kh, : nw * kw].reshape(b, c, nt, kt, nh, kh, nw, kw)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, nt * nh * nw, c * kt * kh * kw)
+
+
+def embed_patches(conv: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a kernel = stride Conv3d as one matmul. x: [B, C, T, H, W] -> [B, tokens, D]."""
+    weight = conv.weight.flatten(1)
+    return F.linear(patchify(x, conv.kernel_size).to(weight.dtype), weight, conv.bias)
+
+
+def patch_conv(in_dim: int, dim: int, kernel: tuple[int, int, int]) -> nn.Conv3d:
+    """A convolution whose stride is its kernel: only a holder of official weights, see embed_patches."""
+    return nn.Conv3d(in_dim, dim, kernel_size=kernel, stride=kernel)
+
+
+# ---------------------------------------------------------------- norms
+
+
+def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm without parameters, in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """LN(x) (1 + scale) + shift in fp32. x: [B, T, D]; shift, scale: [B, G, D] with T = G * n."""
+    groups = shift.shape[1]
+    x = layer_norm(x, eps).unflatten(1, (groups, -1))
+    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x + gate * y in fp32. x, y: [B, T, D]; gate: [B, G, D]."""
+    groups = gate.shape[1]
+    return x + (y.float().unflatten(1, (groups, -1)) * gate[:, :, None]).flatten(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a weight, in fp32, result in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+# ---------------------------------------------------------------- attention
+
+
+class Attention(nn.Module):
+    """q, k, v, o linears with RMS norms of q and k over the whole width, before heads are split."""
+
+    def __init__(self, dim: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, T, heads, d], normed, not rotated."""
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, D] -> k (normed, not rotated), v, each [B, T, heads, d]."""
+        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
+    def cross(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attention of x [B, T, D] over ready keys and values [B, Tk, heads, d], no rope, no mask."""
+        q = self.queries(x)
+        return self.o(ops.attention(q, keys.to(q.dtype), values.to(q.dtype)).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """One layer (model.md section 7). How keys are kept is the caller's business: `attend`."""
+
+    def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+        self.self_attn = Attention(dim, heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps=eps)
+        self.cross_attn = Attention(dim, heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ffn[0].weight.dtype
+
+    def modulate(self, e0: torch.Tensor) -> BlockModulation:
+        """e0: fp32 [B, G, 6, D] from time_projection -> six rows [B, G, D]."""
+        return BlockModulation(*(self.modulation.float()[:, None] + e0).unbind(2))
+
+    def forward(self, x: torch.Tensor, m: BlockModulation, attend: Attend, text: tuple[torch.Tensor, torch.Tensor]):
+        """x: [B, T, D]; attend(q, k, v) gets un-rotated heads and returns [B, T, heads, d]; text: k, v.
+
+        Residuals and gates in fp32, matmuls in the weights' dtype, output in that dtype.
+        """
+        dtype = self.dtype
+        h = modulated(x, m.shift1, m.scale1, self.eps).to(dtype)
+        attended = attend(self.self_attn.queries(h), *self.self_attn.keys_values(h))
+        x = gated(x.float(), self.self_attn.o(attended.flatten(2)), m.gate1)
+        h = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        x = x + self.cross_attn.cross(h.to(dtype), *text)
+        h = modulated(x, m.shift2, m.scale2, self.eps).to(dtype)
+        return gated(x, self.ffn(h), m.gate2).to(dtype)
+
+
+class Head(nn.Module):
+    """Output projection; computed in fp32 (model.md section 17)."""
+
+    def __init__(self, dim: int, out_dim: int, patch_size: tuple[int, int, int], eps: float):
+        super().__init__()
+        self.eps, self.out_dim, self.patch_size = eps, out_dim, patch_size
+        self.head = nn.Linear(dim, out_dim * patch_size[0] * patch_size[1] * patch_size[2])
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
+
+    def modulate(self, e: torch.Tensor) -> HeadModulation:
+        """e: fp32 [B, G, D] from time_embedding (not e0)."""
+        return HeadModulation(*(self.modulation.float()[:, None] + e[:, :, None]).unbind(2))
+
+    def forward(self, x: torch.Tensor, m: HeadModulation, grid: tuple[int, int, int]) -> torch.Tensor:
+        """x: [B, T, D], grid (latents, rows, columns) of tokens -> fp32 [B, out, latents, h, w]."""
+        h = modulated(x, m.shift, m.scale, self.eps)
+        y = fp32_linear(self.head, h)
+        (t, r, c), (pt, pr, pc) = grid, self.patch_size
+        y = y.reshape(x.shape[0], t, r, c, pt, pr, pc, self.out_dim)  # channel fastest
+        return y.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], self.out_dim, t * pt, r * pr, c * pc)
+
+
+def fp32_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """A linear computed in fp32 whatever dtype its weights are stored in, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), linear.weight.float(), linear.bias.float())
+
+
+class AdaInLinear(nn.Module):
+    """Holder of `injector_adain_layers.J.linear`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+
+
+class AudioInjector(nn.Module):
+    """Audio-driven AdaIN and attention after some layers (model.md section 7, "Audio injection")."""
+
+    def __init__(self, dim: int, heads: int, count: int, eps: float):
+        super().__init__()
+        self.injector = nn.ModuleList(Attention(dim, heads, eps) for _ in range(count))
+        self.injector_adain_layers = nn.ModuleList(AdaInLinear(dim) for _ in range(count))
+
+    def forward(self, j: int, x: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """x: [B, F*tok, D]; tokens: [B, F, A, D]; pooled: [B, F, D]. Returns x plus the injected residual."""
+        attention, adain = self.injector[j], self.injector_adain_layers[j].linear
+        dtype = adain.weight.dtype
+        frames = pooled.shape[1]
+        shift, scale = adain(F.silu(pooled).to(dtype)).float().chunk(2, dim=-1)
+        z = modulated(x, shift, scale, 1e-5).to(dtype)  # 1e-5 here, 1e-6 everywhere else
+        k, v = attention.keys_values(tokens.to(dtype).flatten(0, 1))
+        y = attention.cross(z.unflatten(1, (frames, -1)).flatten(0, 1), k, v)
+        return x + y.unflatten(0, (-1, frames)).flatten(1, 2)

@@ -1,0 +1,39 @@
+"""The one door to kernels: each op is a torch reference plus a dispatch.
+
+Only this file imports optional kernels (flash-attn today). A missing kernel is no error: the torch
+reference is the definition, a kernel is checked against it in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+
+@functools.cache
+def flash_attention_available() -> bool:
+    """True when the flash-attn package can be imported and a GPU is there."""
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Full softmax attention without a mask, scale 1/sqrt(head size).
+
+    q: [B, Tq, heads, d]; k, v: [B, Tk, heads, d], any strides, one floating dtype.
+    Returns [B, Tq, heads, d].
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_attention_available():
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def cpu_is_fast_at_bfloat16() -> bool:
+    """True when this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX), where bf16 is 2-4x fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,44 @@
+"""Packaging of liveavatar. Versions that were seen to work together are in constraints.txt."""
+
+from setuptools import find_namespace_packages, setup
+
+TRAIN = ["anny>=0.6", "pocketsphinx>=5.1", "scipy>=1.14"]
+RAY = ["ray>=2.50"]
+
+setup(
+    name="liveavatar",
+    version="0.1.0",
+    description="A portrait and live speech become a talking avatar, streamed block by block",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["liveavatar", "liveavatar.*"]),
+    package_data={
+        "liveavatar": ["assets/*", "assets/**/*"],
+        "liveavatar.training.synth": ["visemes.yaml"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=2.0",
+        "av>=14,<20",
+        "diffusers>=0.36",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "pillow>=11",
+        "pyyaml>=6",
+        "typer>=0.16",
+        "rich>=14",
+    ],
+    extras_require={
+        "serve": [],
+        "ray": RAY,
+        "train": TRAIN,
+        "kernels": [],
+        "livekit": [],
+        "pipecat": [],
+        "eval": [],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN],
+    },
+    entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},
+)
