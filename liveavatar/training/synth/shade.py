@@ -135,7 +135,7 @@ void main() {
         float slit = smoothstep(0.10, 0.0, abs(fract(a * 3.6) - 0.5));
         base = mix(vec3(0.80, 0.76, 0.68) * (1.0 - 0.18 * slit), vec3(0.42, 0.13, 0.13), gum);
         // Dark towards the mouth corners: a closed mouth must not show a white speck there.
-        occ = mix(0.15, 0.95, smoothstep(1.10, 1.42, rest.z) * smoothstep(0.29, 0.19, ax))
+        occ = mix(0.15, 0.95, smoothstep(1.10, 1.42, rest.z) * smoothstep(0.26, 0.15, ax))
             * (part == 3 ? 0.75 : 1.0);
         rough = 0.3; f0 = 0.04;
     } else {
