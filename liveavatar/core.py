@@ -252,3 +252,6 @@ class Failed(Message):
 
     reason: str = ""
     extra: dict = field(default_factory=dict)
+
+
+UPWARD = (CleanLatent, Frames, Latents, Opened, Closed, Failed)  # a stage hands these to the head, not to the next stage

@@ -19,12 +19,15 @@ def flash_attention_available() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Full softmax attention without a mask, scale 1/sqrt(head size).
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    """Full softmax attention, scale 1/sqrt(head size); training may mask keys.
 
     q: [B, Tq, heads, d]; k, v: [B, Tk, heads, d], any strides, one floating dtype.
-    Returns [B, Tq, heads, d].
+    allowed: bool, broadcasts to [B, heads, Tq, Tk], or None: every key. Returns [B, Tq, heads, d].
     """
+    if allowed is not None:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_attention_available():
         from flash_attn import flash_attn_func
 

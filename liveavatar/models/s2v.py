@@ -318,12 +318,13 @@ class CausalS2V(nn.Module):
 
     def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,
                      motion: torch.Tensor, *, window_blocks: int = 4, sink_distance: int = REFERENCE_POSITION,
-                     pose: torch.Tensor | None = None) -> torch.Tensor:
+                     first_block: int = 0, pose: torch.Tensor | None = None) -> torch.Tensor:
         """All blocks of a clip in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
 
         x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks; features: [B, layers, Ca, 4F];
         context: batch of text rows; reference: [B, 16, 1, h, w]; motion: [B, 16, M, h, w].
-        Block n sees the sink, itself and the window_blocks - 1 blocks before it. Returns fp32 [B, 16, F, h, w].
+        Block n sees the sink, itself and the window_blocks - 1 blocks before it. first_block: number of the
+        clip's first block in its stream (positions only). Returns fp32 [B, 16, F, h, w].
         """
         batch, _, latents, h, w = x.shape
         blocks = t.shape[1]
@@ -333,7 +334,7 @@ class CausalS2V(nn.Module):
         audio = self._encode_clip_audio(features, blocks)
         modulation = self.modulation(t)
         tokens = self._noisy_tokens(x, pose)
-        attends = self._clip_attends(sink_k, sink_v, blocks, size, h, w, window_blocks, sink_distance)
+        attends = self._clip_attends(sink_k, sink_v, range(first_block, first_block + blocks), size, h, w, window_blocks, sink_distance)
         for i, layer in enumerate(self.blocks):
             tokens = layer(tokens, modulation.blocks[i], attends[i], text.layers[i])
             if i in self._injector_of:
@@ -346,22 +347,32 @@ class CausalS2V(nn.Module):
         tokens, pooled = self.casual_audio_encoder(per_block)
         return AudioTokens(tokens.unflatten(0, (batch, blocks)).flatten(1, 2), pooled.unflatten(0, (batch, blocks)).flatten(1, 2))
 
-    def _clip_attends(self, sink_k, sink_v, blocks: int, size: int, h: int, w: int, window: int, sink_distance: int):
-        """One attend function per layer: block n over [sink rotated for n | its window]."""
-        angles = torch.cat([self.block_angles(n, size, h, w) for n in range(blocks)], dim=1)
-        sinks = [self.sink_angles(h, w, reference_position(n, size, sink_distance)) for n in range(blocks)]
-        n_tokens = angles.shape[1] // blocks
+    def _clip_attends(self, sink_k, sink_v, numbers: range, size: int, h: int, w: int, window: int, sink_distance: int):
+        """One attend function per layer: block n over [sink rotated for n | its window]; all blocks in one call."""
+        angles = torch.cat([self.block_angles(n, size, h, w) for n in numbers], dim=1)
+        positions = [reference_position(n, size, sink_distance) for n in numbers]
+        sinks = torch.cat([self.sink_angles(h, w, p) for p in positions], dim=1)
+        blocks, n_tokens, sink_tokens = len(numbers), angles.shape[1] // len(numbers), sinks.shape[1] // len(numbers)
+        # Windows at the start of a clip reach before it: those keys are masked.
+        age = torch.arange(blocks)[:, None] - torch.arange(window - 1, -1, -1)
+        ring = (age >= 0).repeat_interleave(n_tokens, dim=1)
+        allowed = F.pad(ring, (sink_tokens, 0), value=True)[:, None, None].to(self.device)  # [N, 1, 1, keys]
+
+        def windows(x):
+            """[B, N*n, H, d] -> [B, N, window*n, H, d], zeros before the start."""
+            x = F.pad(x, (0, 0, 0, 0, (window - 1) * n_tokens, 0))
+            return x.unfold(1, window * n_tokens, n_tokens).movedim(-1, 2)
 
         def make(sk, sv):
             def attend(q, k, v):
+                batch = len(q)
                 q, k = L.rotate(q, angles), L.rotate(k, angles)
-                out = []
-                for n in range(blocks):
-                    seen = slice(max(0, n + 1 - window) * n_tokens, (n + 1) * n_tokens)
-                    keys = torch.cat([L.rotate(sk, sinks[n]), k[:, seen]], dim=1)
-                    values = torch.cat([sv, v[:, seen]], dim=1)
-                    out.append(ops.attention(q[:, n * n_tokens : (n + 1) * n_tokens], keys, values))
-                return torch.cat(out, dim=1)
+                sink = L.rotate(sk.repeat(1, blocks, 1, 1), sinks).unflatten(1, (blocks, -1)).to(k.dtype)
+                keys = torch.cat([sink, windows(k)], dim=2).flatten(0, 1)
+                values = torch.cat([sv[:, None].expand(-1, blocks, -1, -1, -1).to(v.dtype), windows(v)], dim=2).flatten(0, 1)
+                mask = allowed.repeat(batch, 1, 1, 1)
+                out = ops.attention(q.unflatten(1, (blocks, -1)).flatten(0, 1), keys, values, mask)
+                return out.unflatten(0, (batch, blocks)).flatten(1, 2)
 
             return attend
 

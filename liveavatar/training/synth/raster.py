@@ -20,8 +20,8 @@ SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE, LASH, HAIR, CURTAIN = range(8)
 """Part numbers, as the fragment shader reads them."""
 
 CAMERA_DISTANCE = 12.0  # dm from the origin plane; long lens, as in a video call portrait
-VIEW_HEIGHT = 3.05  # dm seen at the depth of the face
-VIEW_CENTRE = 7.16  # dm, height of the optical axis
+VIEW_HEIGHT = 2.55  # dm seen at the depth of the face
+VIEW_CENTRE = 7.12  # dm, height of the optical axis
 FACE_DEPTH = 1.2  # dm, where VIEW_HEIGHT is measured
 
 

@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import wave
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +117,7 @@ def read_wav(path: str | Path) -> np.ndarray:
 def write_wav(path: str | Path, pcm: np.ndarray) -> None:
     with wave.open(str(path), "wb") as w:
         w.setnchannels(1), w.setsampwidth(2), w.setframerate(RATE)
-        w.writeframes(np.clip(np.round(np.asarray(pcm) * 32767), -32768, 32767).astype("<i2").tobytes())
+        w.writeframes(np.clip(np.round(np.asarray(pcm) * 32768), -32768, 32767).astype("<i2").tobytes())
 
 
 def _flite(text: str, voice: str, pitch: float, stretch: float) -> Utterance:
@@ -218,36 +217,57 @@ def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES) -> Utterance:
 
 # --------------------------------------------------------------------------- alignment
 
-@lru_cache(maxsize=1)
 def _decoder():
+    """A new decoder for every recording: it adapts to what it hears, and times must not depend on that."""
     try:
         from pocketsphinx import Decoder
     except ImportError as e:
         raise SpeechError("pocketsphinx is not installed") from e
-    # Batch mean removal: no state from one recording to the next. Wide beams: pauses are long.
-    return Decoder(samprate=RATE, lm=None, loglevel="FATAL", cmn="batch", beam=1e-120, wbeam=1e-100,
-                   pbeam=1e-120)
+    return Decoder(samprate=RATE, lm=None, loglevel="FATAL")
+
+
+def _phone_times(raw: bytes, words: list[str]) -> list[tuple[str, int, int]]:
+    """(name, first frame, frames) of every phone. A second pass that fails is retried on two parts."""
+    dec = _decoder()
+
+    def listen():
+        dec.start_utt()
+        dec.process_raw(raw, full_utt=True)
+        dec.end_utt()
+
+    dec.set_align_text(" ".join(words))
+    listen()
+    seg = [(s.word, s.start_frame, s.end_frame) for s in dec.seg() or ()]
+    try:
+        dec.set_alignment()
+        listen()
+        return [(p.name, p.start, p.duration) for w in dec.get_alignment() for p in w]
+    except RuntimeError:
+        spoken = [k for k, s in enumerate(seg) if not s[0].startswith(("<", "["))]
+        if len(spoken) != len(words) or len(words) < 2:
+            raise
+        # Cut at the longest silence between two words.
+        gap, n = max((seg[spoken[i]][1] - seg[spoken[i - 1]][2], i) for i in range(1, len(words)))
+        if gap < 4:
+            raise
+        cut = (seg[spoken[n]][1] + seg[spoken[n - 1]][2]) // 2
+        at = cut * RATE // 100 * 2
+        right = _phone_times(raw[at:], words[n:])
+        return _phone_times(raw[:at], words[:n]) + [(p, k + cut, d) for p, k, d in right]
 
 
 def align(pcm16k: np.ndarray, text: str, voice: str = "recording") -> Utterance:
     """Phone times of a recording with known words, on pocketsphinx's 10 ms grid."""
     pcm = np.asarray(pcm16k)
     pcm = pcm.astype(np.float32) / 32768.0 if pcm.dtype == np.int16 else pcm.astype(np.float32)
-    raw = np.clip(np.round(pcm * 32767), -32768, 32767).astype("<i2").tobytes()
+    raw = np.clip(np.round(pcm * 32768), -32768, 32767).astype("<i2").tobytes()
     words = re.findall(r"[a-z']+", text.lower())
     dec = _decoder()
     unknown = [w for w in words if dec.lookup_word(w) is None]
     if unknown or not words:
         raise AlignmentError(f"not in the dictionary: {', '.join(unknown) or '(no words)'}")
     try:
-        dec.set_align_text(" ".join(words))
-        for again in (False, True):
-            if again:
-                dec.set_alignment()
-            dec.start_utt()
-            dec.process_raw(raw, full_utt=True)
-            dec.end_utt()
-        found = [(p.name, p.start, p.duration) for w in dec.get_alignment() for p in w]
+        found = _phone_times(raw, words)
     except (RuntimeError, TypeError) as e:
         raise AlignmentError(f"no alignment of {text!r}: {e}") from e
     total, at, phones = len(pcm) / RATE, 0.0, []

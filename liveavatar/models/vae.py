@@ -1,0 +1,199 @@
+"""The causal video VAE with its streaming state outside of it (model.md section 12).
+
+The module inside is an unmodified diffusers `AutoencoderKLWan`. Its own `decode` clears its cache on
+every call and so cannot stream; its decoder, however, takes the cache as an argument, and that cache
+is what a `DecoderState` holds, one per session. Any number of sessions share one module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+
+from liveavatar.core import InputError, WeightsError
+from liveavatar.models import tensorfiles
+
+
+def count_causal_convs(module: torch.nn.Module) -> int:
+    """Convolutions of `module` that remember their last two input frames: the length of its cache."""
+    return sum(isinstance(part, WanCausalConv3d) for part in module.modules())
+
+
+class DecoderState:
+    """What one session's decoder remembers: one cache entry per causal convolution.
+
+    An entry is None before the first latent, a marker string for temporal upsamplers after it, then a
+    tensor [1,c,<=2,h,w]. Owned by the session; `decode` is the only writer.
+    """
+
+    def __init__(self, entries: int):
+        self.cache: list[torch.Tensor | str | None] = [None] * entries
+        self.latents = 0  # latent frames decoded since the start or the last reset
+
+    def reset(self) -> None:
+        """Forget everything: the next latent is the first of a stream again (it makes one picture)."""
+        self.cache = [None] * len(self.cache)
+        self.latents = 0
+
+    def clone(self) -> DecoderState:
+        """An independent copy that continues from here."""
+        return self._copy(lambda tensor: tensor.clone())
+
+    def to(self, device: torch.device | str) -> DecoderState:
+        """A copy whose tensors live on `device`."""
+        return self._copy(lambda tensor: tensor.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all cached tensors."""
+        return sum(entry.nbytes for entry in self.cache if isinstance(entry, torch.Tensor))
+
+    def _copy(self, each) -> DecoderState:
+        copy = DecoderState(len(self.cache))
+        copy.cache = [each(entry) if isinstance(entry, torch.Tensor) else entry for entry in self.cache]
+        copy.latents = self.latents
+        return copy
+
+
+class StreamingVAE:
+    """Pictures <-> normalised latents; the decoder in pieces of any size.
+
+    Strides, channel count, mean and std are read from the module's config. `module` is the wrapped
+    `AutoencoderKLWan`, for whoever trains it.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self.module = vae
+        self.config = vae.config
+        self.z_dim: int = vae.config.z_dim
+        self.patch = vae.config.patch_size or 1
+        self.spatial_stride = 2 ** (len(vae.config.dim_mult) - 1) * self.patch
+        self.temporal_stride = 2 ** sum(vae.config.temperal_downsample)
+        self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(-1, 1, 1, 1)
+        self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(-1, 1, 1, 1)
+        assert len(self._mean) == len(self._std) == self.z_dim, "latents_mean and latents_std need z_dim values"
+
+    @classmethod
+    def from_module(cls, vae: AutoencoderKLWan) -> StreamingVAE:
+        """Wrap a module that the caller built or loaded; it stays the caller's (train or eval mode too)."""
+        return cls(vae)
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> StreamingVAE:
+        """Load a diffusers folder (config.json, diffusion_pytorch_model.safetensors), strictly.
+
+        Raises WeightsError naming the file when config or tensors do not fit.
+        """
+        return cls(plan_vae_folder(Path(path)).load(stored_as(dtype, device)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures float [-1,1] [3,T,H,W] -> latents fp32 [z,1+(T-1)/4,h,w] = (mu - mean)/std.
+
+        The first picture makes a latent alone, every further group of 4 another. Raises InputError when
+        T is not 1 + 4n or a side is no multiple of the spatial stride.
+        """
+        self._check_pictures(pictures)
+        x = patchify(pictures[None].to(self.device, self.dtype), self.patch)
+        cache: list = [None] * count_causal_convs(self.module.encoder)
+        groups = x.split([1] + [self.temporal_stride] * (x.shape[2] // self.temporal_stride), dim=2)
+        encoded = [self.module.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups]
+        mu = self.module.quant_conv(torch.cat(encoded, dim=2))[0, : self.z_dim].float()
+        return (mu - self._mean.to(mu.device)) / self._std.to(mu.device)
+
+    def new_state(self) -> DecoderState:
+        """A fresh stream for `decode`."""
+        return DecoderState(count_causal_convs(self.module.decoder))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, state: DecoderState) -> torch.Tensor:
+        """The next latents of a stream [z,n,h,w] -> pictures fp32 [-1,1] [3,T,H,W]; advances `state`.
+
+        The very first latent of a stream makes 1 picture, every other one 4; however the stream is cut
+        into calls, the pictures are the same. `state` is untouched when the module raises.
+        """
+        assert latents.dim() == 4 and latents.shape[0] == self.z_dim and latents.shape[1] > 0, latents.shape
+        z = latents.to(self.device, torch.float32)
+        z = (z * self._std.to(z.device) + self._mean.to(z.device)).to(self.dtype)
+        x = self.module.post_quant_conv(z[None])
+        cache = list(state.cache)  # entries are replaced, never written into
+        # The temporal upsamplers treat the first latent differently, so it must go in by itself.
+        pieces = [x] if state.latents else [x[:, :, :1], x[:, :, 1:]]
+        decoded = []
+        for i, piece in enumerate(pieces):
+            if piece.shape[2]:
+                first = state.latents == 0 and i == 0
+                decoded.append(self.module.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=first))
+        state.cache, state.latents = cache, state.latents + latents.shape[1]
+        pictures = unpatchify(torch.cat(decoded, dim=2), self.patch)
+        return pictures[0].float().clamp_(-1.0, 1.0)
+
+    def _check_pictures(self, pictures: torch.Tensor) -> None:
+        assert pictures.dim() == 4 and pictures.shape[0] == 3, pictures.shape
+        frames, height, width = pictures.shape[1:]
+        if frames < 1 or (frames - 1) % self.temporal_stride:
+            raise InputError(
+                f"{frames} pictures cannot be encoded: the causal VAE takes 1 + {self.temporal_stride}n of them"
+            )
+        if height % self.spatial_stride or width % self.spatial_stride:
+            raise InputError(f"pictures of {width}x{height} cannot be encoded: both sides must be multiples of {self.spatial_stride}")
+
+
+def build_module(config: dict, where: str = "VAE config") -> AutoencoderKLWan:
+    """An `AutoencoderKLWan` of a diffusers config mapping, on the current default device.
+
+    where: the config's file, for the WeightsError when the class refuses the config.
+    """
+    try:
+        return AutoencoderKLWan.from_config(config)
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise WeightsError(f"{where}: no config of an AutoencoderKLWan ({error})") from None
+
+
+def stored_as(dtype: torch.dtype, device: torch.device | str) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """How `LoadPlan.load` keeps a VAE's tensors: convolution weights channels last (on CPUs twice as fast)."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return lambda name, tensor: tensor.to(device, dtype).contiguous(
+        memory_format=formats.get(tensor.dim(), torch.contiguous_format)
+    )
+
+
+def plan_vae(config: dict, source: tensorfiles.TensorSource, layout: str, where: str) -> tensorfiles.LoadPlan:
+    """How an `AutoencoderKLWan` of this diffusers config is filled. Raises WeightsError."""
+    with torch.device("meta"):
+        return tensorfiles.LoadPlan(build_module(config, where), source, layout)
+
+
+def plan_vae_folder(folder: Path) -> tensorfiles.LoadPlan:
+    """How the VAE of a diffusers folder is filled. Raises WeightsError."""
+    config = tensorfiles.read_json(folder / "config.json")
+    source = tensorfiles.open_file(tensorfiles.find_weights(folder, "diffusion_pytorch_model"))
+    return plan_vae(config, source, "a diffusers AutoencoderKLWan folder", str(folder / "config.json"))
+
+
+def plan_official_vae(path: Path) -> tensorfiles.LoadPlan:
+    """How the VAE of the official Wan2.1_VAE.pth is filled; its names become diffusers' names. Raises WeightsError.
+
+    The file has no config: Wan2.1's layout at whatever base width the first convolution has.
+    """
+    source = tensorfiles.open_file(path)
+    first = source.entries.get("encoder.conv1.weight")
+    if first is None:
+        raise WeightsError(f"{path}: not Wan2.1_VAE.pth (no encoder.conv1.weight among its {len(source.entries)} tensors); fetch it again")
+    renamed = tensorfiles.TensorSource(source.label, convert_wan_vae_to_diffusers(dict(source.entries)))
+    return plan_vae({"base_dim": first.shape[0]}, renamed, "the official Wan2.1 VAE (names as in diffusers)", str(path))

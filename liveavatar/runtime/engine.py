@@ -1,0 +1,414 @@
+"""The head's side of a chain: open sessions, push audio, take pictures. It never touches a model.
+
+Three tasks share one event loop. The pump sends: control messages first, then the block the scheduler
+names. The reader (a thread of its own, since Chain.receive blocks) hands what comes up to its session. The
+client iterates. Bounds: audio not yet admitted (`runtime.queued_seconds`, push_audio waits); blocks
+admitted and not yet taken (`runtime.in_flight`, admission waits); control messages (each call waits until
+its message is on the way).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from liveavatar import core
+from liveavatar.conditioning.identity import fit_picture, load_picture
+from liveavatar.conditioning.prompt import clean
+from liveavatar.config import Config, one_of
+from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
+from liveavatar.runtime import placement
+from liveavatar.runtime.intake import Intake
+from liveavatar.runtime.launchers import launch
+from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
+from liveavatar.runtime.sources import StageSource, open_source
+from liveavatar.runtime.timeline import Output, Timeline
+from liveavatar.telemetry import now as monotonic
+
+POLL_SECONDS = 0.2  # the reader looks up this often to see whether it shall end
+
+
+class Signal:
+    """Wakes everybody who waits; forgets at once."""
+
+    def __init__(self):
+        self._waiting: set[asyncio.Future] = set()
+
+    def fire(self) -> None:
+        waiting, self._waiting = self._waiting, set()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self, timeout: float | None = None) -> None:
+        """Until the next fire(), or `timeout` seconds."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            await asyncio.wait([future], timeout=timeout)
+        finally:
+            self._waiting.discard(future)
+
+
+class Session:
+    """One stream with one avatar. Iterate it for Outputs; made by Engine.open."""
+
+    def __init__(self, engine: Engine, name: str, pace: str):
+        self.name, self.pace = name, pace
+        self.timeline = Timeline(name, engine.geometry, lookahead=engine.source.lookahead_samples,
+                                 refresh_block=engine.source.refresh_block)
+        self.playout, self.asked = Playout(), 0.0
+        self.error: LiveAvatarError | None = None
+        self.opened = self.closing = self.closed = False
+        self.changed = Signal()
+        self._engine, self._intake = engine, Intake()
+
+    # ------------------------------------------------------------ audio
+
+    async def push_audio(self, pcm, rate: int = core.SAMPLE_RATE) -> None:
+        """Append mono PCM, [n] float in -1..1 or int16, at `rate` Hz; waits while the queue is full.
+
+        What is left when an interrupt comes is dropped. Raises InputError, SessionClosed, RankFailure.
+        """
+        self._check()
+        if self.timeline.ended:
+            raise SessionClosed(f"session {self.name!r}: audio was ended; open another session for more")
+        await self._queue(self._intake.push(pcm, rate))
+
+    async def _queue(self, pcm) -> None:
+        epoch, limit = self.timeline.epoch, self._engine.config.runtime.queued_seconds
+        while len(pcm) and epoch == self.timeline.epoch:
+            room = round((limit - self.timeline.queued_seconds) * core.SAMPLE_RATE)
+            if room > 0:
+                self.timeline.push(pcm[:room])
+                pcm = pcm[room:]
+                self._engine.wake()
+            else:
+                await self.changed.wait()
+                self._check()
+
+    async def end_audio(self) -> None:
+        """No more audio: the last block is filled up with silence, iteration ends after its pictures."""
+        self._check()
+        if not self.timeline.ended:
+            await self._queue(self._intake.flush())
+            self.timeline.end()
+            self._engine.wake()
+            self.changed.fire()
+
+    # ------------------------------------------------------------ control, each at the next block boundary
+
+    async def interrupt(self) -> int:
+        """Forget audio not yet generated and pictures not yet taken; returns the new epoch."""
+        self._check()
+        message = self.timeline.interrupt()
+        self._intake = Intake()
+        self.changed.fire()
+        await self._engine.send(message)
+        return message.epoch
+
+    async def set_prompt(self, prompt: str) -> None:
+        """New text. Raises InputError."""
+        self._check()
+        await self._engine.send(core.SetPrompt(self.name, prompt=clean(prompt)))
+
+    async def set_reference(self, picture) -> None:
+        """New portrait: a path, bytes or uint8 [3, H0, W0]. Raises InputError."""
+        self._check()
+        message = core.SetReference(self.name, picture=await self._engine.fitted(picture))
+        self.timeline.new_portrait()
+        await self._engine.send(message)
+
+    async def refresh(self) -> None:
+        """Make the generated first latent the sink (AAS) now, against drift."""
+        self._check()
+        self.timeline.refresh()
+        self._engine.wake()
+
+    async def close(self) -> None:
+        """End the session; returns when all its state is gone along the chain. May be called often."""
+        if not self.closing:
+            self.closing = True
+            self.changed.fire()
+            if self._engine.failure is None:
+                await self._engine.send(core.Close(self.name))
+        while not self.closed and self._engine.failure is None:
+            await self.changed.wait()
+
+    # ------------------------------------------------------------ pictures
+
+    def __aiter__(self) -> Session:
+        return self
+
+    async def __anext__(self) -> Output:
+        """The next block in order. Raises InputError (this session was refused), RankFailure."""
+        while True:
+            output = None if self.closing else self.timeline.take()
+            if output is not None:
+                self.playout.shown(self._engine.clock(), float(output.pts))
+                self._engine.wake()
+                return output
+            if self.error is not None:
+                raise self.error
+            if self.closing or self.timeline.done:
+                raise StopAsyncIteration
+            await self.changed.wait()
+
+    # ------------------------------------------------------------ for the engine
+
+    def candidate(self) -> Candidate | None:
+        """How the scheduler sees it; None when it has nothing to ask for."""
+        t = self.timeline
+        if not self.opened or self.closing or self.error or (t.ended and t.queued_seconds == 0):
+            return None
+        live = self.pace == "live"
+        return Candidate(self.name, t.has_audio, t.in_flight, live, self.playout.deadline(float(t.next_pts)) if live else None,
+                         t.gated, self.asked)
+
+    def fail(self, error: LiveAvatarError) -> None:
+        """Every call and the iterator raise `error` from now on."""
+        self.error = self.error or error
+        self.changed.fire()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self.closing:
+            raise SessionClosed(f"session {self.name!r} was closed")
+
+
+class Engine:
+    """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose()."""
+
+    def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float]):
+        self.config, self.source, self.chain, self.clock = config, source, chain, clock
+        self.geometry = source.geometry
+        self.scheduler = Scheduler(credits=config.runtime.in_flight or len(config.stages) + 1)
+        self.sessions: dict[str, Session] = {}
+        self.failure: LiveAvatarError | None = None
+        self._outbox: deque[tuple[Message, asyncio.Future]] = deque()
+        self._work, self._opened_so_far, self._closing = Signal(), 0, False
+        self._sender, self._receiver = ThreadPoolExecutor(1, "head-send"), ThreadPoolExecutor(1, "head-receive")
+        self._tasks: list[asyncio.Task] = []
+
+    @classmethod
+    async def start(cls, config: Config, launcher: str | None = None, clock: Callable[[], float] = monotonic) -> Engine:
+        """Load the chain of `config` onto its ranks.
+
+        launcher: instead of config.runtime.launcher. Raises ConfigError, WeightsError, PlacementError
+        (with numbers, when memory is too little) and RankFailure (a rank could not start).
+        """
+        config, source = resolve(config if launcher is None else with_launcher(config, launcher))
+        chain = await _launched(config)
+        engine = cls(config, source, chain, clock)
+        engine._tasks = [asyncio.create_task(engine._pump()), asyncio.create_task(engine._read())]
+        for task in engine._tasks:
+            task.add_done_callback(engine._ended)
+        return engine
+
+    # ------------------------------------------------------------ sessions
+
+    async def open(self, picture, *, prompt: str | None = None, seed: int | None = None, name: str | None = None,
+                   pace: str = "offline") -> Session:
+        """A new session, primed: block 0 can be asked for.
+
+        picture: a path, bytes or uint8 [3, H0, W0]. prompt, seed: None takes the config's. name: unique among
+        live ones and part of the noise's seed; None: "session-0", ... in order of opening. pace: "offline", as
+        fast as it goes, or "live", just in time and silence where audio is missing. Raises InputError,
+        PlacementError when the chain is full, RankFailure.
+        """
+        self._check()
+        one_of("pace", pace, PACES)
+        if len(self.sessions) >= self.config.runtime.sessions:
+            raise PlacementError(f"the chain holds {self.config.runtime.sessions} session(s) (runtime.sessions) and all are taken")
+        name = name if name is not None else f"session-{self._opened_so_far}"
+        if not name or name in self.sessions:
+            raise InputError(f"session name {name!r} is {'taken' if name else 'empty'}")
+        self._opened_so_far += 1
+        session = self.sessions[name] = Session(self, name, pace)
+        try:
+            message = core.Open(name, seed=self.config.seed if seed is None else seed,
+                                prompt=clean(self.config.prompt if prompt is None else prompt), picture=await self.fitted(picture))
+            await self.send(message)
+            while not session.opened:
+                session._check()
+                await session.changed.wait()
+        except LiveAvatarError:
+            await self._discard(session)
+            raise
+        self.wake()
+        return session
+
+    async def _discard(self, session: Session) -> None:
+        """Forget a session that could not open; whatever it left in the chain is cleared."""
+        if self.failure is None:
+            await session.close()
+        self.sessions.pop(session.name, None)
+
+    async def fitted(self, picture) -> torch.Tensor:
+        """uint8 [3, H, W] of this engine's size, covered and centre-cropped. Raises InputError."""
+        def work() -> torch.Tensor:
+            loaded = load_picture(picture) if isinstance(picture, (str, Path, bytes)) else torch.as_tensor(picture)
+            if loaded.dtype != torch.uint8 or loaded.dim() != 3 or loaded.shape[0] != 3:
+                raise InputError(f"picture {list(loaded.shape)} {loaded.dtype}: must be uint8 [3, H, W]")
+            return fit_picture(loaded, self.geometry.height, self.geometry.width)
+
+        return await asyncio.to_thread(work)
+
+    async def aclose(self) -> None:
+        """Stop the chain; every session ends. No process or thread of the engine is left. May be called often."""
+        if self._closing:
+            return
+        self._closing = True
+        self._fail(SessionClosed("the engine was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.to_thread(self.chain.stop)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for executor in (self._sender, self._receiver):
+            await asyncio.to_thread(executor.shutdown)
+
+    # ------------------------------------------------------------ sending
+
+    def wake(self) -> None:
+        """Something changed: the pump looks again."""
+        self._work.fire()
+
+    async def send(self, message: Message) -> None:
+        """Put a control message on the road, before the next block; returns when it is on its way."""
+        self._check()
+        sent = asyncio.get_running_loop().create_future()
+        self._outbox.append((message, sent))
+        self.wake()
+        await sent
+
+    async def _pump(self) -> None:
+        while True:
+            if self._outbox:
+                message, sent = self._outbox.popleft()
+                await self._put(message)
+                if not sent.done():
+                    sent.set_result(None)
+            else:
+                await self._admit_or_wait()
+
+    async def _admit_or_wait(self) -> None:
+        now = self.clock()
+        candidates = [c for s in self.sessions.values() if (c := s.candidate())]
+        decision = self.scheduler.decide(now, candidates)
+        chosen = decision.admit or decision.late
+        if chosen is None:
+            await self._work.wait(None if decision.wake is None else max(0.0, decision.wake - now))
+            return
+        session = self.sessions[chosen]
+        if decision.late:
+            session.timeline.idle()
+        session.asked = now
+        session.playout.admitted(now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
+        messages = session.timeline.admit(now)
+        session.changed.fire()  # there is room for audio again
+        for message in messages:
+            await self._put(message)
+
+    async def _put(self, message: Message) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._sender, self.chain.send, message)
+
+    # ------------------------------------------------------------ receiving
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closing:
+            message = await loop.run_in_executor(self._receiver, self.chain.receive, POLL_SECONDS)
+            if message is not None and message.session in self.sessions:
+                self._received(self.sessions[message.session], message)
+
+    def _received(self, session: Session, message: Message) -> None:
+        match message:
+            case core.Opened():
+                session.opened = True
+            case core.Closed():
+                session.closed = True
+                del self.sessions[session.name]
+            case core.Failed():
+                session.fail(InputError(message.reason))
+            case core.CleanLatent():
+                session.timeline.clean(message)
+            case core.Frames():
+                self.scheduler.pipe_time.observe(self.clock() - session.timeline.frames(message).at)
+        session.changed.fire()
+        self.wake()
+
+    # ------------------------------------------------------------ failure
+
+    def _ended(self, task: asyncio.Task) -> None:
+        """The pump or the reader stopped: by aclose, or because the chain failed."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+            self._sender.submit(self.chain.stop)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            for session in self.sessions.values():
+                session.fail(error)
+            while self._outbox:
+                sent = self._outbox.popleft()[1]
+                if not sent.done():
+                    sent.set_exception(error)
+            self.wake()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+# ---------------------------------------------------------------- before the start
+
+
+async def _launched(config: Config):
+    """launch(config) on a thread; when cancelled (Ctrl-C while loading), what was started is stopped first."""
+    starting = asyncio.get_running_loop().run_in_executor(None, launch, config)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        chain = await starting
+        await asyncio.to_thread(chain.stop)
+        raise
+
+
+def with_launcher(config: Config, launcher: str) -> Config:
+    """config with another runtime.launcher."""
+    return replace(config, runtime=replace(config.runtime, launcher=launcher))
+
+
+def resolve(config: Config) -> tuple[Config, StageSource]:
+    """The config with its stages and size written out, and what it runs; refuses what cannot work.
+
+    Raises ConfigError, WeightsError, PlacementError.
+    """
+    source = open_source(config)
+    stages = config.stages or (source.chain,)
+    placement.check_cut(stages, source.chain)
+    g = source.geometry
+    config = replace(config, stages=stages, video=replace(config.video, height=g.height, width=g.width))
+    least = float(g.block_seconds) + source.lookahead_samples / core.SAMPLE_RATE
+    if config.runtime.queued_seconds < least:
+        raise ConfigError(f"runtime.queued_seconds={config.runtime.queued_seconds}: a block and its look-ahead need {least:.3f}")
+    if config.runtime.launcher != "ray":  # Ray places ranks on machines this process does not see
+        plan_for(config, source).refuse()
+    return config, source
+
+
+def plan_for(config: Config, source: StageSource) -> placement.Plan:
+    """What every rank of `config` would load on this machine."""
+    stages = config.stages or (source.chain,)
+    devices = placement.local_devices(config.model.device, len(stages))
+    return placement.plan(config, source.model_config, source.geometry, devices, stages=stages,
+                          dtype=source.dtype(torch.device(devices[0].kind)), vae=source.vae_config,
+                          text_encoder_bytes=source.text_encoder_bytes)

@@ -1,0 +1,64 @@
+"""PCM as people push it, in chunks of any size, type and rate -> float32 16 kHz mono."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from liveavatar.core import SAMPLE_RATE, InputError
+
+
+class Intake:
+    """Streaming conversion of one session's audio. Resampled whole: where chunks are cut leaves no trace.
+
+    A change of rate, and `flush`, end a run: what the resampler still holds comes out and it starts anew.
+    """
+
+    def __init__(self):
+        self._rate, self._resampler, self._position = SAMPLE_RATE, None, 0
+
+    def push(self, pcm, rate: int) -> np.ndarray:
+        """pcm: [n] float in -1..1 or int16 at `rate` Hz -> float32 [m] at 16 kHz. Raises InputError."""
+        if not isinstance(rate, int) or not 1000 <= rate <= 768_000:
+            raise InputError(f"audio rate {rate!r}: must be 1000 to 768000 Hz")
+        array, before = as_pcm(pcm), np.zeros(0, np.float32)
+        if rate != self._rate:
+            before, self._rate = self.flush(), rate
+        if rate == SAMPLE_RATE or not len(array):
+            return np.concatenate([before, array])
+        if self._resampler is None:
+            self._resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        return np.concatenate([before, self._through(self._frame(array))])
+
+    def flush(self) -> np.ndarray:
+        """The end of the run, float32 [m] at 16 kHz."""
+        rest = self._through(None) if self._resampler is not None else np.zeros(0, np.float32)
+        self._resampler, self._position = None, 0
+        return rest
+
+    def _frame(self, array: np.ndarray) -> av.AudioFrame:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(array)[None], format="flt", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = self._rate, Fraction(1, self._rate), self._position
+        self._position += len(array)
+        return frame
+
+    def _through(self, frame: av.AudioFrame | None) -> np.ndarray:
+        pieces = [out.to_ndarray()[0] for out in self._resampler.resample(frame)]
+        return np.concatenate([np.zeros(0, np.float32), *pieces])
+
+
+def as_pcm(pcm) -> np.ndarray:
+    """float32 [n] in -1..1 from what people push: float or int16, numpy or torch. Raises InputError."""
+    array = np.asarray(pcm)
+    if array.ndim != 1:
+        raise InputError(f"audio of shape {list(array.shape)}: push mono PCM, one axis")
+    if array.dtype == np.int16:
+        return array.astype(np.float32) / 32768.0
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"audio of type {array.dtype}: push float in -1..1 or int16")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError("audio holds NaN or infinite samples")
+    return array

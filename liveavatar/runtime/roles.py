@@ -1,0 +1,328 @@
+"""Who does what to a block: Conditioner, Denoiser, Decoder: message in, messages out.
+
+A role is a callable `role(message) -> list[Message]`. Messages for the next role and messages for the
+head (core.UPWARD) come back in one list; the worker parts them. A role forwards what it does not consume, keeps its
+state per session in a dict and drops it at Close, so interleaved sessions cannot touch each other and
+a chain may live for ever. One session's refusal (InputError) becomes Failed; anything else is a fault
+of the rank and goes through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from liveavatar import core
+from liveavatar.config import Config
+from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
+from liveavatar.diffusion.denoise import noise, sink_distance
+from liveavatar.diffusion.rollout import Step, denoise_block
+from liveavatar.models.audio_encoder import AudioTokens
+from liveavatar.models.cache import Sink, StepCache
+from liveavatar.models.s2v import CausalS2V, TextCache
+from liveavatar.runtime.sources import StageSource, open_source
+
+PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
+REMEMBERED = 8  # portraits, and prompts, whose encodings a Conditioner keeps; the oldest unused leaves first
+
+Role = Callable[[Message], list[Message]]
+
+
+class Recent:
+    """The last few results of an expensive pure function, by key."""
+
+    def __init__(self, size: int = REMEMBERED):
+        self.size, self._items = size, OrderedDict()
+
+    def get(self, key, make: Callable[[], object]):
+        """The stored value of `key`, or make() stored under it."""
+        if key not in self._items:
+            self._items[key] = make()
+        self._items.move_to_end(key)
+        while len(self._items) > self.size:
+            self._items.popitem(last=False)
+        return self._items[key]
+
+
+# ---------------------------------------------------------------- condition
+
+
+@dataclass
+class Listening:
+    """What the Conditioner knows of one session. stream: audio features in the making (None in parity runs)."""
+
+    seed: int
+    stream: object | None
+
+
+class Conditioner:
+    """From what people give to what the model eats: portrait -> latents, prompt -> rows, PCM -> features, seed -> noise.
+
+    front_end: AudioFrontEnd or None; encode_prompt: prompt -> [n, text_dim] or None; vae: StreamingVAE or
+    None. Each may be None where the messages already carry the tensors (parity runs).
+    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank.
+    """
+
+    def __init__(self, *, geometry: Geometry, latent_channels: int, sink_policy: int | str, dtype: torch.dtype,
+                 device: torch.device | str, front_end=None, encode_prompt=None, vae=None):
+        self.geometry, self.sink_policy, self.dtype, self.device = geometry, sink_policy, dtype, torch.device(device)
+        self.front_end, self.encode_prompt, self.vae = front_end, encode_prompt, vae
+        g = geometry
+        self.block_shape = (latent_channels, g.block_latents, g.latent_height, g.latent_width)
+        self.sessions: dict[str, Listening] = {}
+        self._portraits, self._prompts = Recent(), Recent()
+
+    def __call__(self, message: Message) -> list[Message]:
+        try:
+            return self._handle(message)
+        except InputError as refusal:
+            return [core.Failed(message.session, reason=str(refusal))]
+
+    def _handle(self, message: Message) -> list[Message]:
+        match message:
+            case Open():
+                return [self._open(message)]
+            case Close():
+                self.sessions.pop(message.session, None)
+                return [message]
+            case _ if message.session not in self.sessions:
+                return []  # its Open was refused; what was already on the way ends here
+            case Audio():
+                return [self._block(message)]
+            case SetPrompt():
+                return [self._with_context(message)]
+            case SetReference():
+                return [self._with_portrait(message)]
+            case Interrupt():
+                stream = self.sessions[message.session].stream
+                if stream is not None:
+                    stream.truncate(message.sample)
+        return [message]
+
+    def _open(self, message: Open) -> Open:
+        opened = self._with_context(self._with_portrait(message))
+        stream = self.front_end.new_stream() if self.front_end is not None else None
+        self.sessions[message.session] = Listening(message.seed, stream)
+        return opened
+
+    def _with_context(self, message):
+        """message with its prompt as text rows [n, text_dim], unless they came along."""
+        if message.context is not None:
+            return message
+        return replace(message, context=self._prompts.get(message.prompt, lambda: self.encode_prompt(message.prompt)))
+
+    def _with_portrait(self, message):
+        """message with its picture as reference [16,1,h,w] and motion latents [16,M,h,w], unless they came along."""
+        if message.picture is None:
+            return message
+        key = hashlib.blake2b(message.picture.contiguous().numpy().tobytes()).digest()
+        reference, motion = self._portraits.get(key, lambda: self._encode_portrait(message.picture))
+        return replace(message, picture=None, reference=reference, motion=motion)
+
+    def _encode_portrait(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [3,H,W] -> latents of the picture alone, and of the picture held for motion_frames (model.md 10)."""
+        still = (picture.to(self.device).float() / 127.5 - 1.0)[:, None]
+        held = still.expand(-1, self.geometry.motion_frames, -1, -1)
+        return self.vae.encode(still).to(self.dtype), self.vae.encode(held).to(self.dtype)
+
+    def _block(self, message: Audio) -> Block:
+        mine, index = self.sessions[message.session], message.index
+        features, latents, distance = message.features, message.noise, message.sink_distance
+        if features is None:
+            mine.stream.push(message.pcm)
+            features = mine.stream.features(index)
+        if latents is None:
+            latents = noise(mine.seed, message.session, index, self.block_shape)
+        if distance is None:
+            distance = sink_distance(self.sink_policy, mine.seed, index)
+        return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
+                     latents=latents.to(self.device, self.dtype), features=features.to(self.device))
+
+
+# ---------------------------------------------------------------- denoise
+
+
+@dataclass
+class Identity:
+    """Who a session shows, as all steps of a stage see it. text: K/V of the prompt; sink: shared, un-rotated K/V."""
+
+    reference: torch.Tensor  # [16,1,h,w]
+    motion: torch.Tensor  # [16,M,h,w]
+    text: TextCache
+    sink: Sink
+
+
+class StageSinks:
+    """What the steps of one stage share per session: text cache, sink, audio tokens of the block at hand.
+
+    A role of its own, put before the stage's first Denoiser, so each is computed once per stage however
+    many steps the stage holds: the sink does not depend on the step (model.md section 7).
+    """
+
+    def __init__(self, model: CausalS2V):
+        self.model = model
+        self.sessions: dict[str, Identity] = {}
+        self.audio: AudioTokens | None = None
+
+    @torch.inference_mode()
+    def __call__(self, message: Message) -> list[Message]:
+        old = self.sessions.get(message.session)
+        match message:
+            case Open() | SetPrompt() | SetReference() | Refresh():
+                self.sessions[message.session] = self._identity(message, old)
+            case Close():
+                self.sessions.pop(message.session, None)
+            case Block():
+                self.audio = self.model.encode_audio(message.features)
+        return [message]
+
+    def _identity(self, message, old: Identity | None) -> Identity:
+        context, reference, motion = (getattr(message, name, None) for name in ("context", "reference", "motion"))
+        reference = old.reference if reference is None else reference
+        motion = old.motion if motion is None else motion
+        text = old.text if context is None else self.model.encode_text(context.to(self.model.device))
+        return Identity(reference, motion, text, self.model.prefill(reference, motion, text))
+
+
+class Denoiser:
+    """One denoising step of every session: one ring per session, at this step's noise level.
+
+    All Denoisers of a stage share `model` and `sinks`. last: this step makes clean latents and reports the first
+    one a new portrait leads to (CleanLatent). observe: also report every block's latents and velocity (Latents).
+    """
+
+    def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,
+                 last: bool, observe: bool = False):
+        self.model, self.index, self.step, self.sinks, self.geometry = model, index, step, sinks, geometry
+        self.last, self.observe = last, observe
+        self.caches: dict[str, StepCache] = {}
+        self.fresh: set[str] = set()  # sessions whose portrait has not led to a block yet
+
+    @torch.inference_mode()
+    def __call__(self, message: Message) -> list[Message]:
+        match message:
+            case Open() | SetPrompt() | SetReference() | Refresh():
+                self._take_sink(message.session)
+                if isinstance(message, Open | SetReference):
+                    self.fresh.add(message.session)
+            case Close():
+                self.fresh.discard(message.session)
+                self.caches.pop(message.session, None)
+            case Block():
+                return self._denoise(message)
+        return [message]
+
+    def _take_sink(self, session: str) -> None:
+        g, h, w = self.geometry, self.geometry.latent_height, self.geometry.latent_width
+        if session not in self.caches:
+            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks)
+        self.model.set_sink(self.caches[session], self.sinks.sessions[session].sink, h, w)
+
+    def _denoise(self, block: Block) -> list[Message]:
+        assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
+        latents, velocity = denoise_block(
+            self.model, self.step, block.latents.to(self.model.device), self.sinks.audio,
+            self.sinks.sessions[block.session].text, self.caches[block.session],
+            block=block.index, sink_distance=block.sink_distance)
+        out: list[Message] = []
+        if self.observe:
+            out.append(core.Latents(block.session, index=block.index, step=self.index, latents=for_head(latents),
+                                    velocity=for_head(velocity)))
+        if self.last and block.session in self.fresh:
+            self.fresh.remove(block.session)
+            out.append(core.CleanLatent(block.session, index=block.index, latent=for_head(latents[:, :1])))
+        features = None if self.last else block.features  # the decoder does not listen
+        return [*out, replace(block, step=block.step + 1, latents=latents, features=features)]
+
+
+def for_head(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy for the head: contiguous fp32 on the CPU, holding on to nothing larger."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+# ---------------------------------------------------------------- decode
+
+
+class Decoder:
+    """Clean latents -> uint8 pictures through the streaming VAE; one state per session, primed at Open.
+
+    Priming with the motion latents happens when the session opens, not on the way of its first picture, and
+    lets block 0 give all its pictures (model.md section 12).
+    """
+
+    def __init__(self, vae):
+        self.vae = vae
+        self.states: dict[str, object] = {}
+
+    @torch.inference_mode()
+    def __call__(self, message: Message) -> list[Message]:
+        match message:
+            case Open():
+                state = self.states[message.session] = self.vae.new_state()
+                self.vae.decode(message.motion[:, :PRIMING_LATENTS].to(self.vae.device), state)
+                return [core.Opened(message.session)]
+            case Close():
+                self.states.pop(message.session, None)
+                return [core.Closed(message.session)]
+            case Block():
+                pictures = self.vae.decode(message.latents.to(self.vae.device), self.states[message.session])
+                return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=to_bytes(pictures))]
+        return []
+
+
+def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
+    """Float [-1, 1] [3,T,H,W] -> uint8 [T,H,W,3] on the CPU, rounded."""
+    scaled = ((pictures.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return scaled.permute(1, 2, 3, 0).contiguous().cpu()
+
+
+class ChainEnd:
+    """Ends a chain that has no decoder (a rollout fixture has no VAE): answers Open and Close, swallows blocks."""
+
+    def __call__(self, message: Message) -> list[Message]:
+        match message:
+            case Open():
+                return [core.Opened(message.session)]
+            case Close():
+                return [core.Closed(message.session)]
+        return []
+
+
+# ---------------------------------------------------------------- stages
+
+
+def build_stage(config: Config, stage_names: Sequence[str], device: torch.device | str) -> list[Role]:
+    """The roles of one rank, in order, with only the weights they need.
+
+    stage_names: a slice of the chain, e.g. ("condition", "step0"). Raises WeightsError, ConfigError, InputError.
+    """
+    source, device = open_source(config), torch.device(device)
+    dtype = source.dtype(device)
+    steps = [int(name.removeprefix("step")) for name in stage_names if name.startswith("step")]
+    pictures = {"condition", "decode"} & set(stage_names)
+    vae = source.vae(dtype, device) if source.has_vae and pictures else None
+    roles: list[Role] = []
+    if "condition" in stage_names:
+        roles.append(Conditioner(geometry=source.geometry, latent_channels=source.model_config.in_dim,
+                                 sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
+                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device)))
+    if steps:
+        roles += _denoisers(source, steps, dtype, device)
+    if "decode" in stage_names:
+        roles.append(Decoder(vae))
+    elif stage_names[-1] == source.chain[-1]:
+        roles.append(ChainEnd())
+    return roles
+
+
+def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Role]:
+    model = source.transformer(dtype, device)
+    sinks, last = StageSinks(model), len(source.sigmas) - 2
+    with torch.inference_mode():
+        levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
+    return [sinks, *(Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe)
+                     for k, level in zip(steps, levels))]

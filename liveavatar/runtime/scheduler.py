@@ -1,0 +1,117 @@
+"""Which session's block goes next, and when: decisions only, time is an argument (pipeline.md sections 2 and 6).
+
+Two paces. "offline": as fast as the chain goes; a block is admitted when its audio and a credit are
+there. "live": just in time; a block is admitted when its deadline is near, never earlier, so that a full
+pipe is never the flow control (4.2 s against 2.6 s from silence to speech in a model of the pipe).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+PACES = ("offline", "live")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A session as the scheduler sees it.
+
+    ready: audio of the next block is there. gated: it must wait for something else (a sink on its way).
+    in_flight: blocks admitted and not yet taken by the consumer. live: paced by `deadline`, the time on the
+    scheduler's clock (s) when the next block is due for playout; None before anything was sent: due now.
+    asked: when the session last had a block admitted; among equals the longest waiting goes first.
+    """
+
+    session: str
+    ready: bool
+    in_flight: int
+    live: bool = False
+    deadline: float | None = None
+    gated: bool = False
+    asked: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """admit: the session whose next block goes now, or None. wake: look again then, seconds; None: only when
+    something happens. late: the session whose audio is missing although its block must go now (live idle)."""
+
+    admit: str | None = None
+    wake: float | None = None
+    late: str | None = None
+
+
+class PipeTime:
+    """How long a block has been taking from admission to its pictures: a high percentile of the last few."""
+
+    def __init__(self, initial: float = 0.0, window: int = 64, percentile: float = 0.95):
+        self.initial, self.percentile, self._seen = initial, percentile, deque(maxlen=window)
+
+    def observe(self, seconds: float) -> None:
+        """One more block took this long."""
+        assert seconds >= 0, seconds
+        self._seen.append(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """The percentile; the initial guess while nothing has been measured."""
+        if not self._seen:
+            return self.initial
+        ordered = sorted(self._seen)
+        return ordered[max(0, math.ceil(self.percentile * len(ordered)) - 1)]
+
+
+class Scheduler:
+    """Earliest deadline first over sessions, at most `credits` blocks in flight per session.
+
+    cushion: seconds a live block should be ready before it is due, on top of the measured pipe time.
+    """
+
+    def __init__(self, *, credits: int, cushion: float = 0.12, pipe_time: PipeTime | None = None):
+        assert credits >= 1 and cushion >= 0, (credits, cushion)
+        self.credits, self.cushion, self.pipe_time = credits, cushion, pipe_time or PipeTime()
+
+    def latest_admission(self, candidate: Candidate) -> float:
+        """Clock time (s) when the next block of a live candidate must go; -inf: now."""
+        if candidate.deadline is None:
+            return -math.inf
+        return candidate.deadline - self.pipe_time.seconds - self.cushion
+
+    def decide(self, now: float, candidates: list[Candidate]) -> Decision:
+        """What to do at time `now`. Ask again after every admission, arrival and at `wake`.
+
+        Live sessions that are due come first, by deadline; then offline ones, longest waiting first.
+        """
+        free = [c for c in candidates if c.in_flight < self.credits and not c.gated]
+        live = sorted((c for c in free if c.live), key=lambda c: (self.latest_admission(c), c.asked, c.session))
+        for first in live[:1]:
+            if self.latest_admission(first) <= now:
+                return Decision(admit=first.session) if first.ready else Decision(late=first.session)
+        wake = self.latest_admission(live[0]) if live else None
+        offline = min((c for c in free if c.ready and not c.live), key=lambda c: (c.asked, c.session), default=None)
+        return Decision(admit=offline.session if offline else None, wake=wake)
+
+
+class Playout:
+    """When a live session's blocks are due. The first picture shown sets the clock; an underrun moves it on."""
+
+    def __init__(self):
+        self.origin: float | None = None  # clock time (s) of pts 0
+        self._expected: float | None = None  # the same, guessed until something was shown
+
+    def admitted(self, now: float, pts: float, pipe_seconds: float) -> None:
+        """A block that begins at `pts` was sent down a pipe that takes so long."""
+        if self._expected is None:
+            self._expected = now + pipe_seconds - pts
+
+    def shown(self, now: float, pts: float) -> None:
+        """Pictures that begin at `pts` seconds left at `now`."""
+        at = now - pts
+        self.origin = at if self.origin is None else max(self.origin, at)
+
+    def deadline(self, pts: float) -> float | None:
+        """When pictures that begin at `pts` are due; None before anything was sent."""
+        origin = self._expected if self.origin is None else self.origin
+        return None if origin is None else origin + pts

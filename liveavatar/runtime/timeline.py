@@ -1,0 +1,179 @@
+"""One session's timeline: which PCM belongs to which block, what goes down the chain, what comes out.
+
+Pure bookkeeping: no clock, no task, no socket, so every rule is a plain test. Positions are absolute 16 kHz
+samples of what the session generates; block b covers [b, b+1) * samples_per_block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from liveavatar.core import FPS, SAMPLE_RATE, Audio, CleanLatent, Frames, Geometry, Interrupt, Message, Refresh
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A block inside the chain. pcm: float32, the sound of the pictures that will be shown. at: clock seconds."""
+
+    epoch: int
+    pictures: int
+    pcm: np.ndarray
+    at: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """A block for the viewer.
+
+    index: block. pts: seconds (exact) at which its first picture is due, counted over all that left the head.
+    pictures: uint8 [n, H, W, 3], n = frames_per_block except for a last, shorter one; pcm: float32 [n * 640],
+    the very samples those pictures were made for.
+    """
+
+    index: int
+    epoch: int
+    pts: Fraction
+    pictures: np.ndarray
+    pcm: np.ndarray
+
+
+class Timeline:
+    """PCM in; Audio, Refresh and Interrupt messages down; Output up.
+
+    lookahead: samples the audio front end needs beyond a block. refresh_block: the sink is replaced by
+    the stream's own first latent before this block, 0: never (model.md section 14).
+    """
+
+    def __init__(self, session: str, geometry: Geometry, *, lookahead: int, refresh_block: int):
+        self.session, self.geometry, self.lookahead = session, geometry, lookahead
+        self.refresh_at: int | None = refresh_block or None
+        self.epoch, self.next_block, self.ended = 0, 0, False
+        self._pcm = np.zeros(0, dtype=np.float32)  # from the start of next_block on
+        self._ahead = self._pcm  # look-ahead the chain was already sent beyond the start of next_block
+        self._inside: dict[int, Admitted] = {}
+        self._ready: deque[tuple[int, Admitted, np.ndarray]] = deque()  # pictures not yet taken
+        self._anchor, self._clean = 0, None  # first block of the present portrait, and its first clean latent
+        self._shown = 0  # pictures that left
+
+    # ------------------------------------------------------------ what is there
+
+    @property
+    def queued_seconds(self) -> float:
+        """Audio not yet admitted."""
+        return len(self._pcm) / SAMPLE_RATE
+
+    @property
+    def in_flight(self) -> int:
+        """Blocks admitted and not yet taken."""
+        return len(self._inside) + len(self._ready)
+
+    @property
+    def has_audio(self) -> bool:
+        """The next block may go: all its samples and the look-ahead are there, or no more will come."""
+        need = self.geometry.samples_per_block + self.lookahead
+        return len(self._pcm) >= need or (self.ended and len(self._pcm) > 0)
+
+    @property
+    def gated(self) -> bool:
+        """The next block must wait for the clean latent its new sink is made of."""
+        return self.refresh_at == self.next_block and self._clean is None
+
+    @property
+    def done(self) -> bool:
+        """The audio has ended and every picture was taken."""
+        return self.ended and len(self._pcm) == 0 and self.in_flight == 0
+
+    @property
+    def next_pts(self) -> Fraction:
+        """pts the next admitted block will have if nothing is interrupted; seconds."""
+        waiting = [*self._inside.values(), *(admitted for _, admitted, _ in self._ready)]
+        return Fraction(self._shown + sum(a.pictures for a in waiting if a.epoch == self.epoch), FPS)
+
+    # ------------------------------------------------------------ from the client
+
+    def push(self, pcm: np.ndarray) -> None:
+        """Append float32 [n] 16 kHz mono."""
+        assert not self.ended and pcm.dtype == np.float32 and pcm.ndim == 1
+        self._pcm = np.concatenate([self._pcm, pcm])
+
+    def end(self) -> None:
+        """No more PCM will come."""
+        self.ended = True
+
+    def idle(self) -> None:
+        """The next block is silence, before all that is queued: speech that is still arriving stays whole."""
+        self._pcm = np.concatenate([np.zeros(self.geometry.samples_per_block, np.float32), self._pcm])
+
+    def interrupt(self) -> Interrupt:
+        """A new epoch begins with the next block: forget queued PCM and pictures nobody took."""
+        self.epoch += 1
+        self._pcm = self._ahead = np.zeros(0, dtype=np.float32)
+        self._ready.clear()
+        return Interrupt(self.session, epoch=self.epoch, sample=self._start)
+
+    def new_portrait(self) -> None:
+        """From the next block on another portrait: the latent of the old one must not come back."""
+        self.refresh_at, self._anchor, self._clean = None, self.next_block, None
+
+    def refresh(self) -> None:
+        """Make the generated first latent the sink before the next block that can have it."""
+        self.refresh_at = max(self.next_block, self._anchor + 1)
+
+    # ------------------------------------------------------------ down the chain
+
+    @property
+    def _start(self) -> int:
+        return self.next_block * self.geometry.samples_per_block
+
+    def admit(self, now: float) -> list[Message]:
+        """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe."""
+        assert not self.gated and len(self._pcm)
+        size, messages = self.geometry.samples_per_block, []
+        if self.refresh_at == self.next_block:
+            messages.append(Refresh(self.session, reference=self._clean))
+            self.refresh_at = None
+        window = np.zeros(size + self.lookahead, dtype=np.float32)
+        window[: len(self._pcm)] = self._pcm[: len(window)]
+        if not np.array_equal(self._ahead, window[: len(self._ahead)]):  # what was announced is not what came
+            messages.append(Interrupt(self.session, epoch=self.epoch, sample=self._start))
+            self._ahead = self._ahead[:0]
+        fresh = window[len(self._ahead) :]
+        messages.append(Audio(self.session, index=self.next_block, epoch=self.epoch, start=self._start + len(self._ahead),
+                              pcm=torch.from_numpy(fresh.copy())))
+        self._inside[self.next_block] = self._admitted(window[:size], now)
+        self._ahead, self._pcm = window[size:], self._pcm[size:].copy()
+        self.next_block += 1
+        return messages
+
+    def _admitted(self, pcm: np.ndarray, now: float) -> Admitted:
+        per_picture = self.geometry.samples_per_block // self.geometry.frames_per_block
+        pictures = min(self.geometry.frames_per_block, math.ceil(len(self._pcm) / per_picture))
+        return Admitted(self.epoch, pictures, pcm[: pictures * per_picture].copy(), now)
+
+    # ------------------------------------------------------------ from the chain
+
+    def clean(self, message: CleanLatent) -> None:
+        """The first clean latent of the present portrait is here."""
+        if message.index >= self._anchor:
+            self._clean = message.latent
+
+    def frames(self, message: Frames) -> Admitted:
+        """Pictures of an admitted block; those of an older epoch go no further. Returns when it was admitted."""
+        admitted = self._inside.pop(message.index)
+        if admitted.epoch == self.epoch:
+            self._ready.append((message.index, admitted, message.pictures.numpy()))
+        return admitted
+
+    def take(self) -> Output | None:
+        """The next block for the viewer, or None."""
+        if not self._ready:
+            return None
+        index, admitted, pictures = self._ready.popleft()
+        pts, self._shown = Fraction(self._shown, FPS), self._shown + admitted.pictures
+        return Output(index, admitted.epoch, pts, pictures[: admitted.pictures], admitted.pcm)

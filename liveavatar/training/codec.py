@@ -1,0 +1,223 @@
+"""Stage `vae`: the causal video codec, an unmodified diffusers AutoencoderKLWan trained on our heads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+from liveavatar.core import ConfigError
+from liveavatar.models.vae import StreamingVAE, count_causal_convs
+from liveavatar.training import losses, shards
+from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """loop: length and speed. crop: side of the square pieces, pixels; pictures: 1 + 4n of a piece."""
+
+    loop: LoopConfig
+    base_dim: int = 16
+    decoder_base_dim: int = 24
+    dim_mult: tuple[int, ...] = (1, 2, 4)
+    res_blocks: int = 1
+    patch: int = 2
+    z_dim: int = 16
+    crop: int = 64
+    pictures: int = 9
+    pieces_per_clip: int = 2
+    kl: float = 2e-4
+    kl_ramp: int = 500  # iterations over which the KL term rises from 0
+    gradient: float = 0.5
+    detail: float = 4.0  # extra weight of mouth and eyes
+    statistics_clips: int = 64
+
+    def __post_init__(self):
+        if self.pictures % 4 != 1 or self.pictures < 5:
+            raise ConfigError(f"vae.pictures={self.pictures}: must be 1 + 4n, at least 5")
+        if self.crop % (2 ** (len(self.dim_mult) - 1) * self.patch):
+            raise ConfigError(f"vae.crop={self.crop}: must be a multiple of the codec's spatial stride")
+        if self.loop.batch % self.pieces_per_clip:
+            raise ConfigError(f"vae.loop.batch={self.loop.batch}: must be a multiple of pieces_per_clip")
+
+
+def module_config(config: CodecConfig) -> dict:
+    """The diffusers config of the codec; statistics of the latents are filled in after training."""
+    levels = len(config.dim_mult) - 1
+    channels = 3 * config.patch**2
+    return {"base_dim": config.base_dim, "decoder_base_dim": config.decoder_base_dim, "z_dim": config.z_dim,
+            "dim_mult": list(config.dim_mult), "num_res_blocks": config.res_blocks, "attn_scales": [],
+            "temperal_downsample": [i >= levels - 2 for i in range(levels)], "in_channels": channels,
+            "out_channels": channels, "patch_size": config.patch, "scale_factor_temporal": 4,
+            "scale_factor_spatial": 2**levels * config.patch,
+            "latents_mean": [0.0] * config.z_dim, "latents_std": [1.0] * config.z_dim}
+
+
+def new_module(config: CodecConfig, seed: int) -> AutoencoderKLWan:
+    """A fresh codec, channels last (twice as fast on CPUs)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = AutoencoderKLWan(**module_config(config))
+    # A fresh codec would send means near 0 under noise of 1, and learn to ignore them: start loud and sure.
+    with torch.no_grad():
+        module.quant_conv.weight[: config.z_dim] *= 6.0
+        module.quant_conv.weight[config.z_dim :] *= 0.1
+        module.quant_conv.bias[config.z_dim :] = -5.0
+    return channels_last(module)
+
+
+def channels_last(module: torch.nn.Module) -> torch.nn.Module:
+    """Convolution weights in channels-last order, in place; values do not change."""
+    for p in module.parameters():
+        if p.dim() in (4, 5):
+            p.data = p.data.contiguous(memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d)
+    return module
+
+
+def encode(module: AutoencoderKLWan, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differentiable batch encode: [B,3,1+4n,H,W] -> mean and log-variance [B,z,1+n,h,w].
+
+    The first picture goes alone, all others together: the causal cache makes that equal to groups of 4.
+    """
+    x = patchify(pictures, module.config.patch_size).contiguous(memory_format=torch.channels_last_3d)
+    cache: list = [None] * count_causal_convs(module.encoder)
+    pieces = [p for p in (x[:, :, :1], x[:, :, 1:]) if p.shape[2]]
+    out = torch.cat([module.encoder(p, feat_cache=cache, feat_idx=[0]) for p in pieces], dim=2)
+    mean, log_variance = module.quant_conv(out).float().chunk(2, dim=1)
+    return mean, log_variance.clamp(-30, 20)
+
+
+def decode(module: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Differentiable batch decode of raw (not normalised) latents [B,z,n,h,w] -> [B,3,1+4(n-1),H,W], not clamped."""
+    z = module.post_quant_conv(latents)
+    cache: list = [None] * count_causal_convs(module.decoder)
+    pieces = [p for p in (z[:, :, :1], z[:, :, 1:]) if p.shape[2]]
+    out = [module.decoder(p, feat_cache=cache, feat_idx=[0], first_chunk=i == 0) for i, p in enumerate(pieces)]
+    return unpatchify(torch.cat(out, dim=2), module.config.patch_size)
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def to_float(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [T,H,W,3] -> float32 [-1,1] [3,T,H,W]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(pictures: torch.Tensor) -> np.ndarray:
+    """float [-1,1] [3,T,H,W] -> uint8 [T,H,W,3]."""
+    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def corner(rng: np.random.Generator, side: int, crop: int, box: np.ndarray) -> tuple[int, int]:
+    """Top-left of a crop: half of the time around `box` (with play), else anywhere. Even numbers."""
+    if rng.random() < 0.5:
+        centre = np.array([box[0] + box[2], box[1] + box[3]]) / 2 + rng.uniform(-crop / 5, crop / 5, 2)
+        x, y = np.clip(centre - crop / 2, 0, side - crop)
+    else:
+        x, y = rng.integers(0, side - crop + 1, 2)
+    return int(x) // 2 * 2, int(y) // 2 * 2
+
+
+def cut_piece(clip: shards.Clip, config: CodecConfig, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random piece [3,T,c,c] and its weights [1,T,c,c]; mirrored half of the time; 1 in 12 a still."""
+    count, crop = len(clip.frames), config.crop
+    start = int(rng.integers(0, count - config.pictures + 1))
+    index = np.arange(start, start + config.pictures)
+    if rng.random() < 1 / 12:  # the sink and the priming encode a picture that stands still
+        index = np.full(config.pictures, start)
+    x, y = corner(rng, clip.frames.shape[1], crop, clip.mouth[start] if rng.random() < 0.6 else clip.eyes[start, 0])
+    frames = clip.frames[index][:, y : y + crop, x : x + crop]
+    weight = losses.detail_weight(clip.mouth[index], clip.eyes[index], clip.frames.shape[1], config.detail)
+    weight = torch.from_numpy(weight[:, y : y + crop, x : x + crop])[None]
+    piece = to_float(frames)
+    if rng.random() < 0.5:
+        piece, weight = piece.flip(-1), weight.flip(-1)
+    return piece, weight
+
+
+class PieceReader:
+    """Batches of pieces; the list of finished clips is read again every 50 iterations."""
+
+    def __init__(self, folder: str | Path, config: CodecConfig):
+        self.folder, self.config = folder, config
+        self.paths: list[Path] = []
+
+    def batch(self, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pieces [B,3,T,c,c] and weights [B,1,T,c,c]."""
+        if not self.paths or draws.iteration % 50 == 0:
+            self.paths = shards.clip_paths(self.folder, "train")
+            if not self.paths:
+                raise ConfigError(f"{self.folder}: no clips yet; run the data stage first")
+        pieces = []
+        for _ in range(self.config.loop.batch // self.config.pieces_per_clip):
+            clip = shards.read_clip(self.paths[int(draws.numpy.integers(len(self.paths)))])
+            pieces += [cut_piece(clip, self.config, draws.numpy) for _ in range(self.config.pieces_per_clip)]
+        video, weight = (torch.stack(list(column)) for column in zip(*pieces))
+        return video, weight
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tensor, weight: torch.Tensor, draws: Draws):
+    """Weighted L1 + gradient L1 + KL, and metrics."""
+    mean, log_variance = encode(module, video)
+    noise = torch.randn(mean.shape, generator=draws.torch)
+    made = decode(module, mean + noise * (0.5 * log_variance).exp()).float()
+    error = (made - video).abs()
+    rec = (error * weight).mean()
+    edges = losses.gradient_error(made, video, weight)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    mse = F.mse_loss(made.detach().clamp(-1, 1), video)
+    metrics = {"psnr": float(-10 * torch.log10(mse / 4)), "kl": float(kl.detach()), "l1": float(error.detach().mean())}
+    ramp = min(1.0, draws.iteration / max(1, config.kl_ramp))
+    return rec + config.gradient * edges + ramp * config.kl * kl, metrics
+
+
+def train_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int, stop_after: int | None = None) -> list[float]:
+    """Train (or go on training) the codec; returns the losses of this call."""
+    module = new_module(config, seed)
+    reader = PieceReader(data_folder, config)
+    trainer = Trainer("vae", module, config.loop, run, seed)
+    channels_last(module)
+
+    def loss_of(draws: Draws):
+        return codec_loss(module, config, *reader.batch(draws), draws)
+
+    return trainer.run(loss_of, stop_after)
+
+
+@torch.no_grad()
+def measure_statistics(module: AutoencoderKLWan, paths: list[Path]) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of the latents of whole clips."""
+    total, square, count = 0.0, 0.0, 0
+    for path in paths:
+        clip = shards.read_clip(path)
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            mean, _ = encode(module, to_float(clip.frames)[None])
+        flat = mean[0].double().flatten(1)
+        total, square, count = total + flat.sum(1), square + flat.square().sum(1), count + flat.shape[1]
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(1e-8).sqrt()
+    return mean.tolist(), std.tolist()
+
+
+def finish_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int) -> StreamingVAE:
+    """EMA weights with measured latent statistics, saved as a diffusers folder RUN/vae."""
+    module = new_module(config, seed)
+    iteration = load_average(module, Path(run) / "vae.pt")
+    module.eval().requires_grad_(False)
+    paths = shards.clip_paths(data_folder, "train")
+    step = max(1, len(paths) // config.statistics_clips)
+    mean, std = measure_statistics(module, paths[::step])
+    module.register_to_config(latents_mean=mean, latents_std=std)
+    module.save_pretrained(Path(run) / "vae")
+    (Path(run) / "vae" / "training.json").write_text(json.dumps({"iteration": iteration, "clips": len(paths)}))
+    return StreamingVAE.from_module(module)

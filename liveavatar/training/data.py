@@ -1,0 +1,146 @@
+"""Stage `data`: a corpus of rendered heads that speak (training.md section 5).
+
+Clip k of a split is a function of (seed, split, k) alone, so rendering resumes where it stopped and
+two machines make the same bytes with the same back end.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
+from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, write_clip
+from liveavatar.training.synth import director, speech
+from liveavatar.training.synth.head import HeadRenderer, Identity
+
+LOOKAHEAD_SECONDS = 0.16  # audio kept beyond the last picture: the front end looks 0.125 s ahead
+SPLITS = ("train", "held")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus. size: picture side in pixels. pictures: 1 + 4n per clip."""
+
+    folder: str
+    size: int = 128
+    supersample: int = 2
+    pictures: int = 93
+    clips: int = 384
+    identities: int = 64
+    first_identity: int = 0
+    default_identity: int = 0  # the avatar that ships
+    default_share: float = 0.1  # of the clips show it
+    held_clips: int = 12
+    held_identities: int = 4
+    real_share: float = 0.15  # clips spoken by the LibriVox readers
+    silent_share: float = 0.12  # listening clips
+    readings: tuple[str, ...] = ()  # LibriVox clips to train on; those in assets/speech.wav must not be here
+
+    def __post_init__(self):
+        if self.pictures < 13 or (self.pictures - 1) % 4:
+            raise ConfigError(f"data.pictures={self.pictures}: must be 1 + 4n, at least 13")
+        if self.size % 16 or self.size <= 0:
+            raise ConfigError(f"data.size={self.size}: must be a positive multiple of 16 pixels")
+        for name in ("clips", "identities", "held_clips", "held_identities"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+
+
+def window_of(utterance: speech.Utterance, start: float, seconds: float) -> speech.Utterance:
+    """The piece [start, start + seconds) with its phones; silence where the recording has ended."""
+    first, count = round(start * SAMPLE_RATE), round(seconds * SAMPLE_RATE)
+    pcm = np.zeros(count, np.float32)
+    piece = utterance.pcm[first : first + count]
+    pcm[: len(piece)] = piece
+    phones, at = [], 0.0
+    for phone in utterance.phones:
+        a, b = max(phone.start - start, 0.0), min(phone.end - start, seconds)
+        if b > a:
+            phones.append(speech.Phone(phone.name, a, b))
+            at = b
+    if at < seconds:
+        phones.append(speech.Phone("pau", at, seconds))
+    return replace(utterance, pcm=pcm, phones=tuple(phones))
+
+
+def load_readings(names: tuple[str, ...]) -> list[speech.Utterance]:
+    """The named LibriVox clips with their phones. Raises ConfigError when one is not installed."""
+    listing = speech.TEXTS / "transcription"
+    if names and not listing.exists():
+        raise ConfigError(f"data.readings: {listing} is missing: apt install pocketsphinx-testdata, or name no readings")
+    lines = re.findall(r"<s>\s*(.*?)\s*</s>\s*\((.+)\)", listing.read_text()) if names else []
+    texts = {name: text for text, name in lines}
+    unknown = [name for name in names if name not in texts]
+    if unknown:
+        raise ConfigError(f"data.readings: {unknown[0]!r} is not one of {', '.join(sorted(texts))}")
+    return [speech.align(speech.read_wav(speech.TEXTS / f"{name}.wav"), texts[name], voice=name) for name in names]
+
+
+def choose_identity(config: DataConfig, split: str, index: int, rng: np.random.Generator) -> int:
+    """Identity seed of clip `index`: round robin, with an extra share for the avatar that ships."""
+    if split == "held":
+        return 1_000_000 + index % config.held_identities
+    if rng.random() < config.default_share:
+        return config.default_identity
+    return config.first_identity + index % config.identities
+
+
+def choose_speech(config: DataConfig, split: str, seed: int, rng: np.random.Generator,
+                  recordings: list[speech.Utterance]) -> speech.Utterance:
+    """What is said in a clip: silence, a window of a real reading, or a synthetic voice."""
+    seconds = config.pictures / FPS + LOOKAHEAD_SECONDS
+    kind = rng.random()
+    if split == "held":
+        return speech.synthesize(seed, seconds, (speech.HELD_OUT_VOICE,))
+    if kind < config.silent_share:
+        return speech.silence(seconds, seed)
+    if kind < config.silent_share + config.real_share and recordings:
+        reader = recordings[int(rng.integers(len(recordings)))]
+        return window_of(reader, float(rng.uniform(0, max(0.0, reader.seconds - 0.8 * seconds))), seconds)
+    return speech.synthesize(seed, seconds, speech.TRAIN_VOICES)
+
+
+def neutral_picture(renderer: HeadRenderer, identity: Identity) -> np.ndarray:
+    """uint8 [S,S,3]: closed mouth, open eyes, looking into the camera."""
+    return renderer.render(identity, np.zeros(52, np.float32)).rgb
+
+
+def make_clip(config: DataConfig, split: str, index: int, base_seed: int, renderer: HeadRenderer,
+              recordings: list[speech.Utterance]) -> Clip:
+    """Render clip `index` of a split; see the module text."""
+    rng = np.random.default_rng([base_seed, SPLITS.index(split), index])
+    seed = int(rng.integers(2**31))
+    identity = Identity.sample(choose_identity(config, split, index, rng))
+    utterance = choose_speech(config, split, seed, rng, recordings)
+    track = director.direct(utterance, config.pictures, seed)
+    pictures = renderer.render_clip(identity, track.units, track.pose, track.translation, track.gaze)
+    card = {"generator": GENERATOR_VERSION, "seed": seed, "split": split, "index": index, "caption": identity.caption,
+            "identity": identity.record(), "voice": utterance.voice, "text": utterance.text, "fps": FPS,
+            "phones": [[p.name, round(p.start, 4), round(p.end, 4)] for p in utterance.phones]}
+
+    def stack(name: str) -> np.ndarray:
+        return np.array([getattr(p, name) for p in pictures], np.float32)
+
+    return Clip(frames=np.stack([p.rgb for p in pictures]), reference=neutral_picture(renderer, identity),
+                pcm=np.clip(np.round(utterance.pcm * 32767), -32768, 32767).astype(np.int16),
+                mouth=stack("mouth_box"), eyes=stack("eye_boxes"), aperture=stack("aperture"), width=stack("width"),
+                lid=stack("lid"), units=track.units, pose=track.pose, card=card)
+
+
+def render_corpus(config: DataConfig, seed: int) -> int:
+    """Render every clip that is not there yet; returns how many were made. Held-out clips come early."""
+    jobs = [("held", i) for i in range(config.held_clips)]
+    jobs = [("train", i) for i in range(min(24, config.clips))] + jobs
+    jobs += [("train", i) for i in range(24, config.clips)]
+    jobs = [job for job in jobs if not clip_path(config.folder, *job).exists()]
+    if not jobs:
+        return 0
+    renderer = HeadRenderer(config.size, config.supersample)
+    recordings = load_readings(config.readings)
+    for split, index in jobs:
+        clip = make_clip(config, split, index, seed, renderer, recordings)
+        write_clip(clip_path(config.folder, split, index), clip)
+    return len(jobs)

@@ -1,0 +1,52 @@
+"""Losses of the stages, and the weights that say where a picture matters."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def box_mask(boxes: np.ndarray, side: int, margin: float) -> np.ndarray:
+    """Boxes [T,4] (x0 y0 x1 y1, pixels), grown by margin * side -> bool [T,side,side]."""
+    axis = np.arange(side) + 0.5
+    x0, y0, x1, y1 = (boxes[:, i, None] + sign * margin * side for i, sign in enumerate((-1, -1, 1, 1)))
+    columns = (axis >= x0) & (axis <= x1)
+    rows = (axis >= y0) & (axis <= y1)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def detail_weight(mouth: np.ndarray, eyes: np.ndarray, side: int, detail: float) -> np.ndarray:
+    """float32 [T,side,side]: 1, and 1 + detail inside mouth and eyes. mouth: [T,4]; eyes: [T,2,4]."""
+    inside = box_mask(mouth, side, 0.02)
+    for k in range(eyes.shape[1]):
+        inside |= box_mask(eyes[:, k], side, 0.01)
+    return (1 + detail * inside).astype(np.float32)
+
+
+def gradient_error(made: torch.Tensor, video: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """L1 between spatial and temporal differences of [B,3,T,H,W] videos, weighted by [B,1,T,H,W]: keeps edges sharp."""
+    difference = made - video
+    total = (difference.diff(dim=-1).abs() * weight[..., 1:]).mean() + (difference.diff(dim=-2).abs() * weight[..., 1:, :]).mean()
+    if video.shape[2] > 1:
+        total = total + 0.5 * (difference.diff(dim=2).abs() * weight[:, :, 1:]).mean()
+    return total
+
+
+def cell_weight(mouth: np.ndarray, eyes: np.ndarray, side: int, stride: int, mouth_gain: float, eye_gain: float) -> torch.Tensor:
+    """Loss weight of latent cells: float32 [1 + (T-1)/4, side/stride, side/stride], 1 plus gain * covered share.
+
+    mouth: [T,4]; eyes: [T,2,4] boxes in pixels. Latent f > 0 covers pictures 4f-3..4f.
+    """
+    picture = mouth_gain * box_mask(mouth, side, 0.03).astype(np.float32)
+    for k in range(eyes.shape[1]):
+        picture += eye_gain * box_mask(eyes[:, k], side, 0.015)
+    cells = F.avg_pool2d(torch.from_numpy(picture)[:, None], stride)[:, 0]
+    later = cells[1:].unflatten(0, (-1, 4)).mean(1)
+    return 1 + torch.cat([cells[:1], later])
+
+
+def forcing_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of |v - (eps - x0)|^2 (training.md 2.1). All [B,16,F,h,w]; weight broadcasts, mean of it need not be 1."""
+    error = (velocity.float() - (noise - latents)).square()
+    return (error * weight).sum() / weight.expand_as(error).sum()

@@ -1,0 +1,81 @@
+"""Shared by all tests: a tiny checkpoint of random weights in our layout, and a portrait and speech to go with it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+TINY_SIZE = 64  # pixels, both sides: latents 8 x 8
+
+
+def tiny_model(seed: int = 0, **sizes):
+    """A CausalS2V of random weights whose every part matters (no zero head, no silent injector)."""
+    from liveavatar.models.s2v import CausalS2V, S2VConfig
+
+    config = S2VConfig(**{"dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 16, "text_len": 64, "num_heads": 2, "num_layers": 2,
+                          "audio_dim": 400, "audio_layers": 1, "audio_inject_layers": (0,), **sizes})
+    model, generator = CausalS2V(config), torch.Generator().manual_seed(seed)
+    model.init_weights(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name == "head.head.weight" or name.endswith("injector.0.o.weight"):
+                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_vae(seed: int = 0):
+    """A StreamingVAE with patch 2 and three levels: stride 8 in space, 4 in time."""
+    from diffusers import AutoencoderKLWan
+
+    from liveavatar.models.vae import StreamingVAE
+
+    torch.manual_seed(seed)
+    return StreamingVAE(AutoencoderKLWan(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
+        in_channels=12, out_channels=12, scale_factor_spatial=8, scale_factor_temporal=4,
+    ).eval().requires_grad_(False))  # fmt: skip
+
+
+def tiny_text_encoder(seed: int = 0):
+    """A TextEncoder of one layer over bytes; needs no tokenizer files."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from liveavatar.models.encoders import TextEncoder, load_tokenizer
+
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    return TextEncoder(UMT5EncoderModel(config).eval().requires_grad_(False), load_tokenizer(None))
+
+
+def save_tiny(folder, **overrides):
+    """A whole tiny checkpoint in our layout; overrides: keyword arguments of weights.save_folder."""
+    from liveavatar.models.weights import save_folder
+
+    geometry = {"height": TINY_SIZE, "width": TINY_SIZE, "block_latents": 3, "ring_blocks": 4, "motion_frames": 9}
+    parts = {"transformer": tiny_model(), "vae": tiny_vae(), "text_encoder": tiny_text_encoder(), "audio": {"kind": "log_mel"},
+             "sampler": {}, "geometry": geometry}
+    return save_folder(folder, **{**parts, **overrides})
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Path of a tiny checkpoint folder; read only."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def portrait() -> torch.Tensor:
+    """uint8 [3, 80, 72]: larger than the tiny size and not square."""
+    return torch.randint(0, 256, (3, 80, 72), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def speech(seconds: float, seed: int = 0) -> np.ndarray:
+    """float32 PCM at 16 kHz, no two blocks alike."""
+    rng, t = np.random.default_rng(seed), np.arange(round(seconds * 16000)) / 16000
+    tone = np.sin(2 * np.pi * (150 + 40 * np.sin(3 * t)) * t)
+    return (0.3 * tone + 0.05 * rng.standard_normal(len(t))).astype(np.float32)
