@@ -180,6 +180,22 @@ def plan(
     raise typer.Exit(1 if result.problems else 0)
 
 
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar train all --config configs/train_tiny.yaml   [dim]the embedded avatar, from nothing[/dim]\n\n"
+    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]"
+)
+def train(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, latents, forcing or export; all: these in order; preview: look at the last checkpoint.")],
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train the embedded avatar on rendered talking heads; every stage resumes where it was stopped."""
+    from liveavatar.training.recipe import run
+
+    run(stage, config, overrides or ())
+
+
 def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:
     """One device per stage: this machine's, or GPUs of `memory` GB; with a rate where one was given."""
     from liveavatar.runtime.placement import Device, local_devices

@@ -19,9 +19,10 @@ class JobDisplay:
 
     def __init__(self, seconds: float | None):
         self.done = None
+        console = Console(stderr=True)
         self.bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+            TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task("loading the models", total=seconds, state="")
 

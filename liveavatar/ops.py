@@ -27,6 +27,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.
     """
     if allowed is not None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_LIMIT:
+            bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
+            return _plain_attention(q, k, v, bias).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_attention_available():
         from flash_attn import flash_attn_func
@@ -43,9 +46,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.
 PLAIN_ATTENTION_LIMIT = 1 << 21
 
 
-def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Softmax attention written out; [B, heads, T, d]."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    scores = scores if bias is None else scores + bias
     return torch.matmul(scores.softmax(-1).to(v.dtype), v)
 
 

@@ -13,12 +13,12 @@ import torch
 from liveavatar import core
 from liveavatar.config import Config, ModelConfig, RuntimeConfig
 from liveavatar.runtime import launchers
-from liveavatar.runtime.supervisor import EXIT_WAIT, LINK_GRACE, LOADING_SILENCE, Limits, RankView, decide
+from liveavatar.runtime.supervisor import EXIT_WAIT, LINK_GRACE, SLOW_SILENCE, Limits, RankView, decide
 from toy_roles import ToySource
 
 STAGES = (("condition", "step0"), ("step1", "step2"), ("step3", "decode"))
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def launch(launcher="local", source=None, **limits):
@@ -168,15 +168,14 @@ if __name__ == "__main__":
     from test_failures import launch
     chain = launch()
     print(*chain._pids.values(), flush=True)
-    {then}
+    time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("then", ["killed", "ctrl-c", "forgets to stop"])
+@pytest.mark.parametrize("then", ["killed", "ctrl-c"])
 def test_ranks_end_with_their_head(then, tmp_path):
     program = tmp_path / "head.py"
-    last = "time.sleep(1)" if then == "forgets to stop" else "time.sleep(60)"
-    program.write_text(HEAD.format(root=str(TESTS.parent), tests=str(TESTS), then=last))
+    program.write_text(HEAD.format(root=str(TESTS.parent), tests=str(TESTS)))
     head = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                             start_new_session=True)
     ranks = [psutil.Process(int(pid)) for pid in head.stdout.readline().split()]
@@ -196,7 +195,7 @@ LIMITS = Limits(heartbeat=2.0, block=10.0, start=100.0)
 
 def views(**changes_of_1):
     """Three ranks that were well at time 50; rank 1 with changes."""
-    made = [RankView(rank=r, roles=STAGES[r], started=0.0, connected=True, ready=True, seen=50.0) for r in range(3)]
+    made = [RankView(rank=r, roles=STAGES[r], started=0.0, connected=True, ready=True, slow=False, seen=50.0) for r in range(3)]
     for name, value in changes_of_1.items():
         setattr(made[1], name, value)
     return made
@@ -216,7 +215,7 @@ def test_all_well():
     ({"ended": (50.0, "ended with status 1"), "connected": False, "ready": False, "seen": None}, 50.0, "before it was ready"),
     ({"broken": (50.0, "lost its link with rank 0")}, 50.1 + LINK_GRACE, "lost its link"),
     ({"ready": False, "seen": 100.0}, 100.5, "not ready after 100 s"),
-    ({"ready": False, "seen": 60.0}, 60.1 + LOADING_SILENCE, "no heartbeat"),
+    ({"ready": False, "seen": 60.0}, 60.1 + SLOW_SILENCE, "no heartbeat"),
 ])
 def test_the_guilty_rank_is_blamed(changes, now, words):
     made = views(**changes)
@@ -231,6 +230,7 @@ def test_the_guilty_rank_is_blamed(changes, now, words):
     ({"broken": (50.0, "x")}, 50.0 + LINK_GRACE / 2),  # another rank may turn out to be dead
     ({"seen": 40.0, "held": True}, 50.0),  # it waits for the head
     ({"ready": False, "seen": 40.0}, 50.0),  # it loads
+    ({"slow": True, "seen": 40.0}, 50.0),  # it opens a session and may have to load an encoder
 ])
 def test_no_hasty_verdict(changes, now):
     assert decide(views(**changes), LIMITS, now) is None

@@ -125,7 +125,7 @@ def test_inside_torchrun_with_the_wrong_number(monkeypatch):
 def torchrun(program, ranks):
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
 
 # ---------------------------------------------------------------- small promises
@@ -174,7 +174,8 @@ def test_a_stopped_chain_says_so():
 def test_a_full_chain_makes_the_sender_wait(launcher):
     """Back-pressure end to end: nobody receives, so sends stop going in; when someone does, nothing is lost."""
     count = 900
-    chain = launchers.launch(config_of((("condition", "step0", "step1"), ("step2", "step3", "decode")), launcher), source=ToySource())
+    cut = (("condition", "step0", "step1"), ("step2", "step3", "decode"))
+    chain = launchers.launch(config_of(cut, launcher), source=ToySource(swell=100))  # more than the kernel's buffers hold
     picture = core.torch.zeros(3, 8, 8, dtype=core.torch.uint8)
     messages = [core.Open("a", picture=picture), *(core.Audio("a", index=i, pcm=core.torch.zeros(20_000)) for i in range(count)),
                 core.Close("a")]
@@ -182,7 +183,7 @@ def test_a_full_chain_makes_the_sender_wait(launcher):
     sender.start()
     sender.join(3.0)
     assert sender.is_alive(), "the chain swallowed everything"
-    indices = [m.index for m in iter(lambda: chain.receive(20.0), core.Closed("a")) if isinstance(m, core.Frames)]
-    sender.join(5.0)
+    indices = [m.index for m in iter(lambda: chain.receive(60.0), core.Closed("a")) if isinstance(m, core.Frames)]
+    sender.join(20.0)
     chain.stop()
     assert indices == list(range(count)) and not sender.is_alive()

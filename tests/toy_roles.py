@@ -70,8 +70,10 @@ class ToyStep:
 
 
 class ToyDecode:
-    def __init__(self):
-        self.states = {}
+    """swell: pictures are repeated this often, to make them large."""
+
+    def __init__(self, swell: int):
+        self.states, self.swell = {}, swell
 
     def __call__(self, message):
         match message:
@@ -83,7 +85,7 @@ class ToyDecode:
                 return [core.Closed(message.session)]
             case core.Block():
                 state = self.states[message.session] = 0.5 * self.states[message.session] + message.latents.float()
-                pictures = (state * 1e4).to(torch.int32).view(torch.uint8)
+                pictures = (state * 1e4).to(torch.int32).view(torch.uint8).repeat(self.swell, 1)
                 return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=pictures)]
         return []
 
@@ -113,6 +115,7 @@ class ToySource:
     what: str | None = None
     at: str = "step1"
     index: int = 1
+    swell: int = 1
 
     def build_stage(self, config, stage_names, device):
         if self.what == "build" and self.at in stage_names:
@@ -128,7 +131,7 @@ class ToySource:
         if name == "condition":
             return ToyCondition()
         if name == "decode":
-            return ToyDecode()
+            return ToyDecode(self.swell)
         return ToyStep(int(name[4:]), last=name == f"step{config.steps_run - 1}")
 
 

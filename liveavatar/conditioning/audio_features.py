@@ -266,9 +266,9 @@ class Wav2VecFrontEnd(_Streaming):
         for block in range(5):
             rows = self._rows(block)
             if rows[-1] > CELL_ROWS * self._cells:
-                raise ConfigError(f"audio.lookahead_samples={ahead}: too short for the last picture; 1040 is enough")
+                raise ConfigError(f"audio.lookahead_samples={ahead}: too short for the last picture: 1040 is enough")
             if rows[0] < 0:
-                raise ConfigError(f"audio.window_samples={window_samples}: shorter than a block and its look-ahead of {ahead}")
+                raise ConfigError(f"audio.window_samples={window_samples}: shorter than a block + look-ahead {ahead}")
 
     def _first_cell(self, block: int) -> int:
         """Index on the 0.1 s grid at which the block's window starts."""
@@ -306,8 +306,8 @@ class Wav2VecFrontEnd(_Streaming):
     def hidden_states(self, pcm: np.ndarray) -> torch.Tensor:
         """pcm: float32 [n], n >= 400 -> float32 [layers, T50, width]: embedding output and every layer's.
 
-        PCM is normalised over n. The last state is taken after the encoder's final LayerNorm, which transformers 5 leaves out of
-        `hidden_states`.
+        PCM is normalised over n. The last state is taken after the encoder's final LayerNorm, which
+        transformers 5 leaves out of `hidden_states`.
         """
         weight = next(self._model.parameters())
         values = torch.from_numpy((pcm - pcm.mean(dtype=np.float64)) / np.sqrt(pcm.var(dtype=np.float64) + 1e-7))

@@ -131,7 +131,8 @@ def output_size(height: int, width: int, area_cap: int) -> tuple[int, int]:
     if wide >= width or high >= height:
         wide, high = _floor_step(width), _floor_step(height)
     if not wide or not high:
-        raise InputError(f"a {width}x{height} picture has no output size within {area_cap} pixels: crop it or allow a larger area")
+        problem = f"a {width}x{height} picture has no output size within {area_cap} pixels"
+        raise InputError(f"{problem}: crop it or allow a larger area")
     return high, wide
 
 

@@ -153,11 +153,8 @@ class ThreadChain(Base):
         view = self.views[rank]
         try:
             self._work(rank, view)
-        except worker.RoleFault as error:
-            view.error = (time.monotonic(), str(error), traceback.format_exc())
-        except Exception as error:  # the rank's main door, for building and warming
-            line = f"{type(error).__name__}: {worker.one_line(error)}"
-            view.error = (time.monotonic(), line, traceback.format_exc())
+        except Exception as error:  # the rank's main door: whatever went wrong is reported, nothing swallowed
+            view.error = (time.monotonic(), worker.explain(error, self._pumps[rank]), traceback.format_exc())
 
     def _work(self, rank: int, view: RankView) -> None:
         torch.set_num_threads(worker.threads_of(self.config, len(self.stages)))
@@ -320,6 +317,7 @@ class ProcessChain(Base):
         match note["kind"]:
             case "beat":
                 view.busy = (note["busy"][0], now - note["busy"][1]) if note["busy"] else None
+                view.slow = note["slow"]
             case "ready":
                 view.ready = True
             case "error":
@@ -356,6 +354,9 @@ class ProcessChain(Base):
             self._stopped = True
             self._up.close()
         self._join()
+        for connection in (*self._controls.values(), self._inlet):
+            if connection is not None:
+                connection.close()  # nobody reads them any more
 
     def _all_gone(self) -> bool:
         return self._crew.gone() and all(view.lost is not None for view in self.views if view.connected)

@@ -252,7 +252,7 @@ def roll_out(fixture: Fixture, ranks: int, launcher: str) -> Rollout:
 
     source = FixtureSource(fixture.json_path)
     config = Config(model=ModelConfig(path=str(fixture.json_path), dtype="float32", device="cpu"),
-                    sampler=SamplerConfig(steps=len(source.timesteps)), runtime=RuntimeConfig(launcher=launcher),
+                    sampler=SamplerConfig(steps=len(source.timesteps)), runtime=RuntimeConfig(launcher=launcher, threads=1),  # bits may depend on the number of threads
                     stages=cut(source.chain, ranks))
     chain = launch(config)
     try:

@@ -109,11 +109,14 @@ def local_devices(kind: str, ranks: int) -> list[Device]:
 
 
 @lru_cache(maxsize=8)
+def _parameters(model: S2VConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        return {name: p.numel() for name, p in CausalS2V(model).named_parameters()}
+
+
 def transformer_bytes(model: S2VConfig, dtype: torch.dtype) -> int:
     """Bytes of all tensors of the transformer, kept in `dtype` but for the fp32 parts."""
-    with torch.device("meta"):
-        net = CausalS2V(model)
-    return sum(p.numel() * stored_dtype(name, dtype).itemsize for name, p in net.named_parameters())
+    return sum(count * stored_dtype(name, dtype).itemsize for name, count in _parameters(model).items())
 
 
 def vae_bytes(vae: Mapping, geometry: Geometry, dtype: torch.dtype) -> tuple[int, int]:

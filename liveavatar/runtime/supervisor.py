@@ -19,7 +19,7 @@ from liveavatar.core import RankFailure
 PERIOD = 0.1  # s between looks
 EXIT_WAIT = 0.3  # s a lost rank's exit status is waited for, to say how it ended
 LINK_GRACE = 1.0  # s in which a broken link may turn out to be another rank's death
-LOADING_SILENCE = 30.0  # s a rank may be silent while it loads: imports and weight files hold the interpreter
+SLOW_SILENCE = 30.0  # s a rank may be silent while it loads: imports and weight files hold the interpreter
 OWN_PAUSE = 1.0  # s: a longer gap between looks was the head's own (suspended, starved) and is nobody's fault
 
 
@@ -40,7 +40,8 @@ class Limits:
 class RankView:
     """What the head knows of one rank. Times are the head's monotonic clock; None: has not happened.
 
-    busy: what a role is at, and since when. held: its messages wait for room in the head's own queue.
+    busy: what a role is at, and since when. slow: it loads, or may have to, and can be silent for long.
+    held: its messages wait for room in the head's own queue.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class RankView:
     started: float
     connected: bool = False
     ready: bool = False
+    slow: bool = True
     held: bool = False
     seen: float | None = None  # last sign of life
     busy: tuple[str, float] | None = None
@@ -100,7 +102,7 @@ def _overdue(view: RankView, limits: Limits, now: float) -> list[tuple[float, st
     faults = []
     if not view.ready and now - view.started > limits.start:
         faults.append((view.started + limits.start, f"not ready after {limits.start:g} s (runtime.start_seconds)"))
-    silence = limits.heartbeat if view.ready else max(limits.heartbeat, LOADING_SILENCE)
+    silence = max(limits.heartbeat, SLOW_SILENCE) if view.slow or not view.ready else limits.heartbeat
     if view.seen is not None and not view.held and now - view.seen > silence:
         faults.append((view.seen + silence, f"no heartbeat for {now - view.seen:.1f} s: its process is stopped or stuck"))
     if view.busy is not None and not view.held and now - view.busy[1] > limits.block:

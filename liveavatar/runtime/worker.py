@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from liveavatar.config import Config
-from liveavatar.core import UPWARD, ConfigError, Message
+from liveavatar.core import UPWARD, ConfigError, Message, Open, SetPrompt, SetReference
 from liveavatar.runtime.links import DistLink, Link, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode
 
 BEAT_SECONDS = 0.25
@@ -70,25 +70,26 @@ def describe(message: Message) -> str:
     return f"{what}{at} of session {message.session!r}"
 
 
-class RoleFault(Exception):
-    """A role raised; the cause is chained. str() is one line for people."""
+SLOW = (Open, SetPrompt, SetReference)  # may load an encoder, and hold the interpreter for seconds
 
 
 class Pump:
     """Inbox -> roles one after the other -> next stage; what is meant for the head goes up at once.
 
     busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
-    a full link is not busy time: the blame belongs to whoever does not empty it.
+    a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
+    still says which and at what. announce: called before and after a SLOW message.
     """
 
-    def __init__(self, roles: Sequence[Callable], inbox: QueueLink, down: Link | None, up: Callable[[Message], None]):
-        self.roles, self.inbox, self.down, self.up = tuple(roles), inbox, down, up
+    def __init__(self, roles: Sequence[Callable], inbox: QueueLink, down: Link | None, up: Callable[[Message], None],
+                 announce: Callable[[], None] = lambda: None):
+        self.roles, self.inbox, self.down, self.up, self.announce = tuple(roles), inbox, down, up, announce
         self.busy: tuple[str, Message, float] | None = None
         self._stopping = False
 
     @torch.no_grad()
     def run(self) -> None:
-        """Until stop(), or the inbox is closed. Raises RoleFault, LinkBroken."""
+        """Until stop(), or the inbox is closed. Raises LinkBroken and whatever a role raises."""
         while not self._stopping:
             try:
                 self._pass(self.inbox.receive())
@@ -105,6 +106,11 @@ class Pump:
         busy = self.busy
         return (f"{busy[0]} on {describe(busy[1])}", time.monotonic() - busy[2]) if busy else None
 
+    def slow(self) -> bool:
+        """Whether a role is at a SLOW message."""
+        busy = self.busy
+        return busy is not None and isinstance(busy[1], SLOW)
+
     def _pass(self, message: Message) -> None:
         travelling = [message]
         for role in self.roles:
@@ -118,14 +124,20 @@ class Pump:
                 self.down.send(out)
 
     def _call(self, role: Callable, message: Message) -> list[Message]:
-        name = type(role).__name__
-        self.busy = (name, message, time.monotonic())
-        try:
-            return role(message)
-        except Exception as error:  # the rank's main door: everything a role raises is reported, nothing swallowed
-            raise RoleFault(f"{name} on {describe(message)}: {type(error).__name__}: {one_line(error)}") from error
-        finally:
-            self.busy = None
+        self.busy = (type(role).__name__, message, time.monotonic())
+        if isinstance(message, SLOW):
+            self.announce()
+        made = role(message)
+        self.busy = None
+        if isinstance(message, SLOW):
+            self.announce()
+        return made
+
+
+def explain(error: Exception, pump: Pump | None) -> str:
+    """One line: where it happened, if a role was at work, and what."""
+    doing = pump.doing() if pump else None
+    return f"{f'{doing[0]}: ' if doing else ''}{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(error: BaseException) -> str:
@@ -160,7 +172,7 @@ class Control:
         self.stopped = threading.Event()
 
     def start(self) -> None:
-        for target in (self._beat, self._listen):
+        for target in (self._beat_on, self._listen):
             threading.Thread(target=target, name=f"control{target.__name__}", daemon=True).start()
 
     def note(self, kind: str, **values) -> None:
@@ -185,9 +197,14 @@ class Control:
         with self._lock:
             self._connection.close()
 
-    def _beat(self) -> None:
+    def _beat_on(self) -> None:
         while not self.stopped.wait(BEAT_SECONDS):
-            self.note("beat", busy=self.pump.doing() if self.pump else None)
+            self.beat()
+
+    def beat(self) -> None:
+        """A sign of life, with what a role is at and whether that may make us silent for a while."""
+        pump = self.pump
+        self.note("beat", busy=pump.doing() if pump else None, slow=pump.slow() if pump else True)
 
     def _listen(self) -> None:
         try:
@@ -278,15 +295,16 @@ def read_inlet(connection: Connection, inbox: QueueLink) -> None:
 
 
 def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> None:
-    """Build, warm, say ready, pump. Raises RoleFault, LinkBroken, and what building raises."""
+    """Build, warm, say ready, pump. Raises LinkBroken, and what building or a role raises."""
     torch.set_num_threads(threads_of(job.config, job.world))
     device = device_of(job.config, rank)
     before, after = Neighbours(job, rank, device).links()
     inbox = QueueLink()
-    pump = Pump(build(job, rank, device), inbox, after, control.message)
+    pump = Pump(build(job, rank, device), inbox, after, control.message, control.beat)
     control.pump = pump
     receiver = ReceiveAhead(before, inbox) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
     receiver.start()
+    control.beat()
     control.note("ready")
     if control.stopped.is_set():
         pump.stop()
@@ -320,10 +338,8 @@ def _guarded_work(job: Job, rank: int, control: Control, inlet: Connection | Non
         return 0
     except LinkBroken as error:
         control.note("link", peer=error.peer, line=one_line(error))
-    except RoleFault as error:
-        control.note("error", line=str(error), traceback=traceback.format_exc())
-    except Exception as error:  # the rank's main door, for building and warming
-        control.note("error", line=f"{type(error).__name__}: {one_line(error)}", traceback=traceback.format_exc())
+    except Exception as error:  # the rank's main door: whatever went wrong is reported, nothing swallowed
+        control.note("error", line=explain(error, control.pump), traceback=traceback.format_exc())
     return 1
 
 

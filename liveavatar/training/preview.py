@@ -1,0 +1,154 @@
+"""Look at a checkpoint: generated pictures beside rendered truth, and how well the mouth follows the speech.
+
+The judge of the mouth is a ridge regression from mouth pixels (through the codec) to the renderer's true
+aperture, fitted on the training clips of the default identity. Its numbers compare checkpoints and samplers
+of ours with each other, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from liveavatar.conditioning.audio_features import LogMelFrontEnd
+from liveavatar.core import FPS
+from liveavatar.diffusion.denoise import noise
+from liveavatar.diffusion.rollout import cached_rollout
+from liveavatar.models.s2v import CausalS2V
+from liveavatar.models.vae import StreamingVAE
+from liveavatar.training import data as corpus
+from liveavatar.training import export, forcing, shards
+from liveavatar.training.codec import to_bytes, to_float
+from liveavatar.training.loop import checkpoint_path, load_average
+from liveavatar.training.synth import director, speech
+from liveavatar.training.synth.head import HeadRenderer, Identity
+
+MOUTH = (0.34, 0.56, 0.66, 0.80)  # x0 y0 x1 y1 of the judged region, shares of the picture: where heads are framed
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be said by whom, and the truth. truth uint8 [T,S,S,3]; aperture float32 [T]; pcm float32 [n] 16 kHz."""
+
+    reference: np.ndarray
+    truth: np.ndarray
+    aperture: np.ndarray
+    pcm: np.ndarray
+    caption: str
+
+
+def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, utterance: speech.Utterance, blocks: int, seed: int) -> Scene:
+    """Render `identity` saying `utterance` for so many blocks of 12 pictures."""
+    who = Identity.sample(identity)
+    track = director.direct(utterance, 12 * blocks, seed)
+    pictures = renderer.render_clip(who, track.units, track.pose, track.translation, track.gaze)
+    return Scene(corpus.neutral_picture(renderer, who), np.stack([p.rgb for p in pictures]),
+                 np.array([p.aperture for p in pictures], np.float32), utterance.pcm, who.caption)
+
+
+def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
+             sigmas: Sequence[float], seed: int, sink_distance: int = 30) -> np.ndarray:
+    """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets."""
+    held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
+    count = len(scene.truth) // 12
+    features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), 12 * count).split(12, dim=-1)
+    shape = (vae.z_dim, config.block_latents, *held.shape[-2:])
+    noises = [noise(seed, "preview", b, shape) for b in range(count)]
+    state, made = vae.new_state(), []
+    vae.decode(held, state)
+    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks,
+                                sink_distance=sink_distance):
+        made.append(to_bytes(vae.decode(block, state)))
+    return np.concatenate(made)
+
+
+# ---------------------------------------------------------------- the judge
+
+
+def mouth_pixels(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T,S,S,3] -> float32 [T,24*16*3+1]: the mouth region at a fixed small size, with a constant."""
+    side = frames.shape[1]
+    x0, y0, x1, y1 = (round(v * side) for v in MOUTH)
+    region = torch.from_numpy(frames[:, y0:y1, x0:x1].astype(np.float32) / 255).permute(0, 3, 1, 2)
+    small = F.interpolate(region, (16, 24), mode="bilinear", antialias=True, align_corners=False)
+    return np.concatenate([small.flatten(1).numpy(), np.ones((len(frames), 1), np.float32)], axis=1)
+
+
+def fit_judge(pictures: list[np.ndarray], apertures: list[np.ndarray], ridge: float = 3.0) -> np.ndarray:
+    """Weights [P] from mouth pixels to aperture."""
+    x = np.concatenate([mouth_pixels(p) for p in pictures]).astype(np.float64)
+    y = np.concatenate(apertures).astype(np.float64)
+    return np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
+
+
+def follow(weights: np.ndarray, frames: np.ndarray, aperture: np.ndarray) -> dict[str, float]:
+    """Correlation and slope of judged on true aperture, best lag in pictures, correlation with the truth shuffled."""
+    judged = mouth_pixels(frames) @ weights
+
+    def correlation(lag: int) -> float:
+        a, b = (judged[lag:], aperture[: len(aperture) - lag]) if lag >= 0 else (judged[:lag], aperture[-lag:])
+        return float(np.corrcoef(a, b)[0, 1])
+
+    lags = {lag: correlation(lag) for lag in range(-4, 5)}
+    other = np.roll(aperture, len(aperture) // 2)
+    return {"r": lags[0], "slope": float(np.polyfit(aperture, judged, 1)[0]), "lag": max(lags, key=lags.get),
+            "shuffled": float(np.corrcoef(judged, other)[0, 1])}
+
+
+def default_judge(vae: StreamingVAE, data: corpus.DataConfig, limit: int = 24) -> np.ndarray:
+    """The judge of the default identity, fitted on training clips that went through the codec."""
+    pictures, apertures = [], []
+    for path in shards.clip_paths(data.folder, "train"):
+        card, arrays = shards.read_arrays(path)
+        if card["identity"]["seed"] == data.default_identity and len(pictures) < limit:
+            latents = vae.encode(to_float(arrays["frames"]))
+            pictures.append(to_bytes(vae.decode(latents, vae.new_state())))
+            apertures.append(arrays["aperture"])
+    return fit_judge(pictures, apertures)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def sheet(rows: Sequence[np.ndarray], columns: int) -> Image.Image:
+    """Rows of pictures uint8 [T,S,S,3], `columns` of each, evenly spaced in time."""
+    picked = [r[np.linspace(0, len(r) - 1, columns).round().astype(int)] for r in rows]
+    return Image.fromarray(np.concatenate([np.concatenate(list(r), axis=1) for r in picked]))
+
+
+def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int) -> tuple[CausalS2V, int]:
+    """The averaged transformer of the last checkpoint, and its iteration."""
+    model = forcing.new_model(config, seed)
+    iteration = load_average(model, checkpoint_path(run, "forcing"))
+    return model.eval().requires_grad_(False), iteration
+
+
+def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, sigmas: Sequence[float],
+            blocks: int = 12) -> dict:
+    """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/ITERATION.{png,json}."""
+    model, iteration = load_model(config, run, seed)
+    vae = StreamingVAE.from_folder(Path(run) / "vae")
+    text = export.text_encoder_of(config.model, seed)
+    renderer = HeadRenderer(data.size, data.supersample)
+    utterance = speech.synthesize(seed + 7, 12 * blocks / FPS + corpus.LOOKAHEAD_SECONDS, (speech.HELD_OUT_VOICE,))
+    rows, report = [], {"iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
+    for name, identity in (("default", data.default_identity), ("trained", data.first_identity + 4), ("held", 1_000_000)):
+        scene = make_scene(data, renderer, identity, utterance, blocks, seed)
+        made = generate(model, vae, text.encode(scene.caption), config, scene, sigmas, seed)
+        rows += [scene.truth, made]
+        if name == "default":
+            judge = default_judge(vae, data)
+            report["mouth"], report["mouth of the truth"] = follow(judge, made, scene.aperture), follow(judge, scene.truth, scene.aperture)
+        report[f"colour error {name}"] = float(np.abs(made.mean(0) - scene.truth.mean(0)).mean())
+    folder = Path(run) / "preview"
+    folder.mkdir(exist_ok=True)
+    sheet(rows, 12).save(folder / f"{iteration:06d}.png")
+    (folder / f"{iteration:06d}.json").write_text(json.dumps(report, indent=1))
+    return report

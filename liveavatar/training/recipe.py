@@ -1,0 +1,126 @@
+"""One YAML file is one complete recipe: its stages, in order, each resumable (training.md section 1)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from liveavatar import config as settings
+from liveavatar.core import ConfigError
+from liveavatar.training import codec, data, export, forcing, preview
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """run: folder for checkpoints and logs. processes: ranks that train together, each on a batch of its own."""
+
+    run: str
+    data: data.DataConfig
+    vae: codec.CodecConfig
+    forcing: forcing.ForcingConfig
+    export: export.ExportConfig
+    seed: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        if self.processes < 1:
+            raise ConfigError(f"processes={self.processes}: must be at least 1")
+        clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
+        if clip_latents < 1 or clip_latents % self.forcing.block_latents:
+            raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
+        for name in ("in_dim", "out_dim"):
+            if self.forcing.model.get(name, 16) != self.vae.z_dim:
+                raise ConfigError(f"forcing.model.{name}={self.forcing.model.get(name, 16)}: must equal vae.z_dim={self.vae.z_dim}")
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file. Raises ConfigError."""
+    return settings.load(path, overrides, cls=Recipe)
+
+
+def run_data(recipe: Recipe) -> None:
+    """Render the corpus (what is missing of it)."""
+    data.render_corpus(recipe.data, recipe.seed)
+
+
+def run_vae(recipe: Recipe) -> None:
+    """Train the codec and write RUN/vae with the statistics of its latents."""
+    codec.train_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+    if first_rank():
+        codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+
+
+def run_latents(recipe: Recipe) -> None:
+    """Encode what is not encoded yet; ranks share the clips."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    forcing.encode_corpus(recipe.forcing, recipe.data.folder, recipe.run, rank, world)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def run_forcing(recipe: Recipe) -> None:
+    """Train the transformer."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    forcing.train_forcing(recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
+def run_export(recipe: Recipe) -> None:
+    """Put the averages of the last checkpoints together as a checkpoint folder; training may go on meanwhile."""
+    if first_rank():
+        export.export_folder(recipe.export, recipe.vae, recipe.forcing, recipe.data, recipe.run, recipe.seed)
+
+
+def run_preview(recipe: Recipe) -> None:
+    """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
+    if first_rank():
+        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas)
+
+
+STAGES = {"data": run_data, "vae": run_vae, "latents": run_latents, "forcing": run_forcing, "export": run_export}
+SIDE_STAGES = {"preview": run_preview}  # only by name
+ALONE = ("data", "export", "preview")  # these run in one process
+
+
+def first_rank() -> bool:
+    """True on the rank that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError."""
+    settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
+    recipe = read_recipe(config_path, overrides)
+    for name in STAGES if stage == "all" else (stage,):
+        _run_stage(name, recipe)
+
+
+def _run_stage(name: str, recipe: Recipe) -> None:
+    if recipe.processes == 1 or name in ALONE or dist.is_initialized():
+        return _work(name, recipe)
+    with tempfile.TemporaryDirectory(prefix="train") as folder:
+        mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)
+
+
+def _rank_main(rank: int, name: str, recipe: Recipe, meeting: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.processes)
+    try:
+        _work(name, recipe)
+    finally:
+        dist.destroy_process_group()
+
+
+def _work(name: str, recipe: Recipe) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(threads, recipe.forcing.loop.threads)))
+    try:
+        (STAGES | SIDE_STAGES)[name](recipe)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,203 @@
+"""Which PCM belongs to which block, what is sent, what comes out: pure bookkeeping, no chain."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import speech
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from liveavatar.core import Audio, CleanLatent, Frames, Geometry, InputError, Interrupt, Refresh
+from liveavatar.runtime.intake import Intake
+from liveavatar.runtime.timeline import Timeline
+
+GEOMETRY, AHEAD, BLOCK = Geometry(height=64, width=64), 1320, 7680
+
+
+def timeline(refresh_block: int = 0) -> Timeline:
+    return Timeline("s", GEOMETRY, lookahead=AHEAD, refresh_block=refresh_block)
+
+
+def pictures(value: int) -> torch.Tensor:
+    return torch.full((12, 2, 2, 3), value % 256, dtype=torch.uint8)
+
+
+def run_out(t: Timeline, heard: list | None = None) -> list:
+    """Admit and answer until nothing is left; returns the outputs."""
+    outputs = []
+    while t.has_audio and not t.gated:
+        messages = t.admit(0.0)
+        if heard is not None:
+            heard += messages
+        t.frames(Frames("s", index=messages[-1].index, pictures=pictures(messages[-1].index)))
+        outputs.append(t.take())
+    return outputs
+
+
+class Listener:
+    """A conditioner's PCM memory: what it would hear for each block, look-ahead included."""
+
+    def __init__(self):
+        self.pcm, self.windows = np.zeros(0, np.float32), {}
+
+    def hear(self, messages) -> None:
+        for m in messages:
+            if isinstance(m, Interrupt):
+                self.pcm = self.pcm[: m.sample]
+            if isinstance(m, Audio):
+                assert m.start == len(self.pcm), "PCM must be contiguous"
+                self.pcm = np.concatenate([self.pcm, m.pcm.numpy()])
+                self.windows[m.index] = self.pcm[m.index * BLOCK : (m.index + 1) * BLOCK + AHEAD].copy()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9000), min_size=1, max_size=12))
+def test_any_chunking_gives_the_same_messages_and_outputs(cuts):
+    pcm = speech(sum(cuts) / 16000)
+    whole, pieces, heard_whole, heard_pieces = timeline(), timeline(), [], []
+    whole.push(pcm)
+    whole.end()
+    expected = run_out(whole, heard_whole)
+    got, at = [], 0
+    for size in cuts:
+        pieces.push(pcm[at : at + size])
+        at += size
+        got += run_out(pieces, heard_pieces)
+    pieces.end()
+    got += run_out(pieces, heard_pieces)
+    assert [o.pts for o in got] == [o.pts for o in expected] and whole.done and pieces.done
+    assert all(np.array_equal(a.pcm, b.pcm) and a.pictures.shape == b.pictures.shape for a, b in zip(got, expected))
+    assert len(heard_whole) == len(heard_pieces)
+    assert all(torch.equal(a.pcm, b.pcm) and (a.index, a.start) == (b.index, b.start) for a, b in zip(heard_whole, heard_pieces))
+
+
+@pytest.mark.parametrize("samples", [1, 640, 641, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + AHEAD, 5 * BLOCK - 639])
+def test_outputs_hold_the_very_samples_and_end_with_the_audio(samples):
+    t, pcm = timeline(), speech(1 + samples / 16000)[:samples]
+    t.push(pcm)
+    t.end()
+    outputs = run_out(t)
+    sound = np.concatenate([o.pcm for o in outputs])
+    assert np.array_equal(sound[:samples], pcm) and not sound[samples:].any()
+    assert all(len(o.pcm) == 640 * len(o.pictures) for o in outputs)
+    assert sum(len(o.pictures) for o in outputs) == -(-samples // 640)
+    shown = [o.pts for o in outputs]
+    assert shown == [Fraction(12 * i, 25) for i in range(len(outputs))] and t.done
+
+
+def test_a_block_waits_for_its_look_ahead_unless_the_audio_ended():
+    t = timeline()
+    t.push(np.zeros(BLOCK + AHEAD - 1, np.float32))
+    assert not t.has_audio
+    t.push(np.zeros(1, np.float32))
+    assert t.has_audio
+    t.admit(0.0)
+    assert not t.has_audio  # the look-ahead alone is no block
+    t.end()
+    assert t.has_audio and not t.done
+
+
+def test_refresh_goes_just_before_its_block_and_holds_it_back():
+    t = timeline(refresh_block=2)
+    t.push(speech(4))
+    first = [t.admit(0.0) for _ in range(2)]
+    assert [len(m) for m in first] == [1, 1] and t.gated
+    latent = torch.randn(16, 1, 8, 8)
+    t.clean(CleanLatent("s", index=0, latent=latent))
+    assert not t.gated
+    refresh, audio = t.admit(0.0)
+    assert isinstance(refresh, Refresh) and torch.equal(refresh.reference, latent) and audio.index == 2
+    assert len(t.admit(0.0)) == 1
+
+
+def test_refresh_on_demand_and_new_portrait():
+    t = timeline(refresh_block=4)
+    t.refresh()
+    t.push(speech(8))
+    t.admit(0.0)
+    assert t.gated  # before block 1, and block 0 is not clean yet
+    t.clean(CleanLatent("s", index=0, latent=torch.zeros(1)))
+    assert isinstance(t.admit(0.0)[0], Refresh)
+    t.new_portrait()  # from block 2 on
+    t.clean(CleanLatent("s", index=0, latent=torch.zeros(1)))
+    t.refresh()
+    t.admit(0.0)
+    assert t.gated, "the old portrait's latent must not come back"
+    t.clean(CleanLatent("s", index=2, latent=torch.ones(1)))
+    assert t.admit(0.0)[0].reference.item() == 1.0
+    assert [len(t.admit(0.0)) for _ in range(3)] == [1, 1, 1]  # the automatic one is off
+
+
+def test_interrupt_drops_audio_pictures_and_what_is_inside():
+    t, listener = timeline(), Listener()
+    t.push(speech(3))
+    for _ in range(3):
+        listener.hear(t.admit(0.0))
+    t.frames(Frames("s", index=0, pictures=pictures(0)))
+    assert t.take().epoch == 0
+    t.frames(Frames("s", index=1, pictures=pictures(1)))
+    message = t.interrupt()
+    assert (message.epoch, message.sample) == (1, 3 * BLOCK) and t.take() is None and t.queued_seconds == 0
+    listener.hear([message])
+    new = speech(2, seed=9)
+    t.push(new)
+    listener.hear(t.admit(0.0))
+    assert np.array_equal(listener.windows[3], new[: BLOCK + AHEAD])
+    t.frames(Frames("s", index=2, pictures=pictures(2)))
+    assert t.take() is None and t.in_flight == 1
+    t.frames(Frames("s", index=3, epoch=1, pictures=pictures(3)))
+    out = t.take()
+    assert (out.index, out.epoch, out.pts) == (3, 1, Fraction(12, 25)) and np.array_equal(out.pcm, new[:BLOCK])
+
+
+def test_idle_keeps_arriving_speech_whole_and_mends_the_look_ahead():
+    t, listener, pcm = timeline(), Listener(), speech(2)
+    t.push(pcm[:500])
+    for _ in range(2):
+        t.idle()
+        listener.hear(t.admit(0.0))
+    assert not listener.windows[0][:BLOCK].any() and np.array_equal(listener.windows[0][BLOCK : BLOCK + 500], pcm[:500])
+    t.push(pcm[500 : BLOCK + AHEAD])
+    listener.hear(t.admit(0.0))
+    assert np.array_equal(listener.windows[2], pcm[: BLOCK + AHEAD])
+
+
+def test_memory_is_what_waits():
+    t = timeline()
+    for _ in range(300):
+        t.push(speech(0.48))
+        run_out(t)
+    assert len(t._pcm) < 2 * BLOCK and not t._inside and len(t._ahead) == AHEAD and t._pcm.base is None
+
+
+# ---------------------------------------------------------------- intake
+
+
+def test_int16_and_float_mean_the_same():
+    pcm = (speech(0.1) * 32767).astype(np.int16)
+    assert np.array_equal(Intake().push(pcm, 16000), pcm.astype(np.float32) / 32768)
+    assert np.array_equal(Intake().push(torch.from_numpy(pcm), 16000), pcm.astype(np.float32) / 32768)
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_resampling_leaves_no_trace_of_the_chunks(rate):
+    t = np.arange(rate) / rate
+    tone = (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
+    whole, pieces = Intake(), Intake()
+    one = np.concatenate([whole.push(tone, rate), whole.flush()])
+    cut = np.split(tone, [7, 1000, 1001, rate // 2, rate - 3])
+    many = np.concatenate([*(pieces.push(p, rate) for p in cut), pieces.flush()])
+    assert np.array_equal(one, many) and abs(len(one) - 16000) <= 32
+    ideal = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(one)) / 16000)
+    assert np.abs(one - ideal)[400:-400].max() < 0.02
+
+
+@pytest.mark.parametrize("bad, rate, why", [
+    (np.zeros((2, 5), np.float32), 16000, "mono"), (np.zeros(5, np.int64), 16000, "int64"), (np.array([np.nan], np.float32), 16000, "NaN"),
+    (np.zeros(5, np.float32), 0, "rate"), (np.zeros(5, np.float32), 16000.0, "rate"),
+])  # fmt: skip
+def test_audio_that_cannot_be_used_is_refused(bad, rate, why):
+    with pytest.raises(InputError, match=why):
+        Intake().push(bad, rate)
