@@ -26,7 +26,7 @@ def config(folder, ranks: int = 1, launcher: str = "inproc", **runtime) -> Confi
     return dataclasses.replace(base, stages=cut(base.chain, ranks))
 
 
-def run(scenario, *args, timeout: float = 120):
+def run(scenario, *args, timeout: float = 300):
     """Run an async scenario; a hang is a failure, not a wait."""
     async def bounded():
         return await asyncio.wait_for(scenario(*args), timeout)
@@ -366,7 +366,7 @@ def test_state_is_dropped_at_close_and_flat_in_between(tiny_folder, portrait, mo
         import gc
 
         gc.collect()
-        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
     async def scenario(engine):
         session = await engine.open(portrait)
@@ -381,3 +381,18 @@ def test_state_is_dropped_at_close_and_flat_in_between(tiny_folder, portrait, mo
         assert not any(held(role) for role in made[0])
 
     run(with_engine, config(tiny_folder), scenario)
+
+
+def test_a_cancelled_open_leaves_nothing(tiny_folder, portrait):
+    async def scenario(engine):
+        opening = asyncio.create_task(engine.open(portrait, name="gone"))
+        while "gone" not in engine.sessions:
+            await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        while engine.sessions:
+            await asyncio.sleep(0.01)
+        await engine.open(portrait, name="gone")
+
+    run(with_engine, config(tiny_folder, sessions=1), scenario)

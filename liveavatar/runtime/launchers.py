@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -24,14 +24,17 @@ import torch.distributed as dist
 from liveavatar.config import LAUNCHERS, Config, one_of
 from liveavatar.core import ConfigError, PlacementError
 from liveavatar.runtime import worker
-from liveavatar.runtime.chains import Chain, ProcessChain, ThreadChain
+from liveavatar.runtime.chains import Chain, Crew, ProcessChain, ThreadChain
 from liveavatar.runtime.supervisor import describe_exit
 
 LOOPBACK = "127.0.0.1"
 KILL_SECONDS = 5.0  # a killed process is waited for this long
 TERM_SECONDS = 6.0  # inside torchrun: what the head keeps of its life after SIGTERM, to name the rank that died
 HEAD_KEY = "liveavatar/head"  # in torchrun's own store: where the head listens
-PRELOADED = ["liveavatar.runtime.worker", "liveavatar.runtime.roles"]
+# Imported once by the forkserver instead of by every rank: torch, and for a checkpoint what reading one takes.
+WORKER_MODULES = ("liveavatar.runtime.worker",)
+CHECKPOINT_MODULES = ("liveavatar.runtime.roles", "diffusers.models.autoencoders.autoencoder_kl_wan",
+                      "transformers.models.umt5.modeling_umt5", "transformers.models.byt5.tokenization_byt5")
 # Freed tensors stay in the process: without this every VAE call pays for its pages again (platform.md).
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
@@ -47,13 +50,13 @@ def launch(config: Config, launcher: str | None = None, source: worker.Source | 
     one_of("runtime.launcher", name, LAUNCHERS)
     if name == "inproc":
         return ThreadChain(config, source)
-    return ProcessChain(config, source, _crew(name, config))
+    return ProcessChain(config, source, _crew(name, config, WORKER_MODULES if source else WORKER_MODULES + CHECKPOINT_MODULES))
 
 
-def _crew(name: str, config: Config):
+def _crew(name: str, config: Config, modules: Sequence[str]) -> Crew:
     world = len(worker.stages_of(config))
     if name == "local":
-        return LocalCrew(config, world)
+        return LocalCrew(config, world, modules)
     if name == "ray":
         return RayCrew(config, world)
     return TorchrunCrew(config, world) if torchrun_role() is None else JoinedCrew(config, world)
@@ -90,14 +93,14 @@ def child_environment(config: Config, world: int, address: tuple[str, int], key:
 
 
 class LocalCrew:
-    """One process per rank from a forkserver that has torch loaded already."""
+    """One process per rank from a forkserver that has imported `modules` already."""
 
     host, environment = LOOPBACK, ON_LOOPBACK
 
-    def __init__(self, config: Config, world: int):
+    def __init__(self, config: Config, world: int, modules: Sequence[str]):
         self._config, self._world = config, world
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context.set_forkserver_preload(list(modules))
         self._processes: list[multiprocessing.Process] = []
 
     def start(self, address: tuple[str, int], key: bytes) -> None:

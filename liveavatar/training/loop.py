@@ -21,6 +21,7 @@ from torch import nn
 
 from liveavatar.core import ConfigError, WeightsError
 from liveavatar.diffusion.denoise import draw_seed
+from liveavatar.training.optimiser import Optimiser, groups_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class LoopConfig:
     floor: float = 0.03
     weight_decay: float = 0.01
     beta2: float = 0.99
+    muon: bool = False  # matrices by Muon instead of AdamW: far fewer iterations for small networks
     clip: float = 1.0
     ema: float = 0.998
     checkpoint_seconds: float = 180.0
@@ -150,7 +152,8 @@ class Trainer:
         self.stage, self.module, self.config, self.seed = stage, module, config, seed
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.optimiser = torch.optim.AdamW(_groups(module, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2))
+        groups = groups_of(module, config.weight_decay, config.muon)
+        self.optimiser = Optimiser(groups, lr=config.lr, betas=(0.9, config.beta2))
         self.ema = Ema(module, config.ema)
         self.iteration = 0
         self.rank, self.world = rank_and_world()
@@ -213,10 +216,3 @@ class Trainer:
                     saved = now
         self.save()
         return losses
-
-
-def _groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices only."""
-    flat = [p for p in module.parameters() if p.dim() < 2]
-    return [{"params": [p for p in module.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": flat, "weight_decay": 0.0}]

@@ -1,0 +1,72 @@
+"""Muon for matrices, AdamW for the rest: one torch optimiser, so that its state is stored and resumed as one.
+
+Muon (K. Jordan 2024) replaces a matrix' momentum by the nearest semi-orthogonal matrix; scaled to the
+root mean square of an AdamW step (Moonlight, arXiv 2502.16982), so one learning rate serves both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Quintic iteration that drives singular values towards 1 (Jordan's coefficients): steep at 0, loose at 1.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+MATCH_RMS = 0.2  # of an AdamW step
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About U V^T of the matrix [m, n], in bf16 precision."""
+    a, b, c = QUINTIC
+    x = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).float()
+
+
+class Optimiser(torch.optim.Optimizer):
+    """Groups with "muon": True hold weights of two or more axes, taken as [out, rest]; the others get AdamW."""
+
+    def __init__(self, groups: list[dict], lr: float, beta1: float = 0.95, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
+        super().__init__(groups, {"lr": lr, "beta1": beta1, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            update = self._muon if group["muon"] else self._adam
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * update(p, self.state[p], group))
+
+    def _muon(self, p: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+        momentum = state.setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 1 - group["beta1"])
+        ahead = p.grad.lerp(momentum, group["beta1"])
+        flat = ahead.flatten(1)
+        return (orthogonal(flat) * MATCH_RMS * max(flat.shape) ** 0.5).view_as(p)
+
+    def _adam(self, p: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+        if not state:
+            state.update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
+        state["step"] += 1
+        (one, two), n = group["betas"], float(state["step"])
+        state["first"].lerp_(p.grad, 1 - one)
+        state["second"].lerp_(p.grad.square(), 1 - two)
+        return state["first"] / (1 - one**n) / ((state["second"] / (1 - two**n)).sqrt() + group["eps"])
+
+
+def groups_of(module: nn.Module, weight_decay: float, muon: bool) -> list[dict]:
+    """Parameters in groups: matrices (to Muon when asked for, with decay), then everything of one axis or one row."""
+    def is_matrix(p: torch.Tensor) -> bool:
+        return p.dim() >= 2 and min(p.shape[0], p[0].numel()) > 1
+
+    every = list(module.parameters())
+    return [{"params": [p for p in every if is_matrix(p)], "weight_decay": weight_decay, "muon": muon},
+            {"params": [p for p in every if not is_matrix(p)]}]

@@ -1,0 +1,208 @@
+"""The micro recipe end to end: every stage runs, losses fall, a resumed run repeats the numbers, the export loads."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("anny")
+pytest.importorskip("moderngl")
+
+from liveavatar.core import ConfigError, InputError, WeightsError
+from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
+from liveavatar.training import codec, export, forcing, levels, losses, preview, recipe, shards
+from liveavatar.training.loop import LoopConfig, draws_of, learning_rate
+from liveavatar.training.optimiser import orthogonal
+from liveavatar.training.synth import speech
+
+MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
+speaks = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    """The micro recipe after its data, vae and latents stages, and the overrides that lead there."""
+    if not speech.have_flite():
+        pytest.skip("flite is not installed (apt install flite)")
+    root = tmp_path_factory.mktemp("micro")
+    overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
+                 f"export.media={root}/MEDIA.md"]
+    torch.set_num_threads(1)
+    for stage in ("data", "vae", "latents", "forcing"):
+        recipe.run(stage, MICRO, overrides)
+    return recipe.read_recipe(MICRO, overrides), overrides
+
+
+def logged(run, stage):
+    return [json.loads(line)["loss"] for line in Path(run, f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_losses_of_both_stages_fall(micro):
+    for stage in ("vae", "forcing"):
+        losses_ = logged(micro[0].run, stage)
+        assert len(losses_) == 24
+        assert np.mean(losses_[-5:]) < 0.9 * np.mean(losses_[:3]), stage
+
+
+def test_a_run_that_resumes_repeats_the_losses(micro, tmp_path):
+    r = micro[0]
+    config = dataclasses.replace(r.forcing, loop=dataclasses.replace(r.forcing.loop, iterations=6))
+    text = export.text_encoder_of(config.model, r.seed)
+    runs = []
+    for name, pieces in (("whole", [None]), ("cut", [2, None])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "latents").symlink_to(Path(r.run) / "latents")
+        runs.append([x for stop in pieces for x in forcing.train_forcing(config, folder, r.seed, text, 0, stop)])
+    assert runs[0] == runs[1] and len(runs[0]) == 6
+
+
+def test_clips_do_not_depend_on_when_they_are_rendered(micro, tmp_path):
+    r = micro[0]
+    again = dataclasses.replace(r.data, folder=str(tmp_path), clips=2, held_clips=1)
+    from liveavatar.training.data import render_corpus
+
+    assert render_corpus(again, r.seed) == 3 and render_corpus(again, r.seed) == 0
+    for one, two in zip(shards.clip_paths(tmp_path, "train"), shards.clip_paths(r.data.folder, "train")):
+        a, b = shards.read_clip(one), shards.read_clip(two)
+        assert a.card == b.card and (a.pcm == b.pcm).all() and (a.frames == b.frames).all()
+
+
+def test_a_clip_has_what_it_says(micro):
+    clip = shards.read_clip(shards.clip_paths(micro[0].data.folder, "train")[0])
+    assert clip.frames.shape == (33, 64, 64, 3) and clip.reference.shape == (64, 64, 3) and clip.units.shape == (33, 52)
+    assert len(clip.pcm) >= 33 * 640 + 1320, "the front end looks 82.5 ms beyond the last picture"
+    assert clip.mouth.shape == (33, 4) and clip.eyes.shape == (33, 2, 4) and clip.caption
+
+
+def test_trained_blocks_get_the_sound_of_their_own_pictures(micro):
+    r = micro[0]
+    path = shards.clip_paths(Path(r.run) / "latents", "train")[0]
+    made = forcing.read_encoded(path)
+    reader = forcing.EncodedReader(r.run, dataclasses.replace(r.forcing, silence_share=0.0, audio_variants=1),
+                                   export.text_encoder_of(r.forcing.model, 0), 0)
+    latents, features, *_ = reader._row(dataclasses.replace(made, features=made.features[:1]), np.random.default_rng(0))
+    assert latents.shape[1] == 6 and features.shape[-1] == 24
+    # Latent 3 of a clip covers pictures 9..12: the first block is driven by pictures 9..20.
+    assert torch.equal(features, torch.from_numpy(made.features[0])[..., 9:33])
+
+
+def test_the_exported_folder_loads_and_speaks(micro):
+    r, overrides = micro
+    recipe.run("export", MICRO, overrides)
+    report = inspect_folder(r.export.folder)
+    assert report.will_load, str(report)
+    model, vae, text = load_transformer(r.export.folder), load_vae(r.export.folder), load_text_encoder(r.export.folder)
+    trained, _ = preview.load_model(r.forcing, r.run, r.seed)
+    for name, p in trained.named_parameters():
+        assert torch.allclose(model.state_dict()[name].float(), p, atol=1e-2, rtol=1e-2), name
+    scene = preview.Scene(np.full((64, 64, 3), 90, np.uint8), np.zeros((24, 64, 64, 3), np.uint8), np.zeros(24, np.float32),
+                          np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "")
+    pictures = preview.generate(model, vae, text.encode("a woman"), r.forcing, scene, r.export.sigmas, 0)
+    assert pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
+    media = Path(r.export.media).read_text()
+    assert "out/transformer.safetensors" in media and "Computer-generated" in media
+    settings = json.loads((Path(r.export.folder) / "liveavatar.json").read_text())
+    assert settings["geometry"]["height"] == 64 and settings["sampler"]["sigmas"][-1] == 0
+
+
+def test_latents_are_normalised_over_the_corpus(micro):
+    clips = [forcing.read_encoded(p).latents for p in shards.clip_paths(Path(micro[0].run) / "latents", "train")]
+    values = np.concatenate([c.reshape(c.shape[0], -1) for c in clips], axis=1).astype(np.float64)
+    assert abs(values.mean()) < 0.3 and 0.5 < values.std() < 1.6
+
+
+def test_training_decode_equals_the_streaming_decoder(micro):
+    from liveavatar.models.vae import StreamingVAE
+
+    r = micro[0]
+    vae = StreamingVAE.from_folder(Path(r.run) / "vae")
+    clip = shards.read_clip(shards.clip_paths(r.data.folder, "train")[0])
+    pictures = codec.to_float(clip.frames[:13])
+    with torch.no_grad():
+        mean, _ = codec.encode(vae.module, pictures[None])
+        whole = codec.decode(vae.module, mean)[0].clamp(-1, 1)
+    latents, state = vae.encode(pictures), vae.new_state()
+    pieces = torch.cat([vae.decode(latents[:, i : i + 1], state) for i in range(latents.shape[1])], dim=1)
+    assert torch.allclose(whole, pieces, atol=1e-4)
+
+
+def test_levels_follow_their_law():
+    rng = np.random.default_rng(0)
+    table = (1.0, 0.5)
+    sigma = levels.clip_levels(rng, 4000, 7, levels=table, same_share=0.7, table_share=0.5, shift=3.0)
+    same = (sigma == sigma[:, :1]).all(1)
+    assert 0.67 < same.float().mean() < 0.73
+    on_table = torch.isin(sigma[same][:, 0], torch.tensor(table)).float().mean()
+    assert 0.45 < on_table < 0.55
+    assert sigma.min() > 0 and sigma.max() <= 1
+    # The shifted law: sigma above .75 when the uniform draw is above .5.
+    assert 0.45 < (sigma[~same] > 0.75).float().mean() < 0.55
+
+
+def test_mixing_and_loss_agree_on_the_velocity():
+    latents, noise = torch.randn(2, 4, 6, 4, 4), torch.randn(2, 4, 6, 4, 4)
+    sigma = torch.tensor([[0.25, 1.0], [0.5, 0.75]])
+    x = levels.mix(latents, noise, sigma)
+    assert torch.allclose(x[:, :, 3:][0], noise[0, :, 3:])
+    assert torch.allclose(x[0, :, :3], 0.75 * latents[0, :, :3] + 0.25 * noise[0, :, :3])
+    weight = torch.rand(2, 1, 6, 4, 4)
+    assert losses.forcing_loss(noise - latents, latents, noise, weight) == 0
+    assert losses.forcing_loss(noise - latents + 1, latents, noise, weight) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_mouth_cells_weigh_more():
+    mouth = np.tile(np.array([[24.0, 40, 40, 48]], np.float32), (9, 1))
+    eyes = np.zeros((9, 2, 4), np.float32)
+    weight = losses.cell_weight(mouth, eyes, 64, 16, 4.0, 0.0)
+    assert weight.shape == (3, 4, 4) and weight[:, 0].max() == 1
+    assert weight[0, 2, 1] > 2 and weight[0, 2, 2] > 2
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = LoopConfig(iterations=100, lr=1.0, warmup=10, cooldown=0.5, floor=0.1)
+    rates = [learning_rate(config, i) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[10] == rates[49] == 1.0 and rates[99] == pytest.approx(0.118)
+
+
+def test_draws_are_functions_of_seed_stage_iteration_and_rank():
+    first = [draws_of(1, "vae", 3, r).numpy.random() for r in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+    assert draws_of(1, "vae", 4).numpy.random() != first[0] != draws_of(1, "forcing", 3).numpy.random()
+
+
+def test_muon_steps_are_nearly_orthogonal():
+    for shape in ((8, 20), (20, 8)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert 0.5 < values.min() and values.max() < 1.4
+
+
+def test_refusals_name_the_key(tmp_path):
+    with pytest.raises(ConfigError, match="stage='vea'.*did you mean 'vae'"):
+        recipe.run("vea", MICRO)
+    for override, words in (("data.pictures=30", "1 \\+ 4n"), ("vae.crop=30", "spatial stride"), ("forcing.model.in_dim=8", "z_dim"),
+                            ("export.sigmas=[0.5, 1.0, 0]", "must fall"), ("data.pictures=29", "whole number of blocks"),
+                            ("vae.loop.lr=0", "lr=0"), ("forcing.levels=[2.0]", "levels")):
+        with pytest.raises(ConfigError, match=words):
+            recipe.read_recipe(MICRO, [override])
+    with pytest.raises(ConfigError, match="data stage first"):
+        recipe.run("vae", MICRO, [f"data.folder={tmp_path}", f"run={tmp_path}/run"])
+    with pytest.raises(WeightsError, match="cannot read checkpoint"):
+        recipe.run("export", MICRO, [f"run={tmp_path}/none"])
+    broken = tmp_path / "clip_000000.npz"
+    broken.write_bytes(b"PK nonsense")
+    with pytest.raises(InputError, match="not a clip file"):
+        shards.read_clip(broken)
+
+
+@speaks
+def test_two_processes_train_as_one(micro, tmp_path):
+    r, overrides = micro
+    (tmp_path / "latents").symlink_to(Path(r.run) / "latents")
+    shutil.copytree(Path(r.run) / "vae", tmp_path / "vae")
+    recipe.run("forcing", MICRO, [*overrides, f"run={tmp_path}", "processes=2", "forcing.loop.iterations=3"])
+    assert len(logged(tmp_path, "forcing")) == 3 and (tmp_path / "forcing.pt").exists()
