@@ -121,17 +121,21 @@ async def _feed(session, chunks: Iterator[np.ndarray]) -> None:
 async def _record(session, path: Path, done: Done, report: Callable[[Done], None]) -> None:
     """Encode what the session makes; one thread holds the muxer, so writes keep their order and never race the close."""
     loop, writer = asyncio.get_running_loop(), None
+
+    def write(out) -> None:  # all on the thread: a cancelled wait (Ctrl-C) still writes, counts and reports this block
+        writer.write(out.pictures, out.pcm)
+        done.pictures += len(out.pictures)
+        done.last = now()
+        report(done)
+
     with ThreadPoolExecutor(1, "writer") as thread:
         try:
             async for out in session:
-                count, height, width, _ = out.pictures.shape
                 if writer is None:
+                    _, height, width, _ = out.pictures.shape
                     done.first, done.height, done.width = now(), height, width
                     writer = VideoWriter(path, width, height, fps=FPS, sample_rate=SAMPLE_RATE)
-                await loop.run_in_executor(thread, writer.write, out.pictures, out.pcm)
-                done.pictures += count
-                done.last = now()
-                report(done)
+                await loop.run_in_executor(thread, write, out)
         finally:
             if writer is not None:
                 await asyncio.shield(loop.run_in_executor(thread, writer.close))

@@ -148,10 +148,15 @@ def test_an_odd_failure_of_a_source_is_no_silent_success(tiny, files, monkeypatc
 # ---------------------------------------------------------------- as a process
 
 
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a CI job in the background ignores it, and children inherit that
+
+
 def started(tiny_folder, files, name):
     command = [sys.executable, "-m", "liveavatar", "generate", "--image", files / "me.png", "--audio", "-", "--out", files / name,
                f"model.path={tiny_folder}", "model.device=cpu", "runtime.threads=1"]  # fmt: skip
-    return subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=hear_ctrl_c)
 
 
 def raw(seconds) -> bytes:

@@ -10,6 +10,7 @@ its message is on the way).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +197,7 @@ class Engine:
         self._work, self._opened_so_far, self._closing = Signal(), 0, False
         self._sender, self._receiver = ThreadPoolExecutor(1, "head-send"), ThreadPoolExecutor(1, "head-receive")
         self._tasks: list[asyncio.Task] = []
+        self._clearing: set[asyncio.Task] = set()  # sessions whose opening was cancelled
 
     @classmethod
     async def start(cls, config: Config, launcher: str | None = None, clock: Callable[[], float] = monotonic) -> Engine:
@@ -242,12 +244,16 @@ class Engine:
         except LiveAvatarError:
             await self._discard(session)
             raise
+        except asyncio.CancelledError:  # the caller is gone: clear up behind its back
+            self._clearing.add(task := asyncio.create_task(self._discard(session)))
+            task.add_done_callback(self._clearing.discard)
+            raise
         self.wake()
         return session
 
     async def _discard(self, session: Session) -> None:
         """Forget a session that could not open; whatever it left in the chain is cleared."""
-        if self.failure is None:
+        with contextlib.suppress(LiveAvatarError):  # the chain failed: nothing is left to clear
             await session.close()
         self.sessions.pop(session.name, None)
 

@@ -14,7 +14,8 @@ import numpy as np
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
 from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, write_clip
 from liveavatar.training.synth import director, speech
-from liveavatar.training.synth.head import HeadRenderer, Identity
+from liveavatar.training.synth.head import HeadRenderer
+from liveavatar.training.synth.people import Identity
 
 LOOKAHEAD_SECONDS = 0.16  # audio kept beyond the last picture: the front end looks 0.125 s ahead
 SPLITS = ("train", "held")

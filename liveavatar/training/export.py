@@ -22,7 +22,8 @@ from liveavatar.training import forcing
 from liveavatar.training.codec import CodecConfig
 from liveavatar.training.data import DataConfig, neutral_picture
 from liveavatar.training.loop import checkpoint_path, load_average
-from liveavatar.training.synth.head import HeadRenderer, Identity
+from liveavatar.training.synth.head import HeadRenderer
+from liveavatar.training.synth.people import Identity
 
 HONEST_LABEL = ("Computer-generated head, trained only on renders; not a photograph of anybody; not photoreal; "
                 "{size} px; English speech.")

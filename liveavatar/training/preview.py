@@ -28,7 +28,8 @@ from liveavatar.training import export, forcing, shards
 from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.loop import checkpoint_path, load_average
 from liveavatar.training.synth import director, speech
-from liveavatar.training.synth.head import HeadRenderer, Identity
+from liveavatar.training.synth.head import HeadRenderer
+from liveavatar.training.synth.people import Identity
 
 MOUTH = (0.34, 0.56, 0.66, 0.80)  # x0 y0 x1 y1 of the judged region, shares of the picture: where heads are framed
 

@@ -16,6 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
+from liveavatar.training.synth import shade
+
+ARKIT_UNITS: tuple[str, ...] = (
+    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft",
+    "eyeSquintLeft", "eyeWideLeft", "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight",
+    "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight", "eyeWideRight", "jawForward",
+    "jawLeft", "jawRight", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker", "mouthLeft",
+    "mouthRight", "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight",
+    "mouthDimpleLeft", "mouthDimpleRight", "mouthStretchLeft", "mouthStretchRight",
+    "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper", "mouthPressLeft",
+    "mouthPressRight", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft",
+    "mouthUpperUpRight", "browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft",
+    "browOuterUpRight", "cheekPuff", "cheekSquintLeft", "cheekSquintRight", "noseSneerLeft",
+    "noseSneerRight", "tongueOut",
+)  # fmt: skip
+"""The 52 face units in ARKit order."""
+
 SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE, LASH, HAIR, CURTAIN = range(8)
 """Part numbers, as the fragment shader reads them."""
 
@@ -151,7 +168,6 @@ def load_mesh() -> Mesh:
     """Read and cut the head once per process (about a second)."""
     from scipy import sparse
 
-    from liveavatar.training.synth.head import ARKIT_UNITS
 
     folder = data_folder()
     verts, uv, tris, names = _read_obj(folder / "mpfb2/3dobjs/base.obj")
@@ -284,8 +300,6 @@ class Raster:
     """One off-screen GL surface of side x side pixels that draws the posed head."""
 
     def __init__(self, side: int, mesh: Mesh) -> None:
-        from liveavatar.training.synth import shade
-
         self.side = side
         self.gl = _context()
         self.programs = [

@@ -6,12 +6,9 @@ coordinates (the base mesh's dm) drive every procedural feature, so they stick t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from liveavatar.training.synth.head import Identity
+from liveavatar.training.synth.people import Identity
 
 VERTEX = """
 #version 330
