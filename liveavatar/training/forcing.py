@@ -6,7 +6,7 @@ noisy as it is at inference, and the loss is the plain velocity error, heavier o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

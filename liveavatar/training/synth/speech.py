@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from liveavatar.core import LiveAvatarError
+
 RATE = 16000
 TRAIN_VOICES = ("slt", "rms", "kal16")
 HELD_OUT_VOICE = "awb"
@@ -28,7 +30,7 @@ PHONES = frozenset(
 )
 
 
-class SpeechError(RuntimeError):
+class SpeechError(LiveAvatarError):
     """Speech could not be made or aligned."""
 
 
