@@ -1,7 +1,8 @@
 """Sink and ring: keys and values a denoising step attends to (model.md sections 5 and 7).
 
 One preallocated buffer per step holds [sink | ring] for all layers. Attention reads a slice of it;
-nothing is shifted or concatenated, because the order of keys does not matter to softmax.
+nothing is shifted or concatenated, because the order of keys does not matter to softmax. Training cannot
+write in place into what a graph still needs: ClipHistory takes StepCache's place there.
 """
 
 from __future__ import annotations
@@ -60,6 +61,15 @@ class StepCache:
             self.k[layer, : self.sink_tokens] = rotate(sink.k[layer][None], angles)[0]
         self.v[:, : self.sink_tokens] = sink.v
 
+    def attended(self, layer: int, k: torch.Tensor, v: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store this block's rotated k and v [1, block_tokens, heads, d] and give all that it attends to, [1, keys, heads, d].
+
+        reference: fp32 [2, tok, d/2], where the reference stands for this block.
+        """
+        self.roll_reference(layer, reference)
+        keys, values = self.write(layer, k[0], v[0])
+        return keys[None], values[None]
+
     def roll_reference(self, layer: int, angles: torch.Tensor) -> None:
         """Rotate the reference keys again; angles: fp32 [2, tok, d/2]. The motion keys never move."""
         tok = angles.shape[1]
@@ -83,3 +93,43 @@ class StepCache:
     def ring(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ring part [ring_tokens, heads, d] of k (rotated) and v, in slot order."""
         return self.k[layer, self.sink_tokens :], self.v[layer, self.sink_tokens :]
+
+
+class ClipHistory:
+    """[sink | newest blocks] of a batch of clips, tensors in and tensors out: what a StepCache is to a stream.
+
+    Keys and values of past blocks are kept without gradients, and all of them are kept, although a block sees
+    the newest window_blocks - 1 only: `before` gives the history any block had, so that one block after the
+    other can be computed again with gradients (training.md 2.6). The sink keeps its graph.
+    """
+
+    def __init__(self, window_blocks: int):
+        self.window_blocks = window_blocks
+        self.blocks: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # per block and layer: rotated k, v
+        self.sink: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._angles: torch.Tensor | None = None
+        self._own: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def set_sink(self, sink: list[tuple[torch.Tensor, torch.Tensor]], angles: torch.Tensor) -> None:
+        """sink: un-rotated k and v [B, S, heads, d] of every layer; angles: fp32 [2, S, d/2]."""
+        self.sink, self._angles = sink, angles
+
+    def before(self, block: int) -> "ClipHistory":
+        """The history as block number `block` of the clip found it, without a sink."""
+        earlier = ClipHistory(self.window_blocks)
+        earlier.blocks = self.blocks[:block]
+        return earlier
+
+    def attended(self, layer: int, k: torch.Tensor, v: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As StepCache.attended, for [B, block_tokens, heads, d]."""
+        self._own = [] if layer == 0 else self._own
+        self._own.append((k.detach(), v.detach()))
+        sink_k, sink_v = self.sink[layer]
+        sink_k = rotate(sink_k, torch.cat([reference, self._angles[:, reference.shape[1] :]], dim=1))
+        seen = [block[layer] for block in self.blocks[max(0, len(self.blocks) - self.window_blocks + 1) :]]
+        keys = torch.cat([sink_k.to(k.dtype), *(past for past, _ in seen), k], dim=1)
+        return keys, torch.cat([sink_v.to(v.dtype), *(past for _, past in seen), v], dim=1)
+
+    def advance(self) -> None:
+        """The block is complete in every layer and later blocks will see it."""
+        self.blocks.append(self._own)

@@ -20,7 +20,7 @@ from liveavatar import ops
 from liveavatar.core import ConfigError
 from liveavatar.models import layers as L
 from liveavatar.models.audio_encoder import AudioTokens, CausalAudioEncoder
-from liveavatar.models.cache import Sink, StepCache
+from liveavatar.models.cache import ClipHistory, Sink, StepCache
 
 MOTION_LATENTS = 19  # capacity of the frame packer: buckets of 1, 2 and 16
 REFERENCE_POSITION = 30  # time position of the reference during prefill, and before it starts to roll
@@ -269,40 +269,47 @@ class CausalS2V(nn.Module):
         if motion.shape[1] > MOTION_LATENTS:
             raise ConfigError(f"{motion.shape[1]} motion latents: the frame packer holds at most {MOTION_LATENTS}")
         reference, motion = reference.to(self.device)[None], motion.to(self.device)[None]
-        k, v = self._prefill_batch(reference, motion, text)
+        k, v = self.prefill_batch(reference, motion, text)
         return Sink(torch.cat(k), torch.cat(v))
 
     def set_sink(self, cache: StepCache, sink: Sink, h: int, w: int) -> None:
         """Put a prefilled sink into a step's cache."""
         cache.set_sink(sink, self.sink_angles(h, w))
 
-    def forward(self, x: torch.Tensor, modulation: StepModulation, audio: AudioTokens, text: TextCache, cache: StepCache,
-                *, block: int, sink_distance: int, pose: torch.Tensor | None = None) -> torch.Tensor:
-        """Velocity of one block. x, pose: [16, F, h, w] -> fp32 [16, F, h, w].
+    def forward(self, x: torch.Tensor, modulation: StepModulation, audio: AudioTokens, text: TextCache,
+                cache: StepCache | ClipHistory, *, block: int, sink_distance: int, pose: torch.Tensor | None = None,
+                remember: bool = True) -> torch.Tensor:
+        """Velocity of one block. x, pose: [16, F, h, w] over a StepCache, or [B, 16, F, h, w] over a ClipHistory; fp32, same shape.
 
-        Writes this block's keys and values into the cache (timestep forcing: those of the noisy input at
-        this step's own noise level are what later blocks at this step see). Needs cache.set_sink first.
+        Leaves this block's keys and values in the cache (timestep forcing: those of the noisy input at
+        this step's own noise level are what later blocks at this step see) unless `remember` is False.
+        Needs cache.set_sink first.
         """
         assert cache.sink is not None, "prefill before the first block"
-        _, latents, h, w = x.shape
+        if x.dim() == 4:
+            pose = None if pose is None else pose[None]
+            return self.forward(x[None], modulation, audio, text, cache, block=block, sink_distance=sink_distance, pose=pose,
+                                remember=remember)[0]
+        latents, h, w = x.shape[-3:]
         angles = self.block_angles(block, latents, h, w)
         reference = self.reference_angles(reference_position(block, latents, sink_distance), h, w)
-        tokens = self._noisy_tokens(x.to(self.device)[None], None if pose is None else pose.to(self.device)[None])
+        tokens = self._noisy_tokens(x.to(self.device), None if pose is None else pose.to(self.device))
         for i, layer in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
-                cache.roll_reference(i, reference)
-                keys, values = cache.write(i, L.rotate(k, angles)[0], v[0])
-                return ops.attention(L.rotate(q, angles), keys[None], values[None])
+                keys, values = cache.attended(i, L.rotate(k, angles), v, reference)
+                return ops.attention(L.rotate(q, angles), keys, values)
 
             tokens = layer(tokens, modulation.blocks[i], attend, text.layers[i])
             if i in self._injector_of:
                 tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled).to(self.dtype)
-        cache.advance()
-        return self.head(tokens, modulation.head, (latents, h // 2, w // 2))[0]
+        if remember:
+            cache.advance()
+        return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 
-    def _prefill_batch(self, reference, motion, text: TextCache):
-        """Batched prefill: lists over layers of k (un-rotated) and v [B, S, heads, d]."""
+    def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """prefill of a batch, differentiable: reference [B, 16, 1, h, w], motion [B, 16, 19 or fewer, h, w] -> lists over
+        layers of k (un-rotated) and v, [B, S, heads, d]."""
         tokens = self._sink_tokens(reference, motion)
         angles = self.sink_angles(*reference.shape[-2:])
         modulation = self.modulation(0.0)
@@ -318,23 +325,25 @@ class CausalS2V(nn.Module):
 
     def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,
                      motion: torch.Tensor, *, window_blocks: int = 4, sink_distance: int = REFERENCE_POSITION,
-                     first_block: int = 0, pose: torch.Tensor | None = None) -> torch.Tensor:
+                     first_block: int = 0, pose: torch.Tensor | None = None, history_grad: bool = True) -> torch.Tensor:
         """All blocks of a clip in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
 
         x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks; features: [B, layers, Ca, 4F];
         context: batch of text rows; reference: [B, 16, 1, h, w]; motion: [B, 16, M, h, w].
         Block n sees the sink, itself and the window_blocks - 1 blocks before it. first_block: number of the
-        clip's first block in its stream (positions only). Returns fp32 [B, 16, F, h, w].
+        clip's first block in its stream (positions only). history_grad: False stops gradients at the keys and
+        values of other blocks. Returns fp32 [B, 16, F, h, w].
         """
         batch, _, latents, h, w = x.shape
         blocks = t.shape[1]
         size = latents // blocks
         text = self.encode_text(context)
-        sink_k, sink_v = self._prefill_batch(reference, motion, text)
+        sink_k, sink_v = self.prefill_batch(reference, motion, text)
         audio = self._encode_clip_audio(features, blocks)
         modulation = self.modulation(t)
         tokens = self._noisy_tokens(x, pose)
-        attends = self._clip_attends(sink_k, sink_v, range(first_block, first_block + blocks), size, h, w, window_blocks, sink_distance)
+        attends = self._clip_attends(sink_k, sink_v, range(first_block, first_block + blocks), size, h, w, window_blocks,
+                                     sink_distance, history_grad)
         for i, layer in enumerate(self.blocks):
             tokens = layer(tokens, modulation.blocks[i], attends[i], text.layers[i])
             if i in self._injector_of:
@@ -347,7 +356,8 @@ class CausalS2V(nn.Module):
         tokens, pooled = self.casual_audio_encoder(per_block)
         return AudioTokens(tokens.unflatten(0, (batch, blocks)).flatten(1, 2), pooled.unflatten(0, (batch, blocks)).flatten(1, 2))
 
-    def _clip_attends(self, sink_k, sink_v, numbers: range, size: int, h: int, w: int, window: int, sink_distance: int):
+    def _clip_attends(self, sink_k, sink_v, numbers: range, size: int, h: int, w: int, window: int, sink_distance: int,
+                      history_grad: bool):
         """One attend function per layer: block n over [sink rotated for n | its window]; all blocks in one call."""
         angles = torch.cat([self.block_angles(n, size, h, w) for n in numbers], dim=1)
         positions = [reference_position(n, size, sink_distance) for n in numbers]
@@ -358,18 +368,18 @@ class CausalS2V(nn.Module):
         ring = (age >= 0).repeat_interleave(n_tokens, dim=1)
         allowed = F.pad(ring, (sink_tokens, 0), value=True)[:, None, None].to(self.device)  # [N, 1, 1, keys]
 
-        def windows(x):
-            """[B, N*n, H, d] -> [B, N, window*n, H, d], zeros before the start."""
-            x = F.pad(x, (0, 0, 0, 0, (window - 1) * n_tokens, 0))
-            return x.unfold(1, window * n_tokens, n_tokens).movedim(-1, 2)
+        def seen(sink, x):
+            """[B, N, S, H, d] and [B, N*n, H, d] -> [B*N, S + window*n, H, d]: sink, past (zeros before the start), own."""
+            past = F.pad(x if history_grad else x.detach(), (0, 0, 0, 0, (window - 1) * n_tokens, 0))
+            past = past.unfold(1, window * n_tokens, n_tokens).movedim(-1, 2)[:, :, :-n_tokens]
+            return torch.cat([sink.to(x.dtype), past, x.unflatten(1, (blocks, -1))], dim=2).flatten(0, 1)
 
         def make(sk, sv):
             def attend(q, k, v):
                 batch = len(q)
                 q, k = L.rotate(q, angles), L.rotate(k, angles)
-                sink = L.rotate(sk.repeat(1, blocks, 1, 1), sinks).unflatten(1, (blocks, -1)).to(k.dtype)
-                keys = torch.cat([sink, windows(k)], dim=2).flatten(0, 1)
-                values = torch.cat([sv[:, None].expand(-1, blocks, -1, -1, -1).to(v.dtype), windows(v)], dim=2).flatten(0, 1)
+                keys = seen(L.rotate(sk.repeat(1, blocks, 1, 1), sinks).unflatten(1, (blocks, -1)), k)
+                values = seen(sv[:, None].expand(-1, blocks, -1, -1, -1), v)
                 mask = allowed.repeat(batch, 1, 1, 1)
                 out = ops.attention(q.unflatten(1, (blocks, -1)).flatten(0, 1), keys, values, mask)
                 return out.unflatten(0, (batch, blocks)).flatten(1, 2)
