@@ -68,6 +68,25 @@ def draws_of(seed: int, stage: str, iteration: int, rank: int = 0) -> Draws:
     return Draws(iteration, np.random.default_rng(key), torch.Generator().manual_seed(key))
 
 
+def shared_draws(seed: int, stage: str, iteration: int) -> Draws:
+    """Generators for what all ranks must draw alike: exit level, sink distance, coins. Ranks that run different
+    graphs wait for each other for ever; see `agreed`."""
+    key = draw_seed("train", seed, stage, iteration, "all ranks")
+    return Draws(iteration, np.random.default_rng(key), torch.Generator().manual_seed(key))
+
+
+def agreed(**drawn: int) -> None:
+    """Compare what every rank drew. Raises ConfigError, on all ranks, where they differ (another seed or iteration)."""
+    if not dist.is_initialized():
+        return
+    own = torch.tensor(list(drawn.values()))
+    all_ranks = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_ranks, own)
+    different = [name for i, name in enumerate(drawn) if len({int(r[i]) for r in all_ranks}) > 1]
+    if different:
+        raise ConfigError(f"ranks drew different {', '.join(different)}: {[r.tolist() for r in all_ranks]}; same seed and checkpoint everywhere?")
+
+
 LossOf = Callable[[Draws], tuple[torch.Tensor, dict[str, float]]]
 
 

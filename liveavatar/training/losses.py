@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from liveavatar.core import ConfigError
+from liveavatar.diffusion.rollout import Velocity
+from liveavatar.training.levels import mix, per_latent
 
 
 def box_mask(boxes: np.ndarray, side: int, margin: float) -> np.ndarray:
@@ -50,3 +56,63 @@ def forcing_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Ten
     """Weighted mean of |v - (eps - x0)|^2 (training.md 2.1). All [B,16,F,h,w]; weight broadcasts, mean of it need not be 1."""
     error = (velocity.float() - (noise - latents)).square()
     return (error * weight).sum() / weight.expand_as(error).sum()
+
+
+# ---------------------------------------------------------------- distribution matching (training.md 2.5)
+
+# What to add to a number of another project to get ours: s of u + s (c - u), where s = 1 is no guidance.
+GUIDANCE_CONVENTIONS = {"conventional": 0.0, "fastvideo": 0.0, "fastvideo_legacy": 1.0, "self_forcing": 1.0, "livetalk": 1.0}
+
+
+def conventional_guidance(value: float, convention: str) -> float:
+    """A guidance number in our convention, from that of a project in GUIDANCE_CONVENTIONS. Raises ConfigError."""
+    if convention not in GUIDANCE_CONVENTIONS:
+        raise ConfigError(f"guidance convention {convention!r}: must be one of {', '.join(GUIDANCE_CONVENTIONS)}")
+    return value + GUIDANCE_CONVENTIONS[convention]
+
+
+def guided(chain: Sequence[Velocity], scales: Sequence[float]) -> Velocity:
+    """Classifier-free guidance: u + s_1 (c_1 - u) + s_2 (c_2 - c_1) + ..., chain = (u, c_1, c_2, ...).
+
+    All scales 1 is the last of the chain itself; equal scales leave out what lies between. Guiding the
+    velocity guides the clean estimate alike, which is an affine function of it.
+    """
+    assert len(chain) == len(scales) + 1 > 1
+    if len(set(scales)) == 1:
+        chain, scales = (chain[0], chain[-1]), scales[:1]
+    if scales[0] == 1 and len(scales) == 1:
+        return chain[-1]
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        made = [v(x, sigma).float() for v in chain]
+        return made[0] + sum(s * (c - u) for s, u, c in zip(scales, made, made[1:]))
+
+    return velocity
+
+
+def clean_estimate(velocity: Velocity, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """x - sigma v in fp32: what the model takes x [B,C,F,h,w] for. sigma: [B,N]."""
+    return x.float() - per_latent(sigma, x) * velocity(x, sigma).float()
+
+
+@torch.no_grad()
+def dmd_gradient(made: torch.Tensor, real: Velocity, fake: Velocity, tau: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Direction [B,C,F,h,w] in which generated latents move away from the critic's and towards the teacher's estimate.
+
+    The difference of the two clean estimates of `made` noised to tau [B,N], divided per clip by the mean
+    |made - real estimate|, so that no clip and no tau outweighs another. real: guided; fake: never.
+    """
+    x = mix(made, noise, tau)
+    towards = clean_estimate(real, x, tau)
+    size = (made - towards).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.nan_to_num((clean_estimate(fake, x, tau) - towards) / size)
+
+
+def matching_loss(made: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """1/2 mean |X - sg(X - g)|^2: a scalar whose gradient at X is g / numel."""
+    return 0.5 * (made.float() - (made.float() - gradient).detach()).square().mean()
+
+
+def critic_loss(fake: Velocity, made: torch.Tensor, tau: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Flow matching on generated latents: mean |v - (eps - X)|^2 at tau, no weight."""
+    return (fake(mix(made, noise, tau), tau).float() - (noise - made)).square().mean()
