@@ -1,7 +1,10 @@
 """Distribution matching: guidance, fixed point, a 1-D mixture reached from elsewhere; the stages `ode` and `dmd`."""
 
 import copy
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +12,12 @@ import torch
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import exit_table, level_parallel
 from liveavatar.diffusion.schedule import shifted
-from liveavatar.training import levels, losses
+from liveavatar.training import dmd, forcing, guidance, levels, losses, ode
+from liveavatar.training.loop import LoopConfig, agreed, load_checkpoint, shared_draws
+from liveavatar.training.shards import write_arrays
 from torch import nn
 
+MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
 TABLE = levels.student_table(4, 5.0)
 
 
@@ -46,20 +52,20 @@ def constant(value: float):
 def test_guidance_is_conventional():
     x, sigma = torch.zeros(2, 1, 2, 1, 1), torch.ones(2, 2)
     u, text, full = constant(1.0), constant(2.0), constant(5.0)
-    assert losses.guided((u, full), (1.0,)) is full, "no guidance is the conditional prediction, at the price of one forward"
-    assert losses.guided((u, text, full), (1.0, 1.0)) is full
-    assert float(losses.guided((u, full), (3.0,))(x, sigma).mean()) == 1 + 3 * (5 - 1)
-    assert float(losses.guided((u, text, full), (2.0, 3.0))(x, sigma).mean()) == 1 + 2 * (2 - 1) + 3 * (5 - 2)
-    assert float(losses.guided((u, text, full), (3.0, 3.0))(x, sigma).mean()) == 1 + 3 * (5 - 1)
-    assert float(losses.guided((u, full), (0.0,))(x, sigma).mean()) == 1
+    assert guidance.guided((u, full), (1.0,)) is full, "no guidance is the conditional prediction, at the price of one forward"
+    assert guidance.guided((u, text, full), (1.0, 1.0)) is full
+    assert float(guidance.guided((u, full), (3.0,))(x, sigma).mean()) == 1 + 3 * (5 - 1)
+    assert float(guidance.guided((u, text, full), (2.0, 3.0))(x, sigma).mean()) == 1 + 2 * (2 - 1) + 3 * (5 - 2)
+    assert float(guidance.guided((u, text, full), (3.0, 3.0))(x, sigma).mean()) == 1 + 3 * (5 - 1)
+    assert float(guidance.guided((u, full), (0.0,))(x, sigma).mean()) == 1
 
 
 def test_numbers_of_other_projects_are_converted_once():
     numbers = {"self_forcing": (3.0, 4.0), "livetalk": (5.0, 6.0), "fastvideo": (4.0, 4.0), "fastvideo_legacy": (3.0, 4.0), "conventional": (2.0, 2.0)}
     for convention, (theirs, ours) in numbers.items():
-        assert losses.conventional_guidance(theirs, convention) == ours
+        assert guidance.conventional_guidance(theirs, convention) == ours
     with pytest.raises(ConfigError, match="must be one of"):
-        losses.conventional_guidance(1.0, "wan")
+        guidance.conventional_guidance(1.0, "wan")
 
 
 # ---------------------------------------------------------------- the loss
@@ -76,9 +82,9 @@ def test_nothing_moves_when_the_critic_is_the_teacher():
     torch.manual_seed(0)
     net = Net()
     made, noise, tau = torch.randn(4, 1, 6, 1, 1), torch.randn(4, 1, 6, 1, 1), torch.full((4, 2), 0.4)
-    real = losses.guided((constant(9.0), net), (1.0,))
+    real = guidance.guided((constant(9.0), net), (1.0,))
     assert not losses.dmd_gradient(made, real, copy.deepcopy(net), tau, noise).any()
-    assert losses.dmd_gradient(made, losses.guided((constant(9.0), net), (1.1,)), net, tau, noise).any()
+    assert losses.dmd_gradient(made, guidance.guided((constant(9.0), net), (1.1,)), net, tau, noise).any()
 
 
 def test_the_normaliser_is_per_clip():
@@ -181,3 +187,185 @@ def test_a_student_of_the_wrong_distribution_reaches_the_mixture():
                     a.lerp_(b, 0.03)
     print(start, distance(student, target), distance(mean, target))
     assert start > 0.2 and distance(mean, target) < 0.05
+
+
+# ---------------------------------------------------------------- trajectories
+
+
+def test_trajectories_pass_through_the_student_levels():
+    target, noise = Mixture((0.5, -1.0, 0.3), (0.5, 1.0, 0.3)), torch.randn(2, 1, 6, 1, 1)
+    states = ode.integrate(target, TABLE, levels.teacher_grid(TABLE, 6, 5.0), noise, 2)
+    assert states.shape == (2, 5, 1, 6, 1, 1) and torch.equal(states[:, 0], noise)
+    for k, sigma in enumerate(TABLE[1:4], start=1):  # going on from a stored state ends where the whole way ended
+        rest = levels.teacher_grid(TABLE[k:], 6, 5.0)
+        assert rest[0] == sigma and torch.allclose(ode.integrate(target, TABLE[k:], rest, states[:, k], 2)[:, -1], states[:, -1], atol=1e-5)
+
+
+def test_ode_loss_counts_noised_blocks_only():
+    states = torch.randn(2, 5, 1, 6, 1, 1)
+    shown = torch.tensor([[0, 4], [3, 2]])
+    seen = torch.stack([torch.cat([states[b, k, :, 3 * n : 3 * n + 3] for n, k in enumerate(row)], dim=1) for b, row in enumerate(shown.tolist())])
+
+    def oracle(x, sigma):
+        assert torch.equal(x, seen)
+        s = levels.per_latent(sigma, x)
+        return torch.where(s > 0, (x - states[:, -1]) / s.clamp_min(1e-6), 1e6)  # nonsense where the block is clean
+
+    assert float(ode.ode_loss(oracle, states, TABLE, shown)) < 1e-10
+    off = ode.ode_loss(lambda x, s: oracle(x, s) + 1, states, TABLE, shown)
+    assert float(off) == pytest.approx((1 + TABLE[3] ** 2 + TABLE[2] ** 2) / 3, rel=1e-5)
+    assert float(ode.ode_loss(lambda x, s: x, states, TABLE, torch.full((2, 2), 4))) == 0, "nothing to learn from context alone"
+
+
+def test_states_shown_follow_their_law():
+    shown = ode.draw_states(np.random.default_rng(0), 6000, 7, 4, 0.5, 0.1)
+    same = (shown == shown[:, :1]).all(1)
+    assert float(same.float().mean()) == pytest.approx(0.5, abs=0.03) and set(shown[same].unique().tolist()) == {0, 1, 2, 3}
+    assert float((shown[~same] == 4).float().mean()) == pytest.approx(0.1, abs=0.02)
+
+
+# ---------------------------------------------------------------- what all ranks do alike
+
+
+def test_one_plan_for_all_ranks_covers_all_exits():
+    config = dmd.DmdConfig(loop=LoopConfig(iterations=1), refresh_share=0.25)
+    forcing_config = forcing.ForcingConfig(loop=LoopConfig(iterations=1), model={})
+    plans = [dmd.Plan.draw(config, forcing_config, 4, shared_draws(0, "dmd", i)) for i in range(600)]
+    assert plans[5] == dmd.Plan.draw(config, forcing_config, 4, shared_draws(0, "dmd", 5))
+    for steps in (1, 2, 3, 4):
+        assert 110 < sum(p.steps == steps for p in plans) < 190
+    assert {p.sink_distance for p in plans} == set(range(4, 31)) and 110 < sum(p.refresh for p in plans) < 190
+
+
+def compare(rank, folder):
+    """What a rank does in the test below."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        plan = shared_draws(3, "dmd", 8).numpy.integers(4)
+        agreed(steps=int(plan), refresh=1)
+        try:
+            agreed(steps=int(plan), refresh=rank)
+        except ConfigError as error:
+            (folder / f"refused{rank}").write_text(str(error))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_disagree_all_stop(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.start_processes(compare, args=(tmp_path,), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        assert "different refresh: [[" in (tmp_path / f"refused{rank}").read_text()
+
+
+def test_the_student_takes_its_turns():
+    config = dmd.DmdConfig(loop=LoopConfig(iterations=40), ratio=5, critic_warmup=20)
+    assert [i for i in range(40) if config.student_turn(i)] == [24, 29, 34, 39] and config.student_steps(40) == 4
+
+
+# ---------------------------------------------------------------- the stages of the micro recipe
+
+
+def encoded_clip(folder: Path, index: int) -> None:
+    """A clip as stage `latents` would leave it, of noise: 9 latents of 4 x 4."""
+    rng = np.random.default_rng(index)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    card = {"caption": f"person {index}", "identity": {"seed": index}, "seed": index}
+    write_arrays(folder / "train" / f"clip_{index:06d}.npz", card, latents=draw(16, 9, 4, 4).astype(np.float16), reference=draw(16, 1, 4, 4),
+                 motion=draw(16, 3, 4, 4), features=draw(2, 1, 400, 33), weight=np.ones((9, 4, 4), np.float32))
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    """The micro recipe through forcing, ode and dmd, on clips of noise; its overrides."""
+    recipe = pytest.importorskip("liveavatar.training.recipe", exc_type=ImportError)
+    root = tmp_path_factory.mktemp("distilled")
+    for index in range(3):
+        encoded_clip(root / "latents", index)
+    overrides = [f"run={root}", "forcing.loop.iterations=4"]
+    for stage in ("forcing", "ode", "dmd"):
+        recipe.run(stage, MICRO, overrides)
+    return recipe.read_recipe(MICRO, overrides)
+
+
+def rows(run, stage):
+    return [json.loads(line) for line in Path(run, f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_the_chain_runs_and_the_student_learns_in_its_turns(micro):
+    log = rows(micro.run, "dmd")
+    assert len(log) == 14 and all(math.isfinite(v) for row in log for v in row.values())
+    assert [row["iteration"] for row in log if "student" in row] == [9, 14]
+    assert all(row["lr"] == pytest.approx(2e-4) for row in log) and all(row["forward"] > 0 for row in log if "student" in row)
+    assert len(rows(micro.run, "ode")) == 6 and len(list((Path(micro.run) / "trajectories").iterdir())) == 2
+
+
+def test_student_and_critic_move_and_the_teacher_stays(micro):
+    """In bf16 autocast, after a rollout without gradients: casts kept from there would cut the graph."""
+    assert micro.dmd.loop.bf16
+    state, start, teacher = (load_checkpoint(Path(micro.run) / f"{stage}.pt") for stage in ("dmd", "ode", "forcing"))
+    assert teacher["iteration"] == 4
+    for name, before, after in [(n, p, state["model"][n]) for n, p in start["ema"].items()] + [
+            (n, p, state["critic"]["model"][n]) for n, p in teacher["ema"].items()]:
+        idle = name.startswith(("cond_encoder.weight", "casual_audio_encoder.weights", "frame_packer")) or name.endswith("k.bias")
+        assert torch.isfinite(after).all() and (idle or not torch.equal(before, after)), name
+    assert not torch.equal(state["model"]["head.head.weight"], state["critic"]["model"]["head.head.weight"])
+    assert state["critic"]["ema"] == {} and state["iteration"] == 14
+    drift = [float((state["ema"][n] - start["ema"][n]).abs().max()) for n in ("head.head.weight", "patch_embedding.weight")]
+    assert min(drift) > 0, "the average moves with the student"
+
+
+def same(a, b) -> bool:
+    """Equal trees of tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_resumed_distillation_repeats_everything(micro, tmp_path):
+    """Cut in the middle: losses, both networks, both optimisers and the average, bit for bit."""
+    from liveavatar.training.export import text_encoder_of
+
+    for name in ("latents", "forcing.pt", "ode.pt"):
+        (tmp_path / name).symlink_to(Path(micro.run) / name)
+    text = text_encoder_of(micro.forcing.model, micro.seed)
+    found = [loss for stop in (3, 7, None)
+             for loss in dmd.train_dmd(micro.dmd, micro.forcing, micro.export.sigmas, tmp_path, micro.seed, text, 0, stop)]
+    assert len(found) == 14
+    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path, "dmd")]
+    assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(micro.run, "dmd")]
+    assert same(load_checkpoint(tmp_path / "dmd.pt"), load_checkpoint(Path(micro.run) / "dmd.pt"))
+
+
+@pytest.mark.parametrize("change", [{"history": "fixed:557"}, {"refresh_share": 1.0}, {"history_grad": "detach", "forward_kl": 0.0}])
+def test_other_ways_of_stage_two(micro, tmp_path, change):
+    """Shared banks and refreshed sinks go through the cached order and replay."""
+    from liveavatar.training.export import text_encoder_of
+
+    for name in ("latents", "forcing.pt", "ode.pt"):
+        (tmp_path / name).symlink_to(Path(micro.run) / name)
+    short = dataclasses.replace(micro.dmd, critic_warmup=0, ratio=1, loop=dataclasses.replace(micro.dmd.loop, iterations=2), **change)
+    dmd.train_dmd(short, micro.forcing, micro.export.sigmas, tmp_path, micro.seed, text_encoder_of(micro.forcing.model, micro.seed), 0)
+    log = rows(tmp_path, "dmd")
+    assert [row["student"] > 0 and row["student_norm"] > 0 for row in log] == [True, True]
+
+
+def test_refusals_of_distillation_name_the_key(micro):
+    from liveavatar.training import recipe
+
+    for override, words in (("dmd.history=per_level", "must be clean, fixed:t"), ("dmd.start=teacher", "dmd.start"), ("dmd.ratio=0", "dmd.ratio"),
+                            ("dmd.guidance.convention=wan", "guidance.convention"), ("dmd.history=clean", "cannot be exported"),
+                            ("ode=null", "no ode section"), ("ode.pieces=0", "ode.pieces"), ("dmd.guidance.audio=-1", "not be negative"),
+                            ("dmd=null", "export.stage='dmd'")):
+        with pytest.raises(ConfigError, match=words):
+            recipe.read_recipe(MICRO, [override])
+    with pytest.raises(ConfigError, match="no dmd section"):
+        recipe.run("dmd", MICRO, [f"run={micro.run}", "dmd=null", "export.stage=forcing"])
+    with pytest.raises(ConfigError, match="made for levels"):
+        ode.read_trajectories(ode.trajectory_path(micro.run, 0), (1.0, 0.5, 0.0))
+    assert recipe.stages_of(micro)[3:] == ["forcing", "ode", "dmd", "export"]

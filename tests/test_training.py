@@ -36,7 +36,7 @@ def micro(tmp_path_factory):
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("micro")
     overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
-                 f"export.media={root}/MEDIA.md"]
+                 f"export.media={root}/MEDIA.md", "export.stage=forcing"]  # ode and dmd: test_distillation.py
     torch.set_num_threads(1)
     for stage in ("data", "vae", "latents", "forcing"):
         recipe.run(stage, MICRO, overrides)

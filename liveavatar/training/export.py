@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from liveavatar.config import one_of
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
@@ -22,7 +23,6 @@ from liveavatar.models.weights import save_folder
 from liveavatar.training import forcing
 from liveavatar.training.codec import CodecConfig
 from liveavatar.training.data import DataConfig, neutral_picture
-from liveavatar.training.loop import checkpoint_path, load_average
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
@@ -33,9 +33,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """folder: where the checkpoint folder goes; portrait: picture of the default identity, "" for none. history:
+    """stage: whose averages are exported. folder: where the checkpoint folder goes; portrait: picture of the default identity, "" for none. history:
     how the weights came about, in plain words, for the card."""
 
+    stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
     portrait: str = "liveavatar/assets/portrait.png"
     portrait_size: int = 512
@@ -47,6 +48,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
+        one_of("export.stage", self.stage, ("forcing", "ode", "dmd"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -72,10 +74,9 @@ def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
 def export_folder(config: ExportConfig, vae_config: CodecConfig, training: forcing.ForcingConfig, data: DataConfig,
                   run: str | Path, seed: int) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. Raises WeightsError without checkpoints."""
-    model = forcing.new_model(training, seed)
-    iteration = load_average(model, checkpoint_path(run, "forcing"))
+    model, iteration = forcing.averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
-    card = {"label": HONEST_LABEL.format(size=data.size), "iterations": iteration, "seed": seed,
+    card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",

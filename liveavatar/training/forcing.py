@@ -20,7 +20,7 @@ from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import losses, shards
 from liveavatar.training.codec import to_float
 from liveavatar.training.levels import clip_levels, mix
-from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.loop import Draws, LoopConfig, Trainer, checkpoint_path, load_average
 from liveavatar.training.synth import speech
 
 
@@ -182,6 +182,12 @@ def new_model(config: ForcingConfig, seed: int) -> CausalS2V:
     model = CausalS2V(S2VConfig.from_dict(config.model))
     model.init_weights(seed)
     return model
+
+
+def averaged_model(config: ForcingConfig, run: str | Path, stage: str, seed: int) -> tuple[CausalS2V, int]:
+    """The averaged transformer of a stage's last checkpoint, and its iteration. Raises WeightsError without one."""
+    model = new_model(config, seed)
+    return model, load_average(model, checkpoint_path(run, stage))
 
 
 def draw_position(config: ForcingConfig, rng: np.random.Generator) -> tuple[int, int]:

@@ -35,6 +35,7 @@ class LoopConfig:
     cooldown: float = 0.5
     floor: float = 0.03
     weight_decay: float = 0.01
+    beta1: float = 0.9
     beta2: float = 0.99
     muon: bool = False  # matrices by Muon instead of AdamW: far fewer iterations for small networks
     clip: float = 1.0
@@ -48,7 +49,7 @@ class LoopConfig:
         for name in ("iterations", "batch", "lr", "clip", "log_every", "threads"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("cooldown", "floor", "ema"):
+        for name in ("cooldown", "floor", "ema", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be in 0..1")
 
@@ -152,6 +153,12 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def meet() -> None:
+    """Wait for the other ranks of the group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def average_gradients(module: nn.Module, world: int) -> None:
     """Mean of the gradients over all ranks, as one message. On a few CPU cores two processes of one
     thread each train faster than one of two: they meet once an iteration, not once an operator."""
@@ -163,17 +170,52 @@ def average_gradients(module: nn.Module, world: int) -> None:
         p.grad = part.view(p.shape).to(p.dtype)
 
 
+class Learner:
+    """A module with its optimiser and, where one is wanted, its average."""
+
+    def __init__(self, module: nn.Module, config: LoopConfig, average: bool = True):
+        self.module, self.config = module, config
+        groups = groups_of(module, config.weight_decay, config.muon)
+        self.optimiser = Optimiser(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+        self.ema = Ema(module, config.ema) if average else None
+        self.world = rank_and_world()[1]
+
+    def update(self, rate: float, count: int) -> float:
+        """Step number `count` (from 1) by the gradients at hand, averaged over ranks; forgets them. Returns their norm."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if self.world > 1:
+            average_gradients(self.module, self.world)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.module, count)
+        return float(norm)
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"model": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "ema": self.ema.values if self.ema else {}}
+
+    def load(self, state: dict) -> None:
+        """Go on from `state`."""
+        self.module.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.ema:
+            self.ema.values = {name: value.clone() for name, value in state["ema"].items()}
+
+
 class Trainer:
     """One stage's module with optimiser and EMA, resumable. In a process group every rank holds a
-    whole copy and its own batch; rank 0 writes."""
+    whole copy and its own batch; rank 0 writes. others: further learners of the stage, kept in the
+    same checkpoint, so that they cannot part."""
 
-    def __init__(self, stage: str, module: nn.Module, config: LoopConfig, folder: str | Path, seed: int):
-        self.stage, self.module, self.config, self.seed = stage, module, config, seed
+    def __init__(self, stage: str, module: nn.Module, config: LoopConfig, folder: str | Path, seed: int,
+                 others: dict[str, Learner] | None = None):
+        self.stage, self.config, self.seed = stage, config, seed
+        self.learner, self.others = Learner(module, config), others or {}
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        groups = groups_of(module, config.weight_decay, config.muon)
-        self.optimiser = Optimiser(groups, lr=config.lr, betas=(0.9, config.beta2))
-        self.ema = Ema(module, config.ema)
         self.iteration = 0
         self.rank, self.world = rank_and_world()
         if self.path.exists():
@@ -185,37 +227,33 @@ class Trainer:
 
     def _resume(self) -> None:
         state = load_checkpoint(self.path)
-        self.module.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.ema.values = {name: value.clone() for name, value in state["ema"].items()}
+        self.learner.load(state)
+        for name, other in self.others.items():
+            other.load(state[name])
         self.iteration = int(state["iteration"])
 
     def save(self) -> None:
-        """Checkpoint: weights, EMA, optimiser, iteration."""
+        """Checkpoint: weights, EMA, optimiser, iteration; of every learner."""
         if self.rank:
             return
-        save_checkpoint(self.path, model=self.module.state_dict(), ema=self.ema.values,
-                        optimiser=self.optimiser.state_dict(), iteration=self.iteration, seed=self.seed)
+        others = {name: other.state() for name, other in self.others.items()}
+        save_checkpoint(self.path, **self.learner.state(), **others, iteration=self.iteration, seed=self.seed)
 
     def step(self, loss_of: LossOf) -> dict[str, float]:
         """One iteration; returns its metrics."""
         rate = learning_rate(self.config, self.iteration)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
             loss, metrics = loss_of(draws_of(self.seed, self.stage, self.iteration, self.rank))
-        self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        if self.world > 1:
-            average_gradients(self.module, self.world)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
-        self.optimiser.step()
-        self.iteration += 1
-        self.ema.update(self.module, self.iteration)
-        return {"loss": float(loss.detach()), "norm": float(norm), "lr": rate, **metrics}
+        norm = self.learner.update(rate, self.iteration + 1)
+        return {"loss": float(loss.detach()), "norm": norm, "lr": rate, **metrics}
 
     def run(self, loss_of: LossOf, stop_after: int | None = None) -> list[float]:
-        """Iterate to the end (or `stop_after` iterations more); returns the losses of this call."""
+        """Iterate one loss to the end (or `stop_after` iterations more); returns the losses of this call."""
+        return self.run_steps(lambda: self.step(loss_of), stop_after)
+
+    def run_steps(self, step: Callable[[], dict[str, float]], stop_after: int | None = None) -> list[float]:
+        """As run, where an iteration is more than one loss. step: does iteration `self.iteration`, returns metrics with "loss"."""
         torch.set_num_threads(self.config.threads)
         losses, end = [], self.config.iterations
         if stop_after is not None:
@@ -223,7 +261,8 @@ class Trainer:
         saved = started = time.monotonic()
         with open(self.folder / f"{self.stage}.jsonl", "a", encoding="utf-8") as log:
             while self.iteration < end:
-                metrics = self.step(loss_of)
+                metrics = step()
+                self.iteration += 1
                 losses.append(metrics["loss"])
                 now = time.monotonic()
                 if not self.rank and (self.iteration % self.config.log_every == 0 or self.iteration == end):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import Velocity
 from liveavatar.training.levels import mix, per_latent
 
@@ -59,36 +56,6 @@ def forcing_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Ten
 
 
 # ---------------------------------------------------------------- distribution matching (training.md 2.5)
-
-# What to add to a number of another project to get ours: s of u + s (c - u), where s = 1 is no guidance.
-GUIDANCE_CONVENTIONS = {"conventional": 0.0, "fastvideo": 0.0, "fastvideo_legacy": 1.0, "self_forcing": 1.0, "livetalk": 1.0}
-
-
-def conventional_guidance(value: float, convention: str) -> float:
-    """A guidance number in our convention, from that of a project in GUIDANCE_CONVENTIONS. Raises ConfigError."""
-    if convention not in GUIDANCE_CONVENTIONS:
-        raise ConfigError(f"guidance convention {convention!r}: must be one of {', '.join(GUIDANCE_CONVENTIONS)}")
-    return value + GUIDANCE_CONVENTIONS[convention]
-
-
-def guided(chain: Sequence[Velocity], scales: Sequence[float]) -> Velocity:
-    """Classifier-free guidance: u + s_1 (c_1 - u) + s_2 (c_2 - c_1) + ..., chain = (u, c_1, c_2, ...).
-
-    All scales 1 is the last of the chain itself; equal scales leave out what lies between. Guiding the
-    velocity guides the clean estimate alike, which is an affine function of it.
-    """
-    assert len(chain) == len(scales) + 1 > 1
-    if len(set(scales)) == 1:
-        chain, scales = (chain[0], chain[-1]), scales[:1]
-    if scales[0] == 1 and len(scales) == 1:
-        return chain[-1]
-
-    def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        made = [v(x, sigma).float() for v in chain]
-        return made[0] + sum(s * (c - u) for s, u, c in zip(scales, made, made[1:]))
-
-    return velocity
-
 
 def clean_estimate(velocity: Velocity, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """x - sigma v in fp32: what the model takes x [B,C,F,h,w] for. sigma: [B,N]."""

@@ -26,7 +26,6 @@ from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
 from liveavatar.training import export, forcing, shards
 from liveavatar.training.codec import to_bytes, to_float
-from liveavatar.training.loop import checkpoint_path, load_average
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -124,22 +123,21 @@ def sheet(rows: Sequence[np.ndarray], columns: int) -> Image.Image:
     return Image.fromarray(np.concatenate([np.concatenate(list(r), axis=1) for r in picked]))
 
 
-def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int) -> tuple[CausalS2V, int]:
-    """The averaged transformer of the last checkpoint, and its iteration."""
-    model = forcing.new_model(config, seed)
-    iteration = load_average(model, checkpoint_path(run, "forcing"))
+def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int, stage: str = "forcing") -> tuple[CausalS2V, int]:
+    """The averaged transformer of a stage's last checkpoint, and its iteration."""
+    model, iteration = forcing.averaged_model(config, run, stage, seed)
     return model.eval().requires_grad_(False), iteration
 
 
 def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, sigmas: Sequence[float],
-            blocks: int = 12) -> dict:
+            stage: str = "forcing", blocks: int = 12) -> dict:
     """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/ITERATION.{png,json}."""
-    model, iteration = load_model(config, run, seed)
+    model, iteration = load_model(config, run, seed, stage)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     text = export.text_encoder_of(config.model, seed)
     renderer = HeadRenderer(data.size, data.supersample)
     utterance = speech.synthesize(seed + 7, 12 * blocks / FPS + corpus.LOOKAHEAD_SECONDS, (speech.HELD_OUT_VOICE,))
-    rows, report = [], {"iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
+    rows, report = [], {"stage": stage, "iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
     for name, identity in (("default", data.default_identity), ("trained", data.first_identity + 4), ("held", 1_000_000)):
         scene = make_scene(data, renderer, identity, utterance, blocks, seed)
         made = generate(model, vae, text.encode(scene.caption), config, scene, sigmas, seed)

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import codec, data, export, forcing, preview
+from liveavatar.training import codec, data, dmd, export, forcing, ode, preview
+from liveavatar.training.loop import meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Recipe:
     vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    ode: ode.OdeConfig | None = None
+    dmd: dmd.DmdConfig | None = None
     seed: int = 0
     processes: int = 1
 
@@ -38,6 +41,16 @@ class Recipe:
         for name in ("in_dim", "out_dim"):
             if self.forcing.model.get(name, 16) != self.vae.z_dim:
                 raise ConfigError(f"forcing.model.{name}={self.forcing.model.get(name, 16)}: must equal vae.z_dim={self.vae.z_dim}")
+        self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if self.dmd and self.dmd.start == "ode" and not self.ode:
+            raise ConfigError("dmd.start='ode': the recipe has no ode section")
+        if self.export.stage != "forcing" and not getattr(self, self.export.stage):
+            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {self.export.stage} section")
+        if self.dmd and self.export.stage == "dmd" and self.dmd.history != "per_step":
+            # The chain keeps one bank per step; a student used to other history drifts in it (training.md 2.4).
+            raise ConfigError(f"dmd.history={self.dmd.history!r}: students of this history cannot be exported, the runtime has per_step only")
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -61,14 +74,25 @@ def run_latents(recipe: Recipe) -> None:
     """Encode what is not encoded yet; ranks share the clips."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     forcing.encode_corpus(recipe.forcing, recipe.data.folder, recipe.run, rank, world)
-    if dist.is_initialized():
-        dist.barrier()
+    meet()
 
 
 def run_forcing(recipe: Recipe) -> None:
     """Train the transformer."""
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
     forcing.train_forcing(recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
+def run_ode(recipe: Recipe) -> None:
+    """Few-step initialisation from the transformer's own trajectories."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
+def run_dmd(recipe: Recipe) -> None:
+    """Distribution matching on own rollouts, at the levels that are exported."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
 
 
 def run_export(recipe: Recipe) -> None:
@@ -80,10 +104,12 @@ def run_export(recipe: Recipe) -> None:
 def run_preview(recipe: Recipe) -> None:
     """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
     if first_rank():
-        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas)
+        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "latents": run_latents, "forcing": run_forcing, "export": run_export}
+STAGES = {"data": run_data, "vae": run_vae, "latents": run_latents, "forcing": run_forcing, "ode": run_ode, "dmd": run_dmd,
+          "export": run_export}
+OPTIONAL = ("ode", "dmd")  # where the recipe has a section for them
 SIDE_STAGES = {"preview": run_preview}  # only by name
 ALONE = ("data", "export", "preview")  # these run in one process
 
@@ -97,8 +123,15 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> N
     """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError."""
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
-    for name in STAGES if stage == "all" else (stage,):
+    for name in stages_of(recipe) if stage == "all" else (stage,):
+        if name in OPTIONAL and not getattr(recipe, name):
+            raise ConfigError(f"{config_path}: stage {name}: the recipe has no {name} section")
         _run_stage(name, recipe)
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages of "all": those the recipe has a section for, in order."""
+    return [name for name in STAGES if name not in OPTIONAL or getattr(recipe, name)]
 
 
 def _run_stage(name: str, recipe: Recipe) -> None:

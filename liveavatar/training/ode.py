@@ -1,0 +1,154 @@
+"""Optional stage `ode`: a few-step student from trajectories of the guided Stage 1 model (training.md 2.2).
+
+The trajectories come from the causal model itself, not from a bidirectional one: there a block's target
+depends on future noise that the student cannot see, and it would learn a blurred mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from liveavatar.core import ConfigError
+from liveavatar.diffusion.denoise import euler
+from liveavatar.diffusion.rollout import ClipCondition, Velocity
+from liveavatar.models.encoders import TextEncoder
+from liveavatar.training import shards
+from liveavatar.training.forcing import EncodedReader, ForcingConfig, averaged_model, draw_position
+from liveavatar.training.guidance import Guidance
+from liveavatar.training.levels import per_latent, teacher_grid
+from liveavatar.training.loop import Draws, LoopConfig, Trainer, draws_of, meet
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeConfig:
+    """Trajectory initialisation. batches: stored groups of loop.batch clips; pieces: teacher steps between two
+    levels of the student, even before `shift`."""
+
+    loop: LoopConfig
+    batches: int = 16
+    pieces: int = 6
+    shift: float = 5.0
+    guidance: Guidance = field(default_factory=Guidance)
+    same_share: float = 0.5  # of the clips with one level in all blocks, as at inference
+    clean_share: float = 0.1  # of the other clips' blocks are only context: clean, and not trained on
+
+    def __post_init__(self):
+        for name in ("batches", "pieces", "shift"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ode.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("same_share", "clean_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"ode.{name}={getattr(self, name)}: must be in 0..1")
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A stored batch. states: float32 [B,k+1,C,F,h,w], x at the student's k levels and the end."""
+
+    states: torch.Tensor
+    condition: ClipCondition
+
+
+@torch.no_grad()
+def integrate(velocity: Velocity, table: Sequence[float], grid: Sequence[float], noise: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Euler over `grid`, which contains `table`; the states at the values of `table`, [B,k+1,C,F,h,w]."""
+    x, states = noise, []
+    for sigma, after in zip(grid, grid[1:]):
+        if sigma in table:
+            states.append(x)
+        x = euler(x, velocity(x, torch.full((len(x), blocks), sigma)), sigma, after)
+    return torch.stack([*states, x], dim=1)
+
+
+def draw_states(rng: np.random.Generator, batch: int, blocks: int, levels: int, same_share: float, clean_share: float) -> torch.Tensor:
+    """int64 [B,N]: which state every block is shown; `levels` is the clean one."""
+    drawn = rng.integers(levels, size=(batch, blocks))
+    clean = rng.random((batch, blocks)) < clean_share
+    same = rng.random((batch, 1)) < same_share
+    return torch.from_numpy(np.where(same, drawn[:, :1], np.where(clean, levels, drawn)))
+
+
+def ode_loss(velocity: Velocity, states: torch.Tensor, table: Sequence[float], shown: torch.Tensor) -> torch.Tensor:
+    """Mean of |x - sigma v - x0|^2 over the blocks that are not clean. states: [B,k+1,C,F,h,w]; shown: [B,N]."""
+    count, blocks = shown.shape
+    pieces = states.unflatten(3, (blocks, -1)).movedim(3, 2)  # [B,k+1,N,C,F/N,h,w]
+    x = pieces[torch.arange(count)[:, None], shown, torch.arange(blocks)[None]].movedim(1, 2).flatten(2, 3)
+    sigma = torch.tensor(list(table), dtype=torch.float32)[shown]
+    error = (x - per_latent(sigma, x) * velocity(x, sigma).float() - states[:, -1]).square()
+    counted = per_latent((shown < len(table) - 1).float(), x).expand_as(error)
+    return (error * counted).sum() / counted.sum().clamp_min(1)
+
+
+# ---------------------------------------------------------------- files
+
+
+def trajectory_path(run: str | Path, index: int) -> Path:
+    """Where stored batch `index` lies."""
+    return Path(run) / "trajectories" / f"batch_{index:05d}.npz"
+
+
+def write_trajectories(path: Path, made: Trajectories, table: Sequence[float]) -> None:
+    """States in fp16, conditions in fp32, positions and levels in the card."""
+    c = made.condition
+    card = {"levels": list(table), "window_blocks": c.window_blocks, "sink_distance": c.sink_distance, "first_block": c.first_block}
+    text = {f"context{i}": rows.numpy() for i, rows in enumerate(c.context)}
+    shards.write_arrays(path, card, states=made.states.half().numpy(), features=c.features.numpy(), reference=c.reference.numpy(),
+                        motion=c.motion.numpy(), **text)
+
+
+def read_trajectories(path: Path, table: Sequence[float]) -> Trajectories:
+    """A stored batch. Raises InputError when it is none, ConfigError when it was made for other levels."""
+    card, arrays = shards.read_arrays(path)
+    if card["levels"] != list(table):
+        raise ConfigError(f"{path}: made for levels {card['levels']}, the sampler has {list(table)}; delete {path.parent}")
+    tensors = {name: torch.from_numpy(value).float() for name, value in arrays.items()}
+    context = [tensors[f"context{i}"] for i in range(len(tensors["states"]))]
+    condition = ClipCondition(tensors["features"], context, tensors["reference"], tensors["motion"], card["window_blocks"],
+                              card["sink_distance"], card["first_block"])
+    return Trajectories(tensors["states"], condition)
+
+
+def store_trajectories(config: OdeConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int,
+                       reader: EncodedReader, part: int = 0, parts: int = 1) -> int:
+    """Integrate what is not stored yet (this part of it); returns how many batches were."""
+    todo = [i for i in range(part, config.batches, parts) if not trajectory_path(run, i).exists()]
+    if todo:
+        teacher = averaged_model(forcing, run, "forcing", seed)[0].eval().requires_grad_(False)
+        grid = teacher_grid(sigmas, config.pieces, config.shift)
+    for index in todo:
+        draws = draws_of(seed, "trajectories", index)
+        batch = reader.batch(draws, config.loop.batch)
+        condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks,
+                                  *draw_position(forcing, draws.numpy))
+        velocity = config.guidance.velocity(teacher, condition, reader.silence, reader.rows_of(""))
+        noise = torch.randn(batch.latents.shape, generator=draws.torch)
+        states = integrate(velocity, sigmas, grid, noise, batch.latents.shape[2] // forcing.block_latents)
+        write_trajectories(trajectory_path(run, index), Trajectories(states, condition), sigmas)
+    return len(todo)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def train_ode(config: OdeConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int, text: TextEncoder,
+              default_identity: int, stop_after: int | None = None) -> list[float]:
+    """Store the trajectories that are missing, then train RUN/ode.pt from RUN/forcing.pt; returns the losses of this call.
+    Ranks share the storing and wait for each other before they train."""
+    model = averaged_model(forcing, run, "forcing", seed)[0].eval()
+    trainer = Trainer("ode", model, config.loop, run, seed)
+    reader = EncodedReader(run, forcing, text, default_identity)
+    store_trajectories(config, forcing, sigmas, run, seed, reader, trainer.rank, trainer.world)
+    meet()
+
+    def loss_of(draws: Draws):
+        stored = read_trajectories(trajectory_path(run, int(draws.numpy.integers(config.batches))), sigmas)
+        blocks = stored.states.shape[3] // forcing.block_latents
+        shown = draw_states(draws.numpy, len(stored.states), blocks, len(sigmas) - 1, config.same_share, config.clean_share)
+        return ode_loss(stored.condition.velocity(model), stored.states, sigmas, shown), {}
+
+    return trainer.run(loss_of, stop_after)
