@@ -17,7 +17,7 @@ from liveavatar.diffusion.rollout import (
 )
 from liveavatar.training.replay import replay
 
-SIZE, BLOCK, BLOCKS = 8, 3, 6
+SIZE, BLOCK, BLOCKS = 8, 3, 5
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625, 0.0)
 MODES = ["per_step", "clean", "fixed:557", "random:400"]
 

@@ -31,7 +31,7 @@ from liveavatar.training.replay import replay
 @dataclass(frozen=True, kw_only=True)
 class DmdConfig:
     """Stage 2. loop: the critic's iterations, of which the student takes every `ratio`-th after `critic_warmup`;
-    its lr, clip and ema are the student's."""
+    its lr and ema are the student's, the rest serves both."""
 
     loop: LoopConfig
     critic_lr: float = 2e-4
