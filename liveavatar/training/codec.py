@@ -20,9 +20,10 @@ from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """loop: length and speed. crop: side of the square pieces, pixels; pictures: 1 + 4n of a piece."""
+    """loop: length and speed; decoder: the same of a second part that trains the decoder alone. crop: side of the square pieces, pixels; pictures: 1 + 4n of a piece."""
 
     loop: LoopConfig
+    decoder: LoopConfig | None = None
     base_dim: int = 16
     decoder_base_dim: int = 24
     dim_mult: tuple[int, ...] = (1, 2, 4)
@@ -46,8 +47,9 @@ class CodecConfig:
             raise ConfigError(f"vae.pictures={self.pictures}: must be 1 + 4n, at least 5")
         if self.crop % (2 ** (len(self.dim_mult) - 1) * self.patch):
             raise ConfigError(f"vae.crop={self.crop}: must be a multiple of the codec's spatial stride")
-        if self.loop.batch % self.pieces_per_clip:
-            raise ConfigError(f"vae.loop.batch={self.loop.batch}: must be a multiple of pieces_per_clip")
+        for name, loop in (("loop", self.loop), ("decoder", self.decoder)):
+            if loop is not None and loop.batch % self.pieces_per_clip:
+                raise ConfigError(f"vae.{name}.batch={loop.batch}: must be a multiple of pieces_per_clip")
 
 
 def module_config(config: CodecConfig) -> dict:
@@ -160,10 +162,10 @@ def cut_piece(clip: shards.Clip, config: CodecConfig, pictures: int, rng: np.ran
 
 
 class PieceReader:
-    """Batches of pieces; the list of finished clips is read again every 50 iterations."""
+    """Batches of `size` pieces; the list of finished clips is read again every 50 iterations."""
 
-    def __init__(self, folder: str | Path, config: CodecConfig):
-        self.folder, self.config = folder, config
+    def __init__(self, folder: str | Path, config: CodecConfig, size: int, still_iterations: int = 0):
+        self.folder, self.config, self.size, self.still_iterations = folder, config, size, still_iterations
         self.paths: list[Path] = []
 
     def batch(self, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,9 +174,9 @@ class PieceReader:
             self.paths = shards.clip_paths(self.folder, "train")
             if not self.paths:
                 raise ConfigError(f"{self.folder}: no clips yet; run the data stage first")
-        still = draws.iteration < self.config.still_iterations
+        still = draws.iteration < self.still_iterations
         pictures = 1 if still else self.config.pictures
-        count = self.config.loop.batch // self.config.pieces_per_clip * (self.config.still_factor if still else 1)
+        count = self.size // self.config.pieces_per_clip * (self.config.still_factor if still else 1)
         pieces = []
         for _ in range(count):
             clip = shards.read_clip(self.paths[int(draws.numpy.integers(len(self.paths)))])
@@ -186,9 +188,11 @@ class PieceReader:
 # ---------------------------------------------------------------- the stage
 
 
-def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tensor, weight: torch.Tensor, draws: Draws):
-    """Weighted L1 + gradient L1 + KL of latents with a fixed spread, and metrics."""
-    mean, _ = encode(module, video)
+def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tensor, weight: torch.Tensor, draws: Draws,
+               learn_latents: bool = True):
+    """Weighted L1 + gradient L1 + KL of latents with a fixed spread, and metrics. learn_latents: into the encoder too."""
+    with torch.set_grad_enabled(learn_latents):
+        mean, _ = encode(module, video)
     made = decode(module, mean + config.noise * torch.randn(mean.shape, generator=draws.torch)).float()
     error = (made - video).abs()
     rec = (error * weight).mean()
@@ -202,12 +206,30 @@ def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tenso
 def train_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int, stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the codec; returns the losses of this call."""
     module = new_module(config, seed)
-    reader = PieceReader(data_folder, config)
+    reader = PieceReader(data_folder, config, config.loop.batch, config.still_iterations)
     trainer = Trainer("vae", module, config.loop, run, seed)
     channels_last(module)
 
     def loss_of(draws: Draws):
         return codec_loss(module, config, *reader.batch(draws), draws)
+
+    return trainer.run(loss_of, stop_after)
+
+
+def decoder_parts(module: AutoencoderKLWan) -> torch.nn.ModuleDict:
+    """What reads latents, by the names it has in the whole codec."""
+    return torch.nn.ModuleDict({"post_quant_conv": module.post_quant_conv, "decoder": module.decoder})
+
+
+def train_decoder(config: CodecConfig, data_folder: str, run: str | Path, seed: int, stop_after: int | None = None) -> list[float]:
+    """Train (or go on training) the decoder against the finished encoder: latents, and all that learns from them, stay as they are."""
+    module = new_module(config, seed)
+    load_average(module, Path(run) / "vae.pt")
+    reader = PieceReader(data_folder, config, config.decoder.batch)
+    trainer = Trainer("decoder", decoder_parts(module), config.decoder, run, seed)
+
+    def loss_of(draws: Draws):
+        return codec_loss(module, config, *reader.batch(draws), draws, learn_latents=False)
 
     return trainer.run(loss_of, stop_after)
 
@@ -228,14 +250,19 @@ def measure_statistics(module: AutoencoderKLWan, paths: list[Path]) -> tuple[lis
 
 
 def finish_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int) -> StreamingVAE:
-    """EMA weights with measured latent statistics, saved as a diffusers folder RUN/vae."""
+    """EMA weights with measured latent statistics, saved as a diffusers folder RUN/vae.
+
+    The decoder is the one trained alone where there is one.
+    """
     module = new_module(config, seed)
-    iteration = load_average(module, Path(run) / "vae.pt")
+    iterations = {"vae": load_average(module, Path(run) / "vae.pt")}
+    if (Path(run) / "decoder.pt").exists():
+        iterations["decoder"] = load_average(decoder_parts(module), Path(run) / "decoder.pt")
     module.eval().requires_grad_(False)
     paths = shards.clip_paths(data_folder, "train")
     step = max(1, len(paths) // config.statistics_clips)
     mean, std = measure_statistics(module, paths[::step])
     module.register_to_config(latents_mean=mean, latents_std=std)
     module.save_pretrained(Path(run) / "vae")
-    (Path(run) / "vae" / "training.json").write_text(json.dumps({"iteration": iteration, "clips": len(paths)}))
+    (Path(run) / "vae" / "training.json").write_text(json.dumps({"iterations": iterations, "clips": len(paths)}))
     return StreamingVAE.from_module(module)

@@ -70,6 +70,15 @@ def run_vae(recipe: Recipe) -> None:
         codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
 
 
+def run_decoder(recipe: Recipe) -> None:
+    """Train the decoder alone, where the recipe says so, and write RUN/vae again; latents stay valid."""
+    if recipe.vae.decoder is None:
+        return
+    codec.train_decoder(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+    if first_rank():
+        codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+
+
 def run_latents(recipe: Recipe) -> None:
     """Encode what is not encoded yet; ranks share the clips."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -107,8 +116,8 @@ def run_preview(recipe: Recipe) -> None:
         preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "latents": run_latents, "forcing": run_forcing, "ode": run_ode, "dmd": run_dmd,
-          "export": run_export}
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "forcing": run_forcing, "ode": run_ode,
+          "dmd": run_dmd, "export": run_export}
 OPTIONAL = ("ode", "dmd")  # where the recipe has a section for them
 SIDE_STAGES = {"preview": run_preview}  # only by name
 ALONE = ("data", "export", "preview")  # these run in one process
