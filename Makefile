@@ -16,11 +16,15 @@ SOURCES := setup.py pyproject.toml constraints.txt
 # uv reads its own variables, pip's settings are handed to it. With neither a GPU nor a folder of wheels
 # torch comes from its CPU index: PyPI's own wheel brings 2.6 GB of CUDA.
 define install
-	test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one with make PYTHON=..." >&2; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	if ! test -x $(PY); then
+	  "$(or $(PYTHON),false)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	    || { echo "error: no Python >= 3.11 found; name one with make PYTHON=..." >&2; exit 1; }
+	  # half an environment would be taken for a whole one the next time
+	  "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make environments; Debian: apt install python3-venv" >&2; exit 1; }
+	fi
 	if nvidia-smi -L >/dev/null 2>&1; then
 	  # A GPU: use the torch that the host's Python already has, else the index's default build.
-	  if host=$$($(PYTHON) -c 'import os, torch; assert torch.cuda.is_available(); print(os.path.dirname(torch.__path__[0]))' 2>/dev/null); then
+	  if host=$$("$(PYTHON)" -c 'import os, torch; assert torch.cuda.is_available(); print(os.path.dirname(torch.__path__[0]))' 2>/dev/null); then
 	    echo "$$host" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth"
 	    $(PY) -m pip install -q 'setuptools>=77'
 	    $(PY) -m pip install -q --no-build-isolation -e '.$(if $(1),[$(1)])'

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from liveavatar.config import Config
@@ -22,12 +24,37 @@ if TYPE_CHECKING:
 REFUSED = 2  # exit status of a LiveAvatarError, as of a wrong option; Ctrl-C is 130
 USUAL_PICTURE = 720, 1280  # height and width of the portrait a plan is made for when nobody names a size
 
+UsageError = typer.BadParameter.__base__  # of all that a wrong command line raises; typer names only this child of it
+
+
+class Commands(TyperGroup):
+    """The verbs. A wrong option is one line on stderr, as all other bad input is, and not a box of five."""
+
+    def main(self, *args, **kwargs):
+        try:
+            status = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except UsageError as error:
+            path = error.ctx.command_path if error.ctx else "liveavatar"
+            if message := " ".join(error.format_message().split()):  # empty: no arguments, the help was shown
+                print(f"error: {message.rstrip('.')}; see {path} --help", file=sys.stderr)
+            status = REFUSED
+        sys.exit(status)
+
+
 app = typer.Typer(
-    name="liveavatar", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    cls=Commands, name="liveavatar", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A portrait and live speech become a talking avatar, made block by block on one GPU, several, or a CPU.",
     epilog="Every command explains itself: [bold]liveavatar generate --help[/bold]",
 )  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    """The value of an option, unless it is infinite."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
 
 ConfigFile = Annotated[Optional[Path], typer.Option(
     "--config", "-c", metavar="FILE", help="YAML file with the whole run. Default: the embedded avatar, uncut.")]
@@ -97,7 +124,7 @@ def generate(
     seed: Annotated[Optional[int], typer.Option(help="Same seed and input, same pictures. Default: the config's.")] = None,
     ranks: Ranks = None,
     launcher: Launcher = None,
-    length: Annotated[Optional[float], typer.Option(min=0.04, metavar="SECONDS", help="Use only this much of the speech.")] = None,
+    length: Annotated[Optional[float], typer.Option(min=0.04, callback=_finite, metavar="SECONDS", help="Use only this much of the speech.")] = None,
 ) -> None:
     """Make an mp4 of a portrait speaking a recording, written as it is made. Ctrl-C leaves a file that plays."""
     from liveavatar.runtime.launchers import run_rank, torchrun_role
@@ -109,7 +136,7 @@ def generate(
     from liveavatar import generate as main_job
     from liveavatar.conditioning.media import recording_seconds
 
-    job = main_job.Job(image=image or main_job.PORTRAIT, audio=audio or str(main_job.SPEECH), out=out, length=length)
+    job = main_job.Job(image=image or main_job.PORTRAIT, audio=str(main_job.SPEECH) if audio is None else audio, out=out, length=length)
     seconds = recording_seconds(job.audio)
     with display.JobDisplay(seconds if length is None or seconds is None else min(length, seconds)) as bar:
         try:
@@ -165,8 +192,8 @@ def plan(
     config: ConfigFile = None,
     ranks: Ranks = None,
     official: Annotated[bool, typer.Option("--official", help="Plan for the official 14B model, whose folder need not be here.")] = False,
-    memory: Annotated[Optional[float], typer.Option(min=0.001, metavar="GB", help="Plan for GPUs of this memory, one a rank, instead of this machine's devices.")] = None,
-    tflops: Annotated[Optional[float], typer.Option(min=0.001, help="TFLOP/s one rank reaches in this model; predicts the speed.")] = None,
+    memory: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, metavar="GB", help="Plan for GPUs of this memory, one a rank, instead of this machine's devices.")] = None,
+    tflops: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, help="TFLOP/s one rank reaches in this model; predicts the speed.")] = None,
 ) -> None:
     """Print what each rank would load, memory per session and, given --tflops, the speed. Exit status 1 if it does not fit."""
     from rich.console import Console

@@ -7,6 +7,7 @@ file, the key and the nearest right key. Nothing here is ever written to after i
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -61,6 +62,8 @@ class SamplerConfig:
     refresh_block: int | None = None  # AAS before this block; 0: never; None: what the checkpoint says
 
     def __post_init__(self):
+        if not 0 < self.shift < math.inf:
+            raise ConfigError(f"sampler.shift={self.shift}: must be a positive number (1.0: evenly spaced steps)")
         if not 1 <= self.steps <= 100:
             raise ConfigError(f"sampler.steps={self.steps}: must be 1..100")
         if self.finish_after is not None and not 1 <= self.finish_after <= self.steps:
@@ -89,9 +92,10 @@ class RuntimeConfig:
 
     def __post_init__(self):
         one_of("runtime.launcher", self.launcher, LAUNCHERS)
-        for name in ("queued_seconds", "heartbeat_seconds", "block_seconds", "start_seconds", "sessions"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be positive")
+        for name in ("threads", "in_flight", "queued_seconds", "heartbeat_seconds", "block_seconds", "start_seconds", "sessions"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # so put, not-a-number is refused too
+                raise ConfigError(f"runtime.{name}={value}: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,10 @@ class Config:
     stages: tuple[tuple[str, ...], ...] | None = None  # None: the whole chain on one rank
     prompt: str = ""
     seed: int = 0
+
+    def __post_init__(self):
+        if self.stages is not None and not self.stages:
+            raise ConfigError("stages is empty: list the roles of each rank, or leave it out for one rank")
 
     @property
     def steps_run(self) -> int:
@@ -185,8 +193,10 @@ def load_mapping(path: str | Path) -> dict:
     """Plain mapping of a YAML file. Raises ConfigError naming the file (and line) when it is not one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read config: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read config ({error.strerror}): give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: cannot read config: not UTF-8 text: give the path of a YAML file") from None
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -7,6 +7,7 @@ it is decoded, and nothing grows with the length of the recording.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -79,15 +80,37 @@ def generate(config: Config, job: Job, report: Callable[[Done], None] = lambda d
     picture = load_picture(job.image)
     chunks = _limited(read_audio(job.audio), job.length)
     VideoWriter(job.out, 2, 2)  # refuses a path that cannot work and touches no file
+    _refuse_own_input(job)
     config = sized(replace(config, runtime=replace(config.runtime, sessions=1)), picture)  # it opens no other
     done = Done(started=now())
     try:
         asyncio.run(_run(config, job, picture, chunks, done, report))
     except InputError:
-        if done.pictures:  # the recording broke half way: leave nothing that looks like a result
+        if done.first is not None:  # the recording broke half way: leave nothing that looks like a result
             job.out.unlink(missing_ok=True)
+            if _older(job.out).exists():
+                _older(job.out).replace(job.out)
         raise
+    finally:
+        _older(job.out).unlink(missing_ok=True)
     return done
+
+
+def _older(path: Path) -> Path:
+    """Where an earlier result waits until the new one is whole."""
+    return path.with_name(f".{path.name}.older")
+
+
+def _set_aside(path: Path) -> None:
+    if path.is_file() and not path.is_symlink() and os.access(path.parent, os.W_OK):
+        path.replace(_older(path))
+
+
+def _refuse_own_input(job: Job) -> None:
+    """Writing starts while the recording is still being read."""
+    for option, path in (("--audio", Path(job.audio)), ("--image", Path(job.image))):
+        if job.out.exists() and path.exists() and job.out.samefile(path):
+            raise InputError(f"{job.out}: is the file given as {option} too: choose another name for the result")
 
 
 async def _run(config, job, picture, chunks, done, report) -> None:
@@ -134,6 +157,7 @@ async def _record(session, path: Path, done: Done, report: Callable[[Done], None
                 if writer is None:
                     _, height, width, _ = out.pictures.shape
                     done.first, done.height, done.width = now(), height, width
+                    _set_aside(path)
                     writer = VideoWriter(path, width, height, fps=FPS, sample_rate=SAMPLE_RATE)
                 await loop.run_in_executor(thread, write, out)
         finally:

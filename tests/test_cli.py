@@ -100,7 +100,7 @@ def corrupt(path):
 
 @pytest.mark.parametrize(
     ("make", "word"),
-    [(small, "20x20"), (corrupt, "damaged"), (bomb, "decompression bomb"), (lambda p: p.write_bytes(b""), "empty"),
+    [(small, "20x20"), (corrupt, "damaged"), (bomb, "save a smaller copy"), (lambda p: p.write_bytes(b""), "empty"),
      (lambda p: p.write_text("hello"), "not a picture"), (lambda p: None, "no such file"), (lambda p: p.mkdir(), "not a file")],
     ids=["too_small", "corrupt", "bomb", "empty", "text", "absent", "folder"],
 )  # fmt: skip
@@ -146,6 +146,49 @@ def test_unknown_keys_name_the_nearest_right_one(good, tmp_path):
     assert "run.yaml" in line and "did you mean 'launcher'" in line
     assert "must read a.b=value" in refused(good, "speech.wav")
     assert "did you mean 'local'" in refused(good, "--launcher", "locl")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [(["generate", "--confg", "x"], ("--confg", "--config", "liveavatar generate --help")),
+     (["generate", "--length", "0"], ("--length", "0.04")), (["generate", "--length", "inf"], ("--length", "finite")),
+     (["generate", "--ranks", "0"], ("--ranks", "1")), (["generate", "--seed", "x"], ("--seed", "integer")),
+     (["plan", "--official", "--memory", "inf"], ("--memory", "finite")), (["inspect"], ("PATH", "liveavatar inspect --help")),
+     (["genrate"], ("genrate", "generate"))],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_wrong_option_is_one_line_too(words, parts):
+    line = error_of(*words)
+    assert all(part in line for part in parts), line
+
+
+def test_no_arguments_at_all_show_the_help():
+    result = run()
+    assert all(verb in result.output for verb in VERBS) and "error:" not in result.output
+
+
+def test_an_empty_path_is_not_the_embedded_default(good):
+    assert "recording's path is empty" in refused(good, audio="")
+    assert "not a file" in refused(good, image="")
+
+
+def test_a_result_over_its_own_input_is_refused(good):
+    talk = good["audio"].with_name("talk.mp4")
+    talk.write_bytes(good["audio"].read_bytes())
+    line = refused(good, audio=talk, out=talk)
+    assert "--audio" in line and "another name" in line and talk.read_bytes() == good["audio"].read_bytes()
+    assert "--image" in refused(good, image=good["image"].rename(good["image"].with_suffix(".mp4")), out=good["image"].with_suffix(".mp4"))
+
+
+@pytest.mark.parametrize("text", ["sampler.shift=0", "sampler.shift=-3", "sampler.shift=.nan", "sampler.shift=.inf", "runtime.threads=0",
+                                  "runtime.threads=-1", "runtime.in_flight=0", "runtime.queued_seconds=.nan", "stages=[]"])  # fmt: skip
+def test_numbers_that_cannot_work(good, text):
+    assert text.partition("=")[0] in refused(good, text)
+
+
+def test_a_config_file_that_cannot_be_read(good, tmp_path):
+    line = refused(good, "--config", tmp_path / "absent.yaml")
+    assert line.count("absent.yaml") == 1 and "YAML" in line and "Errno" not in line
 
 
 def test_cuts_that_do_not_concatenate(good):

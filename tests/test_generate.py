@@ -134,6 +134,26 @@ def test_a_recording_that_breaks_half_way_leaves_nothing(tiny, files, monkeypatc
     assert not (files / "broken.mp4").exists()
 
 
+def test_a_recording_that_breaks_half_way_keeps_an_older_result(tiny, files, monkeypatch):
+    def source(name):
+        yield speech(1.5)
+        raise InputError("speech.flac: damaged after 1.5 s")
+
+    monkeypatch.setattr(main_job, "read_audio", source)
+    (files / "kept.mp4").write_bytes(b"older")
+    before = set(files.iterdir())
+    with pytest.raises(InputError, match="damaged"):
+        main_job.generate(tiny, job(files, "kept.mp4"))
+    assert (files / "kept.mp4").read_bytes() == b"older" and set(files.iterdir()) == before
+
+
+def test_an_older_result_is_replaced_by_a_whole_one(tiny, files):
+    (files / "again.mp4").write_bytes(b"older")
+    before = set(files.iterdir())
+    main_job.generate(tiny, job(files, "again.mp4", length=0.1))
+    assert len(read(files / "again.mp4")[0]) == 3 and set(files.iterdir()) == before
+
+
 def test_an_odd_failure_of_a_source_is_no_silent_success(tiny, files, monkeypatch):
     def source(name):
         yield speech(0.6)

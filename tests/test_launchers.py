@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -146,6 +147,13 @@ def test_ray_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(core.ConfigError, match=r"liveavatar\[ray\]"):
         launchers.launch(config_of(FIVE, "ray"), source=ToySource())
+
+
+def test_an_absent_ray_cluster_is_said():
+    pytest.importorskip("ray")
+    config = config_of(FIVE, "ray")
+    with pytest.raises(core.ConfigError, match="runtime.ray_address=auto"):
+        launchers.launch(replace(config, runtime=replace(config.runtime, ray_address="auto")), source=ToySource())
 
 
 def test_unknown_launcher_is_refused():

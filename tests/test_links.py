@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing  # noqa: F401  (its reductions would send tensors as file descriptors)
 from liveavatar import core
-from liveavatar.runtime.links import (DistLink, LinkBroken, LinkClosed, QueueLink, decode, encode, message_types,
+from liveavatar.runtime.links import (DistLink, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode, message_types,
                                       offsets, pack, read_specs, unpack)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int16, torch.int32, torch.int64,
@@ -163,3 +163,19 @@ def test_dist_link_carries_everything_in_order(tmp_path):
     for rank in ranks:
         rank.join(10)
         assert rank.exitcode == 0
+
+
+def test_a_receiver_that_fails_says_so():
+    class NoRoom:
+        peer = 3
+
+        def receive(self):
+            raise torch.OutOfMemoryError("no memory for what arrived")
+
+    inbox = QueueLink()
+    receiver = ReceiveAhead(NoRoom(), inbox)
+    receiver.start()
+    with pytest.raises(LinkClosed):
+        inbox.receive()
+    receiver.join()
+    assert receiver.broken.peer == 3 and "no memory for what arrived" in str(receiver.broken)

@@ -113,7 +113,8 @@ def test_raw_pcm_is_handed_on_as_it_arrives(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "data, message", [(b"", "no audio arrived"), (b"RIFF\0\0\0\0WAVE", "this is a WAV file, not raw PCM")]
+    "data, message", [(b"", "no audio arrived"), (b"RIFF\0\0\0\0WAVE", "this is WAV data, not raw PCM"),
+                      (b"\0\0\0\x1cftypM4A ", "this is MP4 data"), (b"\x1aE\xdf\xa3" + bytes(40), "this is WebM data")]
 )
 def test_standard_input_that_is_no_pcm_is_refused(monkeypatch, data, message):
     give_on_stdin(monkeypatch, data)

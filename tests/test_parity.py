@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from liveavatar.core import InputError, PlacementError
 from liveavatar.diffusion.rollout import denoise_block, make_steps
+from liveavatar.models.vae import wan_name
 from liveavatar.runtime import parity
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -105,6 +107,39 @@ def test_other_sizes(other, ranks, capsys):
 @pytest.mark.parametrize("refresh", [1, None, 50])
 def test_refresh_block_is_whatever_the_fixture_says(tmp_path, refresh):
     assert parity.run(write_rollout(tmp_path / "refresh", refresh), ranks=2, launcher="inproc")
+
+
+def test_a_causal_fixture_need_not_expect_every_block(tmp_path):
+    def change(tensors, facts):
+        for name in ("block.1.v", "stage.3.v", "ring.k.3"):
+            del tensors[name]
+
+    assert parity.run(rewritten(GOLDEN / "causal_s2v", tmp_path / "fewer", change))
+
+
+PATCHED = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [True, True], "patch_size": 2,
+           "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8}
+RESIDUAL = {"base_dim": 8, "z_dim": 16, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+
+
+@pytest.mark.parametrize("config, named_by_wan", [(PATCHED, True), (RESIDUAL, True), (RESIDUAL, False), ({"base_dim": 8, "dim_mult": [1, 2, 2, 4]}, True)],
+                         ids=["patched", "residual", "residual, names of diffusers", "other widths"])
+def test_vae_of_other_sizes(tmp_path, config, named_by_wan):
+    """Expectations by diffusers' own encode and decode, which share no call with ours."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**config).eval()
+    mean, std = (torch.tensor(row).view(1, -1, 1, 1, 1) for row in (vae.config.latents_mean, vae.config.latents_std))
+    stride = 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
+    z, image = torch.randn(1, 16, 4, 2, 3), torch.rand(1, 3, 1, 2 * stride, 3 * stride) * 2 - 1
+    with torch.no_grad():
+        tensors = {"in.z": z, "in.image": image, "expect.decode": vae.decode(z * std + mean).sample,
+                   "expect.image_latent": (vae.encode(image).latent_dist.mode() - mean) / std,
+                   "expect.repeat5_latents": (vae.encode(image.repeat(1, 1, 5, 1, 1)).latent_dist.mode() - mean) / std}
+    tensors |= {f"weights.{wan_name(k, vae.config) if named_by_wan else k}": v for k, v in vae.state_dict().items()}
+    facts = {"config": config, "call_sizes": [1, 2, 1], "frames_per_call": [1, 8, 4], "tolerance": {"decode_max_abs": 2e-5, "encode_max_abs": 1e-5}}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "vae.safetensors")
+    (tmp_path / "vae.json").write_text(json.dumps(facts))
+    assert parity.run(tmp_path / "vae")
 
 
 # ---------------------------------------------------------------- what must not pass

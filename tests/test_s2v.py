@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -13,7 +14,7 @@ from liveavatar.diffusion.denoise import noise, sink_distance
 from liveavatar.diffusion.rollout import cached_rollout, denoise_block, make_steps
 from liveavatar.diffusion.schedule import sigmas
 from liveavatar.models import layers as L
-from liveavatar.models.s2v import S2VConfig, grid_positions, reference_position
+from liveavatar.models.s2v import S2VConfig, grid_positions, reference_position, spread
 
 H = W = 8
 BLOCK = 3  # latents
@@ -193,3 +194,9 @@ def test_noise_and_sink_distance_are_functions_of_their_keys():
         assert not torch.equal(a, other)
     drawn = {sink_distance("random", 5, block) for block in range(2000)}
     assert drawn == set(range(4, 31)) and sink_distance(30, 5, 9) == 30
+
+
+def test_positions_of_coarse_motion_tokens_are_the_reference_s_at_every_size():
+    assert [spread(8, 4), spread(12, 3), spread(6, 1), spread(2, 0)] == [[0, 2, 4, 7], [0, 5, 11], [0], []]
+    for rows, step in itertools.product(range(2, 400), (2, 4)):  # numpy's rounding decides where the exact value is an integer
+        assert spread(rows, rows // step) == np.linspace(0, rows - 1, rows // step).astype(int).tolist()

@@ -155,13 +155,30 @@ def test_interrupt_drops_audio_pictures_and_what_is_inside():
 def test_idle_keeps_arriving_speech_whole_and_mends_the_look_ahead():
     t, listener, pcm = timeline(), Listener(), speech(2)
     t.push(pcm[:500])
-    for _ in range(2):
-        t.idle()
-        listener.hear(t.admit(0.0))
+    t.idle()
+    listener.hear(t.admit(0.0))
+    t.push(pcm[500:600])
+    t.idle()
+    listener.hear(t.admit(0.0))
     assert not listener.windows[0][:BLOCK].any() and np.array_equal(listener.windows[0][BLOCK : BLOCK + 500], pcm[:500])
-    t.push(pcm[500 : BLOCK + AHEAD])
+    t.push(pcm[600 : BLOCK + AHEAD])
     listener.hear(t.admit(0.0))
     assert np.array_equal(listener.windows[2], pcm[: BLOCK + AHEAD])
+
+
+@pytest.mark.parametrize("left", [1, 500, BLOCK, BLOCK + AHEAD - 1])
+def test_the_end_of_an_utterance_goes_after_one_idle_block(left):
+    t, listener, pcm = timeline(), Listener(), speech(2)
+    t.push(pcm[:left])
+    for _ in range(4):
+        t.idle()
+        listener.hear(t.admit(0.0))
+    heard = np.concatenate([listener.windows[index][:BLOCK] for index in range(4)])
+    assert not heard[:BLOCK].any() and np.array_equal(heard[BLOCK : BLOCK + left], pcm[:left]) and not heard[BLOCK + left :].any()
+    assert t.queued_seconds == 0
+    t.push(pcm)
+    listener.hear(t.admit(0.0))
+    assert np.array_equal(listener.windows[4], pcm[: BLOCK + AHEAD])
 
 
 def test_memory_is_what_waits():

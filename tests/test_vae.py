@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file
 
 from liveavatar.core import InputError, WeightsError
-from liveavatar.models.vae import StreamingVAE, plan_official_vae, stored_as
+from liveavatar.models.vae import StreamingVAE, plan_official_vae, stored_as, wan_name
 
 PARITY = Path("/work/shared/parity")
 SMALL = dict(
@@ -198,3 +198,28 @@ def test_full_size_module_has_the_official_count():
     with torch.device("meta"):
         module = AutoencoderKLWan()
     assert len(module.state_dict()) == 194 and sum(p.numel() for p in module.parameters()) == 126_892_531
+
+
+# ---------------------------------------------------------------- Wan's own names
+
+
+def test_names_agree_with_the_converter_where_it_knows_the_layout():
+    with torch.device("meta"):
+        module = AutoencoderKLWan()
+    wan = {wan_name(name, module.config): name for name in module.state_dict()}
+    assert convert_wan_vae_to_diffusers(dict(wan)) == {name: name for name in module.state_dict()}
+
+
+@pytest.mark.parametrize("sizes, pairs", [
+    (SMALL, {"decoder.up_blocks.1.upsamplers.0.time_conv.bias": "decoder.upsamples.5.time_conv.bias",
+             "decoder.up_blocks.2.resnets.1.conv2.weight": "decoder.upsamples.7.residual.6.weight"}),
+    ({"dim_mult": [1, 2, 2, 4]}, {"decoder.up_blocks.2.resnets.0.conv_shortcut.bias": "decoder.upsamples.8.shortcut.bias"}),
+    ({"is_residual": True}, {"decoder.up_blocks.0.upsampler.resample.1.weight": "decoder.upsamples.0.upsamples.3.resample.1.weight",
+                             "encoder.down_blocks.1.downsampler.time_conv.bias": "encoder.downsamples.1.downsamples.2.time_conv.bias",
+                             "encoder.down_blocks.1.resnets.0.conv_shortcut.bias": "encoder.downsamples.1.downsamples.0.shortcut.bias"}),
+], ids=["levels", "widths", "residual"])
+def test_names_of_other_layouts(sizes, pairs):
+    with torch.device("meta"):
+        module = AutoencoderKLWan(**{"base_dim": 8, **sizes})
+    names = {name: wan_name(name, module.config) for name in module.state_dict()}
+    assert len(set(names.values())) == len(names) and pairs.items() <= names.items()

@@ -45,12 +45,27 @@ def load_picture(source: str | Path | bytes) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def as_picture(given) -> torch.Tensor:
+    """What a program gives, a path, bytes or pixels uint8 [3, H0, W0] -> uint8 [3, H0, W0]. Raises InputError."""
+    if isinstance(given, (str, Path, bytes)):
+        return load_picture(given)
+    try:
+        pixels = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"picture of type {type(given).__name__}: must be uint8 [3, H, W] ({_line(error)[:100]})") from None
+    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3 or not pixels.numel():
+        raise InputError(f"picture {list(pixels.shape)} {pixels.dtype}: must be uint8 [3, H, W]")
+    return pixels
+
+
 def _open(name: str, data: bytes) -> Image.Image:
     """The picture with its header read and its pixels not yet decoded."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise InputError(f"{name}: not a picture this program can read: give a PNG, JPEG or WebP file") from None
+    except Image.DecompressionBombError:  # the header promises more than Pillow would ever decode
+        raise InputError(f"{name}: {_too_large()} (perhaps a decompression bomb): save a smaller copy") from None
     except BROKEN as error:
         raise InputError(f"{name}: cannot be read as a picture ({_line(error)}): save it as PNG or JPEG") from None
 
@@ -88,10 +103,13 @@ def _read_file(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {os.strerror(error.errno)}") from None
 
 
+def _too_large() -> str:
+    return f"more than {MAX_PIXELS // 1_000_000} million pixels"
+
+
 def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        limit = MAX_PIXELS // 1_000_000
-        raise InputError(f"{name}: {width}x{height} is more than {limit} million pixels: save a smaller copy")
+        raise InputError(f"{name}: {width}x{height} is {_too_large()}: save a smaller copy")
     if min(width, height) < MIN_SIDE:
         raise InputError(f"{name}: {width}x{height} is no face-sized image: give one of at least {MIN_SIDE}x{MIN_SIDE}")
 

@@ -16,7 +16,11 @@ from liveavatar.core import FPS, SAMPLE_RATE, InputError
 
 STDIN = "-"
 READ_BYTES = 8192  # of raw PCM per read: 0.26 s at 16 kHz
-CONTAINERS = {b"RIFF": "WAV", b"OggS": "Ogg", b"fLaC": "FLAC", b"ID3": "MP3"}  # first bytes of what is not raw PCM
+MARK_BYTES = 8
+CONTAINERS = {  # (offset, bytes) by which a file that is not raw PCM is known
+    (0, b"RIFF"): "WAV", (0, b"OggS"): "Ogg", (0, b"fLaC"): "FLAC", (0, b"ID3"): "MP3", (4, b"ftyp"): "MP4",
+    (0, b"\x1aE\xdf\xa3"): "WebM", (0, b"FORM"): "AIFF",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- sound in
@@ -33,7 +37,7 @@ def read_audio(source: str | Path | BinaryIO, rate: int = SAMPLE_RATE) -> Iterat
     if source == STDIN:
         return _raw_chunks(sys.stdin.buffer, rate)
     if isinstance(source, (str, Path)):
-        _check_file(Path(source))
+        _check_file(str(source), Path(source))
         name, file = str(source), str(source)
     else:
         name, file = getattr(source, "name", "the recording"), source
@@ -60,9 +64,11 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
     yield from rest
 
 
-def _check_file(path: Path) -> None:
+def _check_file(name: str, path: Path) -> None:
+    if not name:
+        raise InputError("the recording's path is empty: give the path of a file, or - for raw PCM on standard input")
     if not path.exists():
-        raise InputError(f"{path}: no such file: give the path of a recording, or - for raw PCM on standard input")
+        raise InputError(f"{name}: no such file: give the path of a recording, or - for raw PCM on standard input")
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a recording")
     if path.is_file() and path.stat().st_size == 0:
@@ -120,7 +126,7 @@ def _raw_frames(file: BinaryIO, rate: int) -> Iterator[av.AudioFrame]:
     rest, begun = b"", False
     while data := file.read1(READ_BYTES):
         data = rest + data
-        if not begun and len(data) >= 4:
+        if not begun and len(data) >= MARK_BYTES:
             _check_raw(data)
             begun = True
         whole = len(data) // 2 * 2 if begun else 0
@@ -134,10 +140,10 @@ def _raw_frames(file: BinaryIO, rate: int) -> Iterator[av.AudioFrame]:
 
 
 def _check_raw(head: bytes) -> None:
-    for mark, kind in CONTAINERS.items():
-        if head.startswith(mark):
+    for (offset, mark), kind in CONTAINERS.items():
+        if head.startswith(mark, offset):
             raise InputError(
-                f"standard input: this is a {kind} file, not raw PCM: give its path, or pipe it through "
+                f"standard input: this is {kind} data, not raw PCM: give its path, or pipe it through "
                 f"'ffmpeg -i pipe: -f s16le -ac 1 -ar {SAMPLE_RATE} -'"
             )
 

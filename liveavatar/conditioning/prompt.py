@@ -12,8 +12,10 @@ from liveavatar.core import InputError
 def clean(prompt: str) -> str:
     """Mend encoding damage, resolve HTML entities (twice) and collapse white space.
 
-    An empty prompt is legal and stays empty. Raises InputError on text that is not valid Unicode.
+    An empty prompt is legal and stays empty. Raises InputError on what is no text, or not valid Unicode.
     """
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt of type {type(prompt).__name__}: must be text")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -129,8 +130,12 @@ def grid_positions(times: Sequence[int], rows: Sequence[int], columns: Sequence[
 
 
 def spread(n: int, m: int) -> list[int]:
-    """m positions over 0..n-1, truncated (not rounded) like int(linspace(0, n-1, m))."""
-    return torch.linspace(0, n - 1, m, dtype=torch.float64).long().tolist()
+    """m positions over 0..n-1, truncated (not rounded) like int(linspace(0, n-1, m)).
+
+    numpy's, as in the reference: torch's linspace counts back from the end in its second half, and where the exact
+    value is an integer the two truncate to different ones (first at latents of 110 rows).
+    """
+    return np.linspace(0, n - 1, m).astype(int).tolist()
 
 
 def reference_position(block: int, block_latents: int, sink_distance: int) -> int:

@@ -7,12 +7,12 @@ is what a `DecoderState` holds, one per session. Any number of sessions share on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 
 from liveavatar.core import InputError, WeightsError
@@ -195,5 +195,47 @@ def plan_official_vae(path: Path) -> tensorfiles.LoadPlan:
     first = source.entries.get("encoder.conv1.weight")
     if first is None:
         raise WeightsError(f"{path}: not Wan2.1_VAE.pth (no encoder.conv1.weight among its {len(source.entries)} tensors); fetch it again")
-    renamed = tensorfiles.TensorSource(source.label, convert_wan_vae_to_diffusers(dict(source.entries)))
-    return plan_vae({"base_dim": first.shape[0]}, renamed, "the official Wan2.1 VAE (names as in diffusers)", str(path))
+    return plan_named_by_wan({"base_dim": first.shape[0]}, source, "the official Wan2.1 VAE (names as in diffusers)", str(path))
+
+
+def plan_named_by_wan(config: dict, source: tensorfiles.TensorSource, layout: str, where: str) -> tensorfiles.LoadPlan:
+    """`plan_vae` for tensors under Wan's own names, whatever the config's sizes; diffusers' names pass unchanged. Raises WeightsError."""
+    plan = plan_vae(config, source, layout, where)
+    ours = {wan_name(name, plan.module.config): name for name in plan.module.state_dict()}
+    return replace(plan, source=source.renamed(lambda name: ours.get(name, name)))
+
+
+_ENDS = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "quant_conv": "conv1", "post_quant_conv": "conv2"}
+_INNER = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "conv_shortcut": "shortcut"}
+
+
+def wan_name(name: str, config: Mapping) -> str:
+    """What Wan's own files (2.1; 2.2 where config is_residual) call the tensor that AutoencoderKLWan calls `name`.
+
+    diffusers' converter knows one layout only: four levels of two residual blocks, narrowing where 1, 2, 4, 4 does.
+    """
+    side, *path = name.split(".")
+    blocks = config["num_res_blocks"]
+    match path:
+        case [kind] if side in _ENDS:
+            return f"{_ENDS[side]}.{kind}"
+        case ["conv_in" | "norm_out" | "conv_out" as end, *tail]:
+            place = _ENDS[end]
+        case ["mid_block", kind, index, *tail]:
+            place = f"middle.{1 if kind == 'attentions' else 2 * int(index)}"
+        case ["down_blocks", level, "resnets", index, *tail]:
+            place = f"downsamples.{level}.downsamples.{index}"
+        case ["down_blocks", level, "downsampler", *tail]:
+            place = f"downsamples.{level}.downsamples.{blocks}"
+        case ["down_blocks", index, *tail]:
+            place = f"downsamples.{index}"
+        case ["up_blocks", level, "resnets", index, *tail]:
+            place = _up_place(int(level), int(index), blocks, config["is_residual"])
+        case ["up_blocks", level, "upsampler", *tail] | ["up_blocks", level, "upsamplers", _, *tail]:
+            place = _up_place(int(level), blocks + 1, blocks, config["is_residual"])
+    return ".".join([side, place, _INNER.get(tail[0], tail[0]), *tail[1:]])
+
+
+def _up_place(level: int, index: int, blocks: int, nested: bool) -> str:
+    """Part `index` of a decoder level: its blocks + 1 residual blocks, then its upsampler; 2.1 counts through all levels."""
+    return f"upsamples.{level}.upsamples.{index}" if nested else f"upsamples.{level * (blocks + 2) + index}"

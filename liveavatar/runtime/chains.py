@@ -246,9 +246,9 @@ class Exchange:
         """The next caller who knows the key, and its greeting; None for one who does not."""
         try:
             connection = self.listener.accept()
-        except (AuthenticationError, EOFError, ConnectionError):
+            return connection, json.loads(connection.recv_bytes())
+        except (AuthenticationError, EOFError, ConnectionError):  # it does not know the key, or died while it greeted
             return None
-        return connection, json.loads(connection.recv_bytes())
 
     def close(self) -> None:
         """Wake whoever accepts (who then closes the listener) and end the store."""
@@ -293,7 +293,11 @@ class ProcessChain(Base):
         view = self.views[rank]
         view.connected, view.seen = True, time.monotonic()
         self._controls[rank] = connection
-        connection.send_bytes(self._job)
+        try:
+            connection.send_bytes(self._job)
+        except OSError:
+            view.lost = time.monotonic()
+            return
         self._spawn(f"read{rank}", self._read, view, connection)
 
     def _read(self, view: RankView, connection: Connection) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from itertools import count
 
 import torch
 
 from liveavatar import core
-from liveavatar.conditioning.identity import fit_picture, load_picture
+from liveavatar.conditioning.identity import as_picture, fit_picture
 from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
@@ -68,7 +69,7 @@ class Session:
         self.error: LiveAvatarError | None = None
         self.opened = self.closing = self.closed = False
         self.changed = Signal()
-        self._engine, self._intake = engine, Intake()
+        self._engine, self._intake, self._pushing = engine, Intake(), asyncio.Lock()
 
     # ------------------------------------------------------------ audio
 
@@ -77,22 +78,21 @@ class Session:
 
         What is left when an interrupt comes is dropped. Raises InputError, SessionClosed, RankFailure.
         """
-        self._check()
-        if self.timeline.ended:
-            raise SessionClosed(f"session {self.name!r}: audio was ended; open another session for more")
+        self._check_audio()
         await self._queue(self._intake.push(pcm, rate))
 
     async def _queue(self, pcm) -> None:
         epoch, limit = self.timeline.epoch, self._engine.config.runtime.queued_seconds
-        while len(pcm) and epoch == self.timeline.epoch:
-            room = round((limit - self.timeline.queued_seconds) * core.SAMPLE_RATE)
-            if room > 0:
-                self.timeline.push(pcm[:room])
-                pcm = pcm[room:]
-                self._engine.wake()
-            else:
-                await self.changed.wait()
-                self._check()
+        async with self._pushing:  # whole, in order of the calls, and an end after what was pushed before it
+            while len(pcm) and epoch == self.timeline.epoch:
+                self._check_audio()
+                room = round((limit - self.timeline.queued_seconds) * core.SAMPLE_RATE)
+                if room > 0:
+                    self.timeline.push(pcm[:room])
+                    pcm = pcm[room:]
+                    self._engine.wake()
+                else:
+                    await self.changed.wait()
 
     async def end_audio(self) -> None:
         """No more audio: the last block is filled up with silence, iteration ends after its pictures."""
@@ -123,6 +123,7 @@ class Session:
         """New portrait: a path, bytes or uint8 [3, H0, W0]. Raises InputError."""
         self._check()
         message = core.SetReference(self.name, picture=await self._engine.fitted(picture))
+        self._check()  # closed meanwhile: another session may have the name by now
         self.timeline.new_portrait()
         await self._engine.send(message)
 
@@ -183,6 +184,11 @@ class Session:
         if self.closing:
             raise SessionClosed(f"session {self.name!r} was closed")
 
+    def _check_audio(self) -> None:
+        self._check()
+        if self.timeline.ended:
+            raise SessionClosed(f"session {self.name!r}: audio was ended; open another session for more")
+
 
 class Engine:
     """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose()."""
@@ -229,14 +235,13 @@ class Engine:
         one_of("pace", pace, PACES)
         if len(self.sessions) >= self.config.runtime.sessions:
             raise PlacementError(f"the chain holds {self.config.runtime.sessions} session(s) (runtime.sessions) and all are taken")
-        name = name if name is not None else f"session-{self._opened_so_far}"
-        if not name or name in self.sessions:
-            raise InputError(f"session name {name!r} is {'taken' if name else 'empty'}")
+        name = self._name(name)
         self._opened_so_far += 1
         session = self.sessions[name] = Session(self, name, pace)
         try:
-            message = core.Open(name, seed=self.config.seed if seed is None else seed,
+            message = core.Open(name, seed=whole(self.config.seed if seed is None else seed),
                                 prompt=clean(self.config.prompt if prompt is None else prompt), picture=await self.fitted(picture))
+            session._check()  # closed meanwhile: nothing may reach the chain behind its Close
             await self.send(message)
             while not session.opened:
                 session._check()
@@ -251,6 +256,17 @@ class Engine:
         self.wake()
         return session
 
+    def _name(self, name: str | None) -> str:
+        """`name`, or the next free "session-N". Raises InputError."""
+        if name is None:
+            numbered = (f"session-{n}" for n in count(self._opened_so_far))
+            return next(free for free in numbered if free not in self.sessions)
+        if not isinstance(name, str) or not name.isprintable():
+            raise InputError(f"session name {name!r}: must be text on one line")
+        if not name or name in self.sessions:
+            raise InputError(f"session name {name!r} is {'taken' if name else 'empty'}")
+        return name
+
     async def _discard(self, session: Session) -> None:
         """Forget a session that could not open; whatever it left in the chain is cleared."""
         with contextlib.suppress(LiveAvatarError):  # the chain failed: nothing is left to clear
@@ -259,13 +275,7 @@ class Engine:
 
     async def fitted(self, picture) -> torch.Tensor:
         """uint8 [3, H, W] of this engine's size, covered and centre-cropped. Raises InputError."""
-        def work() -> torch.Tensor:
-            loaded = load_picture(picture) if isinstance(picture, (str, Path, bytes)) else torch.as_tensor(picture)
-            if loaded.dtype != torch.uint8 or loaded.dim() != 3 or loaded.shape[0] != 3:
-                raise InputError(f"picture {list(loaded.shape)} {loaded.dtype}: must be uint8 [3, H, W]")
-            return fit_picture(loaded, self.geometry.height, self.geometry.width)
-
-        return await asyncio.to_thread(work)
+        return await asyncio.to_thread(lambda: fit_picture(as_picture(picture), self.geometry.height, self.geometry.width))
 
     async def aclose(self) -> None:
         """Stop the chain; every session ends. No process or thread of the engine is left. May be called often."""
@@ -297,8 +307,10 @@ class Engine:
     async def _pump(self) -> None:
         while True:
             if self._outbox:
-                message, sent = self._outbox.popleft()
+                message, sent = self._outbox[0]  # stays until it is on its way: a failure meanwhile reaches its sender
                 await self._put(message)
+                if self.failure is None:
+                    self._outbox.popleft()
                 if not sent.done():
                     sent.set_result(None)
             else:
@@ -372,6 +384,17 @@ class Engine:
     def _check(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+# ---------------------------------------------------------------- what people give
+
+
+def whole(seed) -> int:
+    """seed as an int. Raises InputError: what JSON cannot say would stop the chain for everybody."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise InputError(f"seed {seed!r}: must be a whole number") from None
 
 
 # ---------------------------------------------------------------- before the start

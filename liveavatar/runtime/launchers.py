@@ -274,7 +274,10 @@ class RayCrew:
         # Ray's workers would run at nice 15; usage reports leave the house
         with environment({"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}):
             if address is not None:
-                self._ray.init(address=address, log_to_driver=False)
+                try:
+                    self._ray.init(address=address, log_to_driver=False)
+                except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                    raise ConfigError(f"runtime.ray_address={address}: cannot reach a Ray cluster there: {worker.one_line(error)[:200]}") from None
                 return
             cores = max(os.cpu_count() or 1, self._world)  # ranks wait more than they compute where cores are few
             self._ray.init(num_cpus=cores, num_gpus=torch.cuda.device_count(), include_dashboard=False,

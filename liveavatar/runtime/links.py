@@ -353,5 +353,8 @@ class ReceiveAhead(threading.Thread):
         except LinkBroken as error:
             self.broken = error
             self.inbox.close()
+        except RuntimeError as error:  # no memory for what arrives, say: the rank shall end with a name, not fall silent
+            self.broken = LinkBroken(self.link.peer, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self.inbox.close()
         except LinkClosed:
             return

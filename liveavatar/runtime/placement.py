@@ -98,7 +98,8 @@ def local_devices(kind: str, ranks: int) -> list[Device]:
     """The devices `ranks` ranks would get on this machine. kind: "auto" | "cpu" | "cuda". Raises PlacementError."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and kind != "cpu" else 0
     if kind == "cuda" and gpus < ranks:
-        raise PlacementError(f"model.device: cuda with {ranks} stages needs {ranks} GPUs, this machine has {gpus}")
+        raise PlacementError(f"model.device: cuda with {ranks} stages needs {ranks} GPUs, this machine has {gpus}: "
+                             "cut the chain into fewer stages, or say model.device=cpu (plan: --memory GB of each)")
     if gpus < ranks:
         return [Device(name="cpu", kind="cpu", memory=host_memory())] * ranks
     return [Device(name=f"cuda:{i} {torch.cuda.get_device_name(i)}", kind="cuda", memory=torch.cuda.mem_get_info(i)[0])

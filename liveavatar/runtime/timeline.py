@@ -55,6 +55,7 @@ class Timeline:
         self.refresh_at: int | None = refresh_block or None
         self.epoch, self.next_block, self.ended = 0, 0, False
         self._pcm = np.zeros(0, dtype=np.float32)  # from the start of next_block on
+        self._arriving = False  # the PCM that waits may be going on: some came since the last idle block
         self._ahead = self._pcm  # look-ahead the chain was already sent beyond the start of next_block
         self._inside: dict[int, Admitted] = {}
         self._ready: deque[tuple[int, Admitted, np.ndarray]] = deque()  # pictures not yet taken
@@ -100,15 +101,22 @@ class Timeline:
     def push(self, pcm: np.ndarray) -> None:
         """Append float32 [n] 16 kHz mono."""
         assert not self.ended and pcm.dtype == np.float32 and pcm.ndim == 1
-        self._pcm = np.concatenate([self._pcm, pcm])
+        self._pcm, self._arriving = np.concatenate([self._pcm, pcm]), True
 
     def end(self) -> None:
         """No more PCM will come."""
         self.ended = True
 
     def idle(self) -> None:
-        """The next block is silence, before all that is queued: speech that is still arriving stays whole."""
-        self._pcm = np.concatenate([np.zeros(self.geometry.samples_per_block, np.float32), self._pcm])
+        """The next block may not wait for audio. It is silence, before all that is queued: speech that is still
+        arriving stays whole. When nothing came since the last idle block, what waits is the end of an
+        utterance: it goes now, silence behind it."""
+        size = self.geometry.samples_per_block
+        if self._arriving or not len(self._pcm):
+            self._pcm = np.concatenate([np.zeros(size, np.float32), self._pcm])
+        elif len(self._pcm) < size:
+            self._pcm = np.concatenate([self._pcm, np.zeros(size - len(self._pcm), np.float32)])
+        self._arriving = False
 
     def interrupt(self) -> Interrupt:
         """A new epoch begins with the next block: forget queued PCM and pictures nobody took."""

@@ -1,0 +1,147 @@
+"""Calls of a session at awkward moments and of a wrong kind: no hang, no name taken, nothing left, nothing mixed up."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import speech
+from test_engine import collect, config, digest, run, speak, with_engine
+
+from liveavatar import core
+from liveavatar.core import InputError, RankFailure, SessionClosed
+
+
+def test_a_live_utterance_is_spoken_to_its_end(tiny_folder, portrait):
+    pcm = np.full(7680 + 4000, 0.25, np.float32)
+
+    async def scenario(engine):
+        session = await engine.open(portrait, pace="live")
+        await session.push_audio(pcm)
+        outputs = await collect(session, 2)
+        while np.concatenate([o.pcm for o in outputs]).sum() < pcm.sum() - 1:
+            outputs += await collect(session, 1)
+        await session.close()
+
+    run(with_engine, config(tiny_folder), scenario, timeout=60)
+
+
+def test_an_end_waits_for_what_was_pushed_before_it(tiny_folder, portrait):
+    pcm = speech(3)
+
+    async def scenario(engine):
+        session = await engine.open(portrait)
+        calls = [asyncio.create_task(session.push_audio(part)) for part in np.split(pcm, 3)]
+        calls.append(asyncio.create_task(session.end_audio()))
+        await asyncio.sleep(0.2)
+        late = asyncio.create_task(session.push_audio(pcm))
+        outputs = await collect(session)
+        await asyncio.gather(*calls)
+        with pytest.raises(SessionClosed, match="ended"):
+            await late
+        return np.concatenate([o.pcm for o in outputs])
+
+    assert np.array_equal(run(with_engine, config(tiny_folder, queued_seconds=0.7, in_flight=1), scenario)[: len(pcm)], pcm)
+
+
+WRONG = (
+    {"picture": None}, {"picture": object()}, {"picture": np.zeros((3, 64, 64), np.uint8)[:, ::-1]},
+    {"picture": torch.zeros(3, 0, 5, dtype=torch.uint8)}, {"prompt": 3}, {"seed": 1.5}, {"seed": "x"},
+    {"name": 5}, {"name": "\ud800"}, {"name": "two\nlines"}, {"name": ""},
+)  # fmt: skip
+
+
+def test_arguments_of_a_wrong_kind_take_no_place(tiny_folder, portrait):
+    async def scenario(engine):
+        for wrong in WRONG:
+            with pytest.raises(InputError):
+                await engine.open(**{"picture": portrait, **wrong})
+            assert not engine.sessions, wrong
+        assert len(await speak(await engine.open(portrait), speech(0.3))) == 1
+
+    run(with_engine, config(tiny_folder, sessions=1), scenario)
+
+
+def test_a_seed_may_be_numpys_and_crosses_to_other_processes(tiny_folder, portrait):
+    async def scenario(engine):
+        return digest(await speak(await engine.open(portrait, seed=np.int64(3)), speech(0.3)))
+
+    assert run(with_engine, config(tiny_folder, 2, "local"), scenario) == run(with_engine, config(tiny_folder), scenario)
+
+
+def test_an_unnamed_session_takes_a_free_name(tiny_folder, portrait):
+    async def scenario(engine):
+        await engine.open(portrait, name="session-1")
+        return (await engine.open(portrait)).name
+
+    assert run(with_engine, config(tiny_folder), scenario) == "session-2"
+
+
+@pytest.mark.parametrize("fault", ["rank", "aclose"])
+def test_a_call_whose_message_is_on_its_way_ends_with_the_chain(tiny_folder, portrait, fault):
+    failure, reached = RankFailure(0, ("condition",), "died"), threading.Event()
+
+    async def scenario(engine):
+        session = await engine.open(portrait)
+        gate, send = threading.Event(), engine.chain.send
+
+        def stuck(message):
+            reached.set()
+            gate.wait(10)
+            if fault == "rank":
+                raise failure
+            send(message)
+
+        engine.chain.send = stuck
+        interrupting = asyncio.create_task(session.interrupt())
+        await asyncio.to_thread(reached.wait)
+        closing = asyncio.create_task(engine.aclose()) if fault == "aclose" else None
+        await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(RankFailure if fault == "rank" else SessionClosed):
+            await asyncio.wait_for(interrupting, 20)
+        if closing:
+            await closing
+
+    run(with_engine, config(tiny_folder), scenario)
+
+
+def test_a_session_closed_while_it_opens_leaves_nothing(tiny_folder, portrait, monkeypatch):
+    sent = []
+
+    async def scenario(engine):
+        send = engine.chain.send
+        monkeypatch.setattr(engine.chain, "send", lambda message: (sent.append(type(message)), send(message)))
+        opening = asyncio.create_task(engine.open(portrait, name="gone"))
+        while "gone" not in engine.sessions:
+            await asyncio.sleep(0)
+        await engine.sessions["gone"].close()
+        with pytest.raises(SessionClosed):
+            await opening
+
+    run(with_engine, config(tiny_folder), scenario)
+    assert core.Open not in sent[sent.index(core.Close) :]
+
+
+def test_a_late_portrait_does_not_reach_the_next_session_of_that_name(tiny_folder, portrait):
+    fitting = asyncio.Event()
+
+    async def scenario(engine):
+        session, fitted = await engine.open(portrait, name="x"), engine.fitted
+
+        async def slowly(picture):
+            await fitting.wait()
+            return await fitted(picture)
+
+        engine.fitted = slowly
+        late = asyncio.create_task(session.set_reference(portrait.flip(1)))
+        await asyncio.sleep(0)
+        engine.fitted = fitted
+        await session.close()
+        await engine.open(portrait, name="x")
+        fitting.set()
+        with pytest.raises(SessionClosed):
+            await late
+
+    run(with_engine, config(tiny_folder), scenario)
