@@ -21,7 +21,6 @@ from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import save_folder
 from liveavatar.training import forcing
-from liveavatar.training.codec import CodecConfig
 from liveavatar.training.data import DataConfig, neutral_picture
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -33,8 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """stage: whose averages are exported. folder: where the checkpoint folder goes; portrait: picture of the default identity, "" for none. history:
-    how the weights came about, in plain words, for the card."""
+    """stage: whose averages are exported. folder: where the checkpoint folder goes; portrait: picture of the default
+    identity, "" for none. history: how the weights came about, in plain words, for the card."""
 
     stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
@@ -71,8 +70,7 @@ def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
             "motion_frames": config.motion_frames}
 
 
-def export_folder(config: ExportConfig, vae_config: CodecConfig, training: forcing.ForcingConfig, data: DataConfig,
-                  run: str | Path, seed: int) -> Path:
+def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. Raises WeightsError without checkpoints."""
     model, iteration = forcing.averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -71,9 +72,7 @@ def run_vae(recipe: Recipe) -> None:
 
 
 def run_decoder(recipe: Recipe) -> None:
-    """Train the decoder alone, where the recipe says so, and write RUN/vae again; latents stay valid."""
-    if recipe.vae.decoder is None:
-        return
+    """Train the decoder alone and write RUN/vae again; latents stay valid."""
     codec.train_decoder(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
     if first_rank():
         codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
@@ -107,7 +106,7 @@ def run_dmd(recipe: Recipe) -> None:
 def run_export(recipe: Recipe) -> None:
     """Put the averages of the last checkpoints together as a checkpoint folder; training may go on meanwhile."""
     if first_rank():
-        export.export_folder(recipe.export, recipe.vae, recipe.forcing, recipe.data, recipe.run, recipe.seed)
+        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed)
 
 
 def run_preview(recipe: Recipe) -> None:
@@ -118,7 +117,7 @@ def run_preview(recipe: Recipe) -> None:
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "forcing": run_forcing, "ode": run_ode,
           "dmd": run_dmd, "export": run_export}
-OPTIONAL = ("ode", "dmd")  # where the recipe has a section for them
+OPTIONAL = {"decoder": "vae.decoder", "ode": "ode", "dmd": "dmd"}  # the sections that ask for them
 SIDE_STAGES = {"preview": run_preview}  # only by name
 ALONE = ("data", "export", "preview")  # these run in one process
 
@@ -133,14 +132,18 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> N
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
     for name in stages_of(recipe) if stage == "all" else (stage,):
-        if name in OPTIONAL and not getattr(recipe, name):
-            raise ConfigError(f"{config_path}: stage {name}: the recipe has no {name} section")
+        if not _asked_for(recipe, name):
+            raise ConfigError(f"{config_path}: stage {name}: the recipe has no {OPTIONAL[name]} section")
         _run_stage(name, recipe)
 
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages of "all": those the recipe has a section for, in order."""
-    return [name for name in STAGES if name not in OPTIONAL or getattr(recipe, name)]
+    return [name for name in STAGES if _asked_for(recipe, name)]
+
+
+def _asked_for(recipe: Recipe, name: str) -> bool:
+    return name not in OPTIONAL or operator.attrgetter(OPTIONAL[name])(recipe) is not None
 
 
 def _run_stage(name: str, recipe: Recipe) -> None:
