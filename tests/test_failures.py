@@ -248,3 +248,13 @@ def test_the_heads_own_pause_is_forgiven():
     for view in made:
         view.forgive(30.0)
     assert decide(made, LIMITS, 81.0) is None
+
+
+def test_a_start_that_fails_is_named(tmp_path):
+    """The forkserver dies while it imports, as it does for want of memory."""
+    (tmp_path / "dies.py").write_text("import os\nos._exit(3)\n")
+    script = ("from test_failures import *\nlaunchers.WORKER_MODULES = ('dies',)\n"
+              "try:\n    launch()\nexcept core.RankFailure as error:\n    print(error)\n")
+    paths = os.pathsep.join([str(tmp_path), str(TESTS), str(TESTS.parent)])
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "rank 0 (condition+step0): the process that starts it has died", done.stderr

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from liveavatar.config import LAUNCHERS, Config, one_of
-from liveavatar.core import ConfigError, PlacementError
+from liveavatar.core import ConfigError, PlacementError, RankFailure
 from liveavatar.runtime import worker
 from liveavatar.runtime.chains import Chain, Crew, ProcessChain, ThreadChain
 from liveavatar.runtime.supervisor import describe_exit
@@ -106,7 +106,10 @@ class LocalCrew:
         with environment(rank_environment(self._config, self._world)):
             for rank in range(self._world):
                 process = self._context.Process(target=worker.process, args=(address, key, rank), name=f"rank{rank}", daemon=True)
-                process.start()
+                try:
+                    process.start()
+                except (EOFError, ConnectionError):  # the forkserver died, by its imports or for want of memory
+                    raise RankFailure(rank, worker.stages_of(self._config)[rank], "the process that starts it has died") from None
                 self._processes.append(process)
 
     def ended(self, rank: int) -> str | None:
