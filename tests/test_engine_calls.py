@@ -145,3 +145,10 @@ def test_a_late_portrait_does_not_reach_the_next_session_of_that_name(tiny_folde
             await late
 
     run(with_engine, config(tiny_folder), scenario)
+
+
+@pytest.mark.parametrize("fast, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_bfloat16_where_the_cpu_is_fast_at_it(fast, expected, tiny_folder, monkeypatch):
+    monkeypatch.setattr(ops, "cpu_is_fast_at_bfloat16", lambda: fast)
+    source = open_source(Config(model=ModelConfig(path=str(tiny_folder))))
+    assert source.dtype(torch.device("cpu")) == expected and source.dtype(torch.device("cuda")) == torch.bfloat16

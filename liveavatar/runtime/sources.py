@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from liveavatar import ops
 from liveavatar.conditioning.audio_features import AudioFrontEnd, Wav2VecFrontEnd, build_front_end
 from liveavatar.conditioning.identity import output_size
 from liveavatar.config import Config
@@ -116,11 +117,11 @@ class FolderSource:
         return tensorfiles.open_file(tensorfiles.find_weights(path) if path.is_dir() else path).nbytes
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """config.model.dtype on `device`; auto: bfloat16 on a GPU or a CPU with bf16 matrix units."""
+        """config.model.dtype on `device`; auto: bfloat16 on a GPU or a CPU that is fast at it."""
         said = self.config.model.dtype
         if said != "auto":
             return getattr(torch, said)
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        fast = device.type == "cuda" or ops.cpu_is_fast_at_bfloat16()
         return torch.bfloat16 if fast else torch.float32
 
     def transformer(self, dtype: torch.dtype, device: torch.device) -> CausalS2V:
