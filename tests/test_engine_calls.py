@@ -9,8 +9,10 @@ import torch
 from conftest import speech
 from test_engine import collect, config, digest, run, speak, with_engine
 
-from liveavatar import core
+from liveavatar import core, ops
+from liveavatar.config import Config, ModelConfig
 from liveavatar.core import InputError, RankFailure, SessionClosed
+from liveavatar.runtime.sources import open_source
 
 
 def test_a_live_utterance_is_spoken_to_its_end(tiny_folder, portrait):
