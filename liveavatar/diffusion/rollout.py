@@ -152,7 +152,7 @@ class ClipCondition:
 
     features [B,L,Ca,4F]; context: text rows [n,text_dim] per clip; reference [B,16,1,h,w]; motion [B,16,M,h,w].
     first_block: number of the first block. refresh_block: from this block of the clip on the sink is its own
-    first latent (AAS); 0: never, and only the cached order can.
+    first latent (AAS); 0: never, and only the cached order can. causal: False for a bidirectional model.
     """
 
     features: torch.Tensor
@@ -163,6 +163,7 @@ class ClipCondition:
     sink_distance: int = 30
     first_block: int = 0
     refresh_block: int = 0
+    causal: bool = True
 
     def velocity(self, model: CausalS2V, history_grad: bool = True) -> Velocity:
         """The model under this condition, all blocks at once."""
@@ -172,7 +173,7 @@ class ClipCondition:
         def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self.features, self.context, self.reference, self.motion,
                                       window_blocks=self.window_blocks, sink_distance=self.sink_distance,
-                                      first_block=self.first_block, history_grad=history_grad)
+                                      first_block=self.first_block, history_grad=history_grad, causal=self.causal)
 
         return velocity
 
