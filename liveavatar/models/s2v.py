@@ -252,18 +252,22 @@ class CausalS2V(nn.Module):
         times = range(block * latents, (block + 1) * latents)
         return L.rope_angles(grid_positions(times, range(h // 2), range(w // 2)), self.config.head_dim).to(self.device)
 
+    def time_angles(self, latents: int) -> torch.Tensor:
+        """Rotation by so many latents in time alone: fp32 [2, 1, d/2]."""
+        return L.rope_angles(torch.tensor([[latents, 0, 0]]), self.config.head_dim).to(self.device)
+
     def reference_angles(self, position: int, h: int, w: int) -> torch.Tensor:
         """Rotation of the reference tokens at time `position`: fp32 [2, tok, d/2]."""
         return L.rope_angles(grid_positions([position], range(h // 2), range(w // 2)), self.config.head_dim).to(self.device)
 
     # ------------------------------------------------------------ the three ways to run
 
-    def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int) -> StepCache:
+    def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int, anchor_blocks: int = 0) -> StepCache:
         """An empty StepCache for latents of size h x w in the model's dtype and on its device."""
         tok = (h // 2) * (w // 2)
         sink = 2 * tok + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
         return StepCache(layers=self.config.num_layers, heads=self.config.num_heads, head_dim=self.config.head_dim,
-                         sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks,
+                         sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks, anchor_blocks=anchor_blocks,
                          dtype=self.dtype, device=self.device)
 
     def prefill(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> Sink:
@@ -298,10 +302,13 @@ class CausalS2V(nn.Module):
         latents, h, w = x.shape[-3:]
         angles = self.block_angles(block, latents, h, w)
         reference = self.reference_angles(reference_position(block, latents, sink_distance), h, w)
+        turns = [self.time_angles(latents * moved) for moved in cache.anchor_moves(block)]
         tokens = self._noisy_tokens(x.to(self.device), None if pose is None else pose.to(self.device))
         for i, layer in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
+                if turns:
+                    cache.roll_anchors(i, turns)
                 keys, values = cache.attended(i, L.rotate(k, angles), v, reference)
                 return ops.attention(L.rotate(q, angles), keys, values)
 
@@ -309,7 +316,7 @@ class CausalS2V(nn.Module):
             if i in self._injector_of:
                 tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled).to(self.dtype)
         if remember:
-            cache.advance()
+            cache.advance(block)
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 
     def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
