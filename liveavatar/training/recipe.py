@@ -32,6 +32,7 @@ class Recipe:
     ode: ode.OdeConfig | None = None
     consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
+    preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
     processes: int = 1
 
@@ -131,7 +132,8 @@ def run_export(recipe: Recipe) -> None:
 def run_preview(recipe: Recipe) -> None:
     """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
     if first_rank():
-        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
+        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.preview or recipe.export.stage,
+                        teach=recipe.teacher)
 
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "teacher": run_teacher,
