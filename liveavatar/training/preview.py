@@ -56,8 +56,9 @@ def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, u
 
 
 def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
-             sigmas: Sequence[float], seed: int, sink_distance: int = 30) -> np.ndarray:
-    """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets."""
+             sigmas: Sequence[float], seed: int, **how) -> np.ndarray:
+    """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets.
+    how: options of cached_rollout."""
     held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
     count = len(scene.truth) // 12
     features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), 12 * count).split(12, dim=-1)
@@ -65,8 +66,7 @@ def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: fo
     noises = [noise(seed, "preview", b, shape) for b in range(count)]
     state, made = vae.new_state(), []
     vae.decode(held, state)
-    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks,
-                                sink_distance=sink_distance):
+    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks, **how):
         made.append(to_bytes(vae.decode(block, state)))
     return np.concatenate(made)
 
