@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import codec, data, dmd, export, forcing, ode, preview
+from liveavatar.training import codec, data, dmd, export, forcing, ode, preview, probing
 from liveavatar.training.loop import meet
 
 
@@ -28,6 +30,7 @@ class Recipe:
     vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
     dmd: dmd.DmdConfig | None = None
     seed: int = 0
@@ -59,6 +62,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return settings.load(path, overrides, cls=Recipe)
 
 
+def recipe_sha256(recipe: Recipe) -> str:
+    """SHA-256 of all that the recipe says, defaults written out."""
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+
+
 def run_data(recipe: Recipe) -> None:
     """Render the corpus (what is missing of it)."""
     data.render_corpus(recipe.data, recipe.seed)
@@ -76,6 +84,13 @@ def run_decoder(recipe: Recipe) -> None:
     codec.train_decoder(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
     if first_rank():
         codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+
+
+def run_probe(recipe: Recipe) -> None:
+    """Train the judge network and write RUN/probe, with what it is worth on the held-out clips."""
+    probing.train_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed)
+    if first_rank():
+        probing.finish_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed, recipe_sha256(recipe))
 
 
 def run_latents(recipe: Recipe) -> None:
@@ -115,9 +130,9 @@ def run_preview(recipe: Recipe) -> None:
         preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "forcing": run_forcing, "ode": run_ode,
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "forcing": run_forcing, "ode": run_ode,
           "dmd": run_dmd, "export": run_export}
-OPTIONAL = {"decoder": "vae.decoder", "ode": "ode", "dmd": "dmd"}  # the sections that ask for them
+OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "ode": "ode", "dmd": "dmd"}  # the sections that ask for them
 SIDE_STAGES = {"preview": run_preview}  # only by name
 ALONE = ("data", "export", "preview")  # these run in one process
 
