@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,11 @@ class Clip:
     @property
     def caption(self) -> str:
         return self.card["caption"]
+
+    def cut(self, pictures: int) -> Clip:
+        """The first so many pictures and their labels; sound and card stay whole."""
+        timed = ("frames", "mouth", "eyes", "aperture", "width", "lid", "units", "pose")
+        return replace(self, **{name: getattr(self, name)[:pictures] for name in timed})
 
 
 def write_arrays(path: str | Path, card: dict, **arrays: np.ndarray) -> None:
