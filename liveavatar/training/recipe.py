@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import codec, consistency, data, dmd, export, forcing, ode, preview, teacher
+from liveavatar.training import ablations, codec, consistency, data, dmd, export, forcing, ode, preview, probing, teacher
 from liveavatar.training.loop import meet
 
 
@@ -29,9 +31,11 @@ class Recipe:
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
     teacher: teacher.TeacherConfig | None = None
+    probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
     consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
+    ablations: ablations.AblationConfig = ablations.AblationConfig()
     preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
     processes: int = 1
@@ -65,6 +69,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return settings.load(path, overrides, cls=Recipe)
 
 
+def recipe_sha256(recipe: Recipe) -> str:
+    """SHA-256 of all that the recipe says, defaults written out."""
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+
+
 def run_data(recipe: Recipe) -> None:
     """Render the corpus (what is missing of it)."""
     data.render_corpus(recipe.data, recipe.seed)
@@ -83,6 +92,13 @@ def run_decoder(recipe: Recipe) -> None:
     codec.train_decoder(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
     if first_rank():
         codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+
+
+def run_probe(recipe: Recipe) -> None:
+    """Train the judge network and write RUN/probe, with what it is worth on the held-out clips."""
+    probing.train_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed)
+    if first_rank():
+        probing.finish_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed, recipe_sha256(recipe))
 
 
 def run_latents(recipe: Recipe) -> None:
@@ -136,11 +152,17 @@ def run_preview(recipe: Recipe) -> None:
                         teach=recipe.teacher)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "teacher": run_teacher,
+def run_ablations(recipe: Recipe) -> None:
+    """What each part of the method is worth on the checkpoints of the run, into RUN/ablations."""
+    ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.stage, recipe.export.sigmas)
+
+
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "teacher": run_teacher,
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd, "export": run_export}
-OPTIONAL = {"decoder": "vae.decoder", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}  # the sections that ask for them
-SIDE_STAGES = {"preview": run_preview}  # only by name
-ALONE = ("data", "export", "preview")  # these run in one process
+# The sections that ask for them.
+OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}
+SIDE_STAGES = {"preview": run_preview, "ablations": run_ablations}  # only by name
+ALONE = ("data", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
