@@ -21,6 +21,7 @@ from liveavatar.config import one_of
 from liveavatar.core import FPS, ConfigError
 from liveavatar.diffusion.rollout import HistoryMode
 from liveavatar.models.cache import StepCache
+from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import Probe, Seen, frechet, identity_error, load_probe
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
@@ -139,7 +140,16 @@ class Bench:
     vae: StreamingVAE
     probe: Probe
     scenes: list[preview.Scene]
-    captions: list[torch.Tensor]
+    text: TextEncoder
+
+    @property
+    def captions(self) -> list[torch.Tensor]:
+        """Text rows of the scenes."""
+        return [self.text.encode(scene.caption) for scene in self.scenes]
+
+    def features(self, videos: Sequence[np.ndarray]) -> np.ndarray:
+        """Probe features of all pictures of several videos uint8 [T,S,S,3]."""
+        return np.concatenate([self.probe.look(pictures).features for pictures in videos])
 
     @classmethod
     def build(cls, config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int) -> "Bench":
@@ -148,8 +158,7 @@ class Bench:
         seconds = 12 * config.blocks / FPS + corpus.LOOKAHEAD_SECONDS
         spoken = speech.synthesize(seed + 11, seconds, (speech.HELD_OUT_VOICE,))
         scenes = [preview.make_scene(data, renderer, person, spoken, config.blocks, seed + i) for i, person in enumerate(config.people)]
-        return cls(forcing, StreamingVAE.from_folder(run / "vae"), load_probe(config.probe or run / "probe")[0], scenes,
-                   [text.encode(scene.caption) for scene in scenes])
+        return cls(forcing, StreamingVAE.from_folder(run / "vae"), load_probe(config.probe or run / "probe")[0], scenes, text)
 
     def row(self, arm: Arm, run: Path, stage: str, sigmas: Sequence[float], seed: int) -> dict:
         """Generate and judge one arm."""

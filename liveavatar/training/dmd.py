@@ -24,7 +24,7 @@ from liveavatar.training import losses
 from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, averaged_model, clip_loss, draw_position, forcing_levels
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import score_levels
-from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, draws_of, learning_rate, shared_draws
+from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, checkpoint_path, draws_of, learning_rate, save_checkpoint, shared_draws
 from liveavatar.training.replay import replay
 
 
@@ -49,6 +49,7 @@ class DmdConfig:
     refresh_share: float = 0.0  # of the iterations show the student its own first latent as sink after block 0 (AAS)
     forward_kl: float = 0.0  # weight of the forcing loss on real clips beside the reverse divergence
     curated_share: float = 1.0  # only this share of the spoken clips, those that move most, gives conditions (LiveTalk)
+    keep_steps: int = 50  # of the student, after which its averages are also kept as RUN/dmd_STEPS.pt, to choose from
     aggressive: bool = False  # LiveTalk's schedule: both learning rates doubled, guidance of the teacher AGGRESSIVE
 
     def __post_init__(self):
@@ -56,7 +57,7 @@ class DmdConfig:
         one_of("dmd.teacher", self.teacher, ("forcing", "teacher"))
         one_of("dmd.history_grad", self.history_grad, ("through", "detach"))
         HistoryMode.parse(self.history)
-        for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0)):
+        for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0), ("keep_steps", 1)):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least {lowest}")
         if not 0 <= self.refresh_share <= 1 or not 0 < self.curated_share <= 1:
@@ -146,7 +147,12 @@ class Distillation:
             metrics = self._learn_critic(condition, made, draws, i)
             if turn:
                 metrics |= self._learn_student(condition, made, backward, batch, draws, i)
+                self._keep(self.config.student_steps(i + 1))
         return metrics
+
+    def _keep(self, steps: int) -> None:
+        if steps % self.config.keep_steps == 0 and not self.trainer.rank:
+            save_checkpoint(checkpoint_path(self.trainer.folder, f"dmd_{steps:06d}"), ema=self.student.ema.values, iteration=self.trainer.iteration + 1)
 
     def _rate(self, iteration: int) -> float:
         return learning_rate(self.config.loop, iteration) * self.config.rate_factor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,10 @@ class Scene:
     aperture: np.ndarray
     pcm: np.ndarray
     caption: str
+
+    def cut(self, pictures: int) -> Scene:
+        """Its beginning; the sound keeps what is looked ahead to."""
+        return replace(self, truth=self.truth[:pictures], aperture=self.aperture[:pictures])
 
 
 def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, utterance: speech.Utterance, blocks: int, seed: int) -> Scene:

@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import ablations, codec, consistency, data, dmd, export, forcing, ode, preview, probing, teacher
-from liveavatar.training.loop import meet
+from liveavatar.training import ablations, choose, codec, consistency, data, dmd, export, forcing, ode, preview, probing, teacher
+from liveavatar.training.loop import checkpoint_path, meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Recipe:
     ode: ode.OdeConfig | None = None
     consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
+    choose: choose.ChooseConfig | None = None
     ablations: ablations.AblationConfig = ablations.AblationConfig()
     preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
@@ -57,9 +58,12 @@ class Recipe:
                 raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
         if self.forcing.start == "teacher" and not self.teacher:
             raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
-        if self.export.stage != "forcing" and not getattr(self, self.export.stage):
-            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {self.export.stage} section")
-        if self.dmd and self.export.stage == "dmd" and self.dmd.history != "per_step":
+        if self.choose and not self.dmd:
+            raise ConfigError("choose: the recipe has no dmd section to choose from")
+        needed = "choose" if self.export.stage == "chosen" else self.export.stage
+        if not getattr(self, needed):
+            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
+        if self.dmd and self.export.stage in ("dmd", "chosen") and self.dmd.history != "per_step":
             # The chain keeps one bank per step; a student used to other history drifts in it (training.md 2.4).
             raise ConfigError(f"dmd.history={self.dmd.history!r}: students of this history cannot be exported, the runtime has per_step only")
 
@@ -134,9 +138,17 @@ def run_consistency(recipe: Recipe) -> None:
 
 
 def run_dmd(recipe: Recipe) -> None:
-    """Distribution matching on own rollouts, at the levels that are exported."""
+    """Distribution matching on own rollouts, at the levels that are exported. With a `choose` section the teacher must be the better one."""
+    if recipe.choose and recipe.dmd.teacher == "teacher" and first_rank() and not checkpoint_path(recipe.run, "dmd").exists():
+        choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.dmd.start, recipe.export.sigmas)
+    meet()
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
     dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
+def run_choose(recipe: Recipe) -> None:
+    """Judge what Stage 2 began with, kept and ended with; the best becomes RUN/chosen.pt."""
+    choose.choose(recipe.choose, recipe.forcing, recipe.data, recipe.run, recipe.seed, "dmd", recipe.dmd.start, recipe.export.sigmas)
 
 
 def run_export(recipe: Recipe) -> None:
@@ -158,11 +170,13 @@ def run_ablations(recipe: Recipe) -> None:
 
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "teacher": run_teacher,
-          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd, "export": run_export}
+          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
+          "choose": run_choose, "export": run_export}
 # The sections that ask for them.
-OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}
+OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd",
+            "choose": "choose"}
 SIDE_STAGES = {"preview": run_preview, "ablations": run_ablations}  # only by name
-ALONE = ("data", "export", "preview", "ablations")  # these run in one process
+ALONE = ("data", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
