@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from typer.core import TyperGroup
 
+from liveavatar.evaluation import gate_commands
+
 if TYPE_CHECKING:
     from liveavatar.config import Config
     from liveavatar.runtime.placement import Device, Plan
@@ -221,6 +223,9 @@ def train(
     from liveavatar.training.recipe import run
 
     run(stage, config, overrides or ())
+
+
+command(epilog=gate_commands.EPILOG)(gate_commands.gates)
 
 
 def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:

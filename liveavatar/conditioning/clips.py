@@ -58,21 +58,12 @@ def write_arrays(path: str | Path, card: dict, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def read_arrays(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(card, arrays) of a file of write_arrays. Raises InputError when it is not one."""
+def read_arrays(path: str | Path, *only: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """(card, arrays) of a file of write_arrays; only: names of those to read. Raises InputError when it is not one."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+            arrays = {name: stored[name] for name in (("card", *only) if only else stored.files)}
         return json.loads(str(arrays.pop("card"))), arrays
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a clip file: {error}") from None
-
-
-def read_card(path: str | Path) -> dict:
-    """The card alone, without reading the arrays. Raises InputError when the file is not one of write_arrays."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return json.loads(str(stored["card"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a clip file: {error}") from None
 

@@ -143,9 +143,9 @@ def take_clip(avatar: Avatar, probe: Probe, group: str, clip: Clip, seed: int) -
     blocks = len(clip.frames) // avatar.geometry.frames_per_block
     if not blocks:
         raise InputError(f"a clip of {len(clip.frames)} pictures is shorter than a block of {avatar.geometry.frames_per_block}")
+    if clip.frames.shape[1:3] != (avatar.geometry.height, avatar.geometry.width):
+        raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {avatar.geometry.height}: render the held-out clips in its size")
     made_latents, made = avatar.make(clip.reference, float_pcm(clip), clip.caption, blocks, seed)
-    if made.shape[1:] != clip.frames.shape[1:]:
-        raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {made.shape[1]}: render the held-out clips in its size")
     latents, coded = round_trip(avatar.vae, clip.frames)
     count = len(made)
     return Take(group, clip.cut(count), coded[:count], made, latents[:, 1:], made_latents, probe.look(clip.frames[:count]),

@@ -114,7 +114,7 @@ class PictureReader:
             pool = self.through_codec if coded else self.paths
             path = pool[int(rng.integers(len(pool)))]
             clip = shards.read_clip(path)
-            frames = shards.read_arrays(decoded_path(self.decoded, path))[1]["frames"] if coded else clip.frames
+            frames = shards.read_arrays(decoded_path(self.decoded, path), "frames")[1]["frames"] if coded else clip.frames
             index = choose_pictures(rng, clip, c.pictures_per_clip)
             person = np.full(len(index), self.number[clip.card["identity"]["seed"]])
             rows.append((to_float(frames[index]).transpose(0, 1), labels_of(clip)[index], person,
@@ -126,7 +126,7 @@ class PictureReader:
 
 def person_of(path: Path) -> int:
     """Seed of the identity that a clip shows."""
-    return shards.read_card(path)["identity"]["seed"]
+    return shards.read_arrays(path, "lid")[0]["identity"]["seed"]  # the pictures stay unread
 
 
 # ---------------------------------------------------------------- augmentation
@@ -291,10 +291,12 @@ def truth_of(clip: shards.Clip, name: str) -> np.ndarray:
     return clip.pose[:, pose.index(name)] if name in pose else getattr(clip, name)
 
 
-def agreement(told: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """r, slope of told on truth, mean absolute error."""
-    rows = {"r": np.corrcoef(told, truth)[0, 1], "slope": np.polyfit(truth, told, 1)[0], "mae": np.abs(told - truth).mean()}
-    return {key: round(float(value), 4) for key, value in rows.items()}
+def agreement(told: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
+    """r, slope of told on truth, mean absolute error; r and slope are None where the truth stands still."""
+    moves = truth.std() > 0 and told.std() > 0
+    rows = {"r": np.corrcoef(told, truth)[0, 1] if moves else None, "slope": np.polyfit(truth, told, 1)[0] if moves else None,
+            "mae": np.abs(told - truth).mean()}
+    return {key: None if value is None else round(float(value), 4) for key, value in rows.items()}
 
 
 def best_lag(told: list[np.ndarray], truth: list[np.ndarray]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from liveavatar.conditioning.clips import Clip, clip_path, clip_paths, read_arrays, read_card, read_clip, write_arrays, write_clip
+from liveavatar.conditioning.clips import Clip, clip_path, clip_paths, read_arrays, read_clip, write_arrays, write_clip
 
-__all__ = ["GENERATOR_VERSION", "Clip", "clip_path", "clip_paths", "read_arrays", "read_card", "read_clip", "write_arrays", "write_clip"]
+__all__ = ["GENERATOR_VERSION", "Clip", "clip_path", "clip_paths", "read_arrays", "read_clip", "write_arrays", "write_clip"]
 
 GENERATOR_VERSION = 1  # raise when the same seed would give other bytes
