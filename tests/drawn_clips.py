@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from liveavatar.conditioning.clips import Clip, clip_path, write_clip
+from liveavatar.conditioning.clipfiles import Clip, clip_path, write_clip
 
 SKINS = ((224, 172, 140), (120, 80, 60), (200, 140, 170), (150, 170, 120))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liveavatar.conditioning.clips import Clip, clip_paths, read_clip
+from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
 from liveavatar.core import FPS, SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
 from liveavatar.diffusion.rollout import cached_rollout

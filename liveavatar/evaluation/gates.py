@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 
-from liveavatar.conditioning.clips import clip_paths, read_arrays, read_clip
+from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
 from liveavatar.config import Config
 from liveavatar.core import ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm

@@ -1,8 +1,8 @@
-"""What training stores: clip files of the generator (conditioning/clips.py has their form)."""
+"""What training stores: clip files of the generator (conditioning/clipfiles.py has their form)."""
 
 from __future__ import annotations
 
-from liveavatar.conditioning.clips import Clip, clip_path, clip_paths, read_arrays, read_clip, write_arrays, write_clip
+from liveavatar.conditioning.clipfiles import Clip, clip_path, clip_paths, read_arrays, read_clip, write_arrays, write_clip
 
 __all__ = ["GENERATOR_VERSION", "Clip", "clip_path", "clip_paths", "read_arrays", "read_clip", "write_arrays", "write_clip"]
 
