@@ -168,8 +168,10 @@ def grouped_clips(folder: Path) -> list[tuple[str, Clip]]:
     held = [read_clip(path) for path in clip_paths(folder, "held")]
     if not held:
         raise InputError(f"{folder}: holds no held/clip_*.npz; render them: liveavatar train data --config configs/train_tiny.yaml")
-    voices = {clip.card["voice"] for clip in held}
     own = [read_clip(path) for path in clip_paths(folder, "default")]
+    if any(clip.pose is None for clip in (*held, *own)):
+        raise InputError(f"{folder}: holds clips without true labels; gates judge on rendered clips")
+    voices = {clip.card["voice"] for clip in held}
     return [("held", clip) for clip in held] + [("default" if clip.card["voice"] in voices else "readings", clip) for clip in own]
 
 

@@ -99,9 +99,9 @@ class PictureReader:
 
     def __init__(self, config: ProbeConfig, folders: list[str], decoded: Path):
         self.config, self.decoded = config, decoded
-        self.paths = [p for folder in folders for p in shards.clip_paths(folder, "train")]
+        self.paths = rendered_clips(folders)
         if not self.paths:
-            raise ConfigError(f"{', '.join(folders)}: no clips yet; run the data stage first")
+            raise ConfigError(f"{', '.join(folders)}: no rendered clips yet; run the data stage first")
         self.through_codec = [p for p in self.paths if decoded_path(decoded, p).exists()]
         people = [person_of(path) for path in self.paths]
         self.number = {seed: i for i, seed in enumerate(sorted(set(people)))}
@@ -122,6 +122,11 @@ class PictureReader:
         pictures, *others = zip(*rows)
         labels, people, face = (torch.from_numpy(np.concatenate(x)) for x in others)
         return augment(Batch(torch.cat(pictures), labels, people, face), c, draws)
+
+
+def rendered_clips(folders: list[str]) -> list[Path]:
+    """Training clips of the generator: those of real people have no true pose."""
+    return [p for folder in folders for p in shards.clip_paths(folder, "train") if "generator" in shards.read_arrays(p, "lid")[0]]
 
 
 def person_of(path: Path) -> int:
@@ -194,7 +199,7 @@ def decoded_path(folder: Path, clip: Path) -> Path:
 
 def decode_clips(config: ProbeConfig, folders: list[str], run: str | Path, decoded: Path) -> int:
     """Send `codec_clips` clips, evenly spread over the corpora, through the codec, those that are not there yet; returns how many."""
-    paths = [p for folder in folders for p in shards.clip_paths(folder, "train")]
+    paths = rendered_clips(folders)
     todo = [p for p in paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips] if not decoded_path(decoded, p).exists()]
     if todo:
         vae = StreamingVAE.from_folder(config.codec or Path(run) / "vae")
@@ -254,12 +259,13 @@ def train_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: in
 def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: int, recipe_sha256: str) -> dict:
     """The averaged weights as RUN/probe/probe.{safetensors,json}, with what the probe reads off held-out clips. Returns the card."""
     folders = [data_folder, *config.also]
-    people = {person_of(p) for folder in folders for p in shards.clip_paths(folder, "train")}
+    paths = rendered_clips(folders)
+    people = {person_of(p) for p in paths}
     module = new_module(config, len(people), seed)
     iterations = load_average(module, Path(run) / "probe.pt")
     probe = module.probe.eval().requires_grad_(False)
     card = {"generator": shards.GENERATOR_VERSION, "recipe_sha256": recipe_sha256, "iterations": iterations, "seed": seed,
-            "people": len(people), "clips": sum(len(shards.clip_paths(folder, "train")) for folder in folders)}
+            "people": len(people), "clips": len(paths)}
     held = [shards.read_clip(path) for path in shards.clip_paths(data_folder, "held")]
     if held:
         card["held"] = check(probe, held)
