@@ -1,8 +1,8 @@
 """Stage `dmd` (Stage 2): the student's own rollouts pulled to the teacher's distribution (training.md 2.5).
 
-Three copies of the transformer: the teacher (averages of `forcing`, frozen), the critic (starts as the
-teacher, learns the student's distribution by flow matching at every iteration) and the student (every
-`ratio`-th iteration). The student learns on the rollouts it is run with: same step function, same levels
+Three copies of the transformer: the teacher (averages of the bidirectional `teacher` or of `forcing`, frozen),
+the critic (starts as the teacher and sees what it sees, learns the student's distribution by flow matching at
+every iteration) and the student (every `ratio`-th iteration). The student learns on the rollouts it is run with: same step function, same levels
 as the exported sampler, same transitions (Euler), same history.
 """
 
@@ -21,11 +21,14 @@ from liveavatar.diffusion.rollout import ClipCondition, HistoryMode, cached_clip
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.training import losses
-from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, averaged_model, clip_loss, draw_position
+from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, averaged_model, clip_loss, draw_position, forcing_levels
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import score_levels
-from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, draws_of, learning_rate, shared_draws
+from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, checkpoint_path, draws_of, learning_rate, save_checkpoint, shared_draws
 from liveavatar.training.replay import replay
+
+
+AGGRESSIVE = Guidance(text=6.0, audio=6.0)  # conventional; LiveTalk's file says 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,8 @@ class DmdConfig:
 
     loop: LoopConfig
     critic_lr: float = 2e-4
-    start: str = "forcing"  # stage whose averages the student starts from: forcing or ode
+    start: str = "forcing"  # stage whose averages the student starts from: forcing, ode or consistency
+    teacher: str = "forcing"  # stage whose averages teach: teacher (bidirectional) or forcing (causal)
     ratio: int = 5
     critic_warmup: int = 20
     guidance: Guidance = field(default_factory=Guidance)
@@ -44,16 +48,30 @@ class DmdConfig:
     history_grad: str = "through"  # or detach; shared banks and refreshed sinks always detach
     refresh_share: float = 0.0  # of the iterations show the student its own first latent as sink after block 0 (AAS)
     forward_kl: float = 0.0  # weight of the forcing loss on real clips beside the reverse divergence
+    curated_share: float = 1.0  # only this share of the spoken clips, those that move most, gives conditions (LiveTalk)
+    keep_steps: int = 50  # of the student, after which its averages are also kept as RUN/dmd_STEPS.pt, to choose from
+    aggressive: bool = False  # LiveTalk's schedule: both learning rates doubled, guidance of the teacher AGGRESSIVE
 
     def __post_init__(self):
-        one_of("dmd.start", self.start, ("forcing", "ode"))
+        one_of("dmd.start", self.start, ("forcing", "ode", "consistency"))
+        one_of("dmd.teacher", self.teacher, ("forcing", "teacher"))
         one_of("dmd.history_grad", self.history_grad, ("through", "detach"))
         HistoryMode.parse(self.history)
-        for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0)):
+        for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0), ("keep_steps", 1)):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least {lowest}")
-        if not 0 <= self.refresh_share <= 1:
-            raise ConfigError(f"dmd.refresh_share={self.refresh_share}: must be in 0..1")
+        if not 0 <= self.refresh_share <= 1 or not 0 < self.curated_share <= 1:
+            raise ConfigError(f"dmd.refresh_share={self.refresh_share}, curated_share={self.curated_share}: must be in 0..1, the latter above 0")
+
+    @property
+    def rate_factor(self) -> float:
+        """What learning rates are multiplied by."""
+        return 2.0 if self.aggressive else 1.0
+
+    @property
+    def teacher_guidance(self) -> Guidance:
+        """The guidance that is used."""
+        return AGGRESSIVE if self.aggressive else self.guidance
 
     def student_turn(self, iteration: int) -> bool:
         """True when the student is updated in this iteration (from 0)."""
@@ -105,7 +123,8 @@ class Distillation:
                  reader: EncodedReader):
         self.config, self.forcing, self.sigmas, self.reader = config, forcing, tuple(sigmas), reader
         self.history = HistoryMode.parse(config.history)
-        self.teacher, critic, student = (averaged_model(forcing, run, stage, seed)[0].eval() for stage in ("forcing", "forcing", config.start))
+        stages = config.teacher, config.teacher, config.start
+        self.teacher, critic, student = (averaged_model(forcing, run, stage, seed)[0].eval() for stage in stages)
         self.teacher.requires_grad_(False)
         self.critic = Learner(critic, config.loop, average=False)
         self.trainer = Trainer("dmd", student, config.loop, run, seed, {"critic": self.critic})
@@ -123,11 +142,20 @@ class Distillation:
             condition = self._condition(batch, plan)
             with torch.set_grad_enabled(turn):
                 made, backward = self._roll(condition, batch, plan, draws)
-            condition = replace(condition, refresh_block=0)  # scores are given the portrait
+            # Scores are given the portrait.
+            condition = replace(condition, refresh_block=0, causal=self.config.teacher == "forcing")
             metrics = self._learn_critic(condition, made, draws, i)
             if turn:
                 metrics |= self._learn_student(condition, made, backward, batch, draws, i)
+                self._keep(self.config.student_steps(i + 1))
         return metrics
+
+    def _keep(self, steps: int) -> None:
+        if steps % self.config.keep_steps == 0 and not self.trainer.rank:
+            save_checkpoint(checkpoint_path(self.trainer.folder, f"dmd_{steps:06d}"), ema=self.student.ema.values, iteration=self.trainer.iteration + 1)
+
+    def _rate(self, iteration: int) -> float:
+        return learning_rate(self.config.loop, iteration) * self.config.rate_factor
 
     def _blocks(self, x: torch.Tensor) -> int:
         return x.shape[2] // self.forcing.block_latents
@@ -148,12 +176,12 @@ class Distillation:
     def _learn_critic(self, condition: ClipCondition, made: torch.Tensor, draws: Draws, iteration: int) -> dict[str, float]:
         loss = losses.critic_loss(condition.velocity(self.critic.module), made, *self._noised(made, draws))
         loss.backward()
-        rate = learning_rate(self.config.loop, iteration) * self.config.critic_lr / self.config.loop.lr
+        rate = self._rate(iteration) * self.config.critic_lr / self.config.loop.lr
         return {"loss": float(loss.detach()), "norm": self.critic.update(rate, iteration + 1), "lr": rate}
 
     def _learn_student(self, condition: ClipCondition, made: torch.Tensor, backward: Backward, batch: Batch, draws: Draws,
                        iteration: int) -> dict[str, float]:
-        real = self.config.guidance.velocity(self.teacher, condition, self.reader.silence, self.reader.rows_of(""))
+        real = self.config.teacher_guidance.velocity(self.teacher, condition, self.reader.silence, self.reader.rows_of(""))
         direction = losses.dmd_gradient(made, real, condition.velocity(self.critic.module), *self._noised(made, draws))
         clips = made.clone().requires_grad_(True)
         loss = losses.matching_loss(clips, direction)
@@ -161,10 +189,10 @@ class Distillation:
         backward(clips.grad)
         metrics = {"student": float(loss.detach()), "contrast": float(made.std() / batch.latents.std())}
         if self.config.forward_kl:
-            forward, _ = clip_loss(self.student.module, self.forcing, batch, draws)
+            forward, _ = clip_loss(self.student.module, self.forcing, batch, draws, forcing_levels(self.forcing, batch, draws))
             (self.config.forward_kl * forward).backward()
             metrics["forward"] = float(forward.detach())
-        rate = learning_rate(self.config.loop, iteration)
+        rate = self._rate(iteration)
         norm = self.student.update(rate, self.config.student_steps(iteration + 1))
         return metrics | {"student_norm": norm}
 
@@ -175,5 +203,6 @@ def train_dmd(config: DmdConfig, forcing: ForcingConfig, sigmas: Sequence[float]
 
     sigmas: the sampler's table, ends in 0. Raises WeightsError without the checkpoint to start from.
     """
-    work = Distillation(config, forcing, sigmas, run, seed, EncodedReader(run, forcing, text, default_identity))
+    reader = EncodedReader(run, forcing, text, default_identity, config.curated_share)
+    work = Distillation(config, forcing, sigmas, run, seed, reader)
     return work.trainer.run_steps(work.step, stop_after)

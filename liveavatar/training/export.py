@@ -47,7 +47,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "dmd"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -78,7 +78,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
-            "preview": last_preview(run), "gates": "those of training.md 6.3 that are not under preview: not measured"}
+            "preview": last_preview(run, config.stage), "gates": "those of training.md 6.3 that are not under preview: not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text_encoder_of(training.model, seed),
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
@@ -90,9 +90,9 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
     return folder
 
 
-def last_preview(run: str | Path) -> dict | str:
-    """What stage `preview` measured last, with its iteration; "not measured" before it ran."""
-    reports = sorted((Path(run) / "preview").glob("*.json"))
+def last_preview(run: str | Path, stage: str) -> dict | str:
+    """What `preview` measured last of a stage, with its iteration; "not measured" before it did."""
+    reports = sorted((Path(run) / "preview").glob(f"{stage}_*.json"))
     return json.loads(reports[-1].read_text()) if reports else "not measured"
 
 

@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import codec, data, dmd, export, forcing, ode, preview, probing
-from liveavatar.training.loop import meet
+from liveavatar.training import ablations, choose, codec, consistency, data, dmd, export, forcing, ode, preview, probing, teacher
+from liveavatar.training.loop import checkpoint_path, meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,14 @@ class Recipe:
     vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    teacher: teacher.TeacherConfig | None = None
     probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
+    consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
+    choose: choose.ChooseConfig | None = None
+    ablations: ablations.AblationConfig = ablations.AblationConfig()
+    preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
     processes: int = 1
 
@@ -48,11 +53,17 @@ class Recipe:
         self._check_distillation()
 
     def _check_distillation(self) -> None:
-        if self.dmd and self.dmd.start == "ode" and not self.ode:
-            raise ConfigError("dmd.start='ode': the recipe has no ode section")
-        if self.export.stage != "forcing" and not getattr(self, self.export.stage):
-            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {self.export.stage} section")
-        if self.dmd and self.export.stage == "dmd" and self.dmd.history != "per_step":
+        for key in ("start", "teacher"):
+            if self.dmd and not getattr(self, getattr(self.dmd, key)):
+                raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
+        if self.forcing.start == "teacher" and not self.teacher:
+            raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
+        if self.choose and not self.dmd:
+            raise ConfigError("choose: the recipe has no dmd section to choose from")
+        needed = "choose" if self.export.stage == "chosen" else self.export.stage
+        if not getattr(self, needed):
+            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
+        if self.dmd and self.export.stage in ("dmd", "chosen") and self.dmd.history != "per_step":
             # The chain keeps one bank per step; a student used to other history drifts in it (training.md 2.4).
             raise ConfigError(f"dmd.history={self.dmd.history!r}: students of this history cannot be exported, the runtime has per_step only")
 
@@ -70,6 +81,7 @@ def recipe_sha256(recipe: Recipe) -> str:
 def run_data(recipe: Recipe) -> None:
     """Render the corpus (what is missing of it)."""
     data.render_corpus(recipe.data, recipe.seed)
+    data.render_portraits(recipe.data, recipe.seed)
 
 
 def run_vae(recipe: Recipe) -> None:
@@ -100,6 +112,12 @@ def run_latents(recipe: Recipe) -> None:
     meet()
 
 
+def run_teacher(recipe: Recipe) -> None:
+    """Train the bidirectional transformer."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
 def run_forcing(recipe: Recipe) -> None:
     """Train the transformer."""
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
@@ -112,10 +130,25 @@ def run_ode(recipe: Recipe) -> None:
     ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
 
 
+def run_consistency(recipe: Recipe) -> None:
+    """Few-step initialisation from neighbouring levels of real clips."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    consistency.train_consistency(recipe.consistency, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text,
+                                  recipe.data.default_identity)
+
+
 def run_dmd(recipe: Recipe) -> None:
-    """Distribution matching on own rollouts, at the levels that are exported."""
+    """Distribution matching on own rollouts, at the levels that are exported. With a `choose` section the teacher must be the better one."""
+    if recipe.choose and recipe.dmd.teacher == "teacher" and first_rank() and not checkpoint_path(recipe.run, "dmd").exists():
+        choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.dmd.start, recipe.export.sigmas)
+    meet()
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
     dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
+def run_choose(recipe: Recipe) -> None:
+    """Judge what Stage 2 began with, kept and ended with; the best becomes RUN/chosen.pt."""
+    choose.choose(recipe.choose, recipe.forcing, recipe.data, recipe.run, recipe.seed, "dmd", recipe.dmd.start, recipe.export.sigmas)
 
 
 def run_export(recipe: Recipe) -> None:
@@ -127,14 +160,23 @@ def run_export(recipe: Recipe) -> None:
 def run_preview(recipe: Recipe) -> None:
     """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
     if first_rank():
-        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
+        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.preview or recipe.export.stage,
+                        teach=recipe.teacher)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "forcing": run_forcing, "ode": run_ode,
-          "dmd": run_dmd, "export": run_export}
-OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "ode": "ode", "dmd": "dmd"}  # the sections that ask for them
-SIDE_STAGES = {"preview": run_preview}  # only by name
-ALONE = ("data", "export", "preview")  # these run in one process
+def run_ablations(recipe: Recipe) -> None:
+    """What each part of the method is worth on the checkpoints of the run, into RUN/ablations."""
+    ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.stage, recipe.export.sigmas)
+
+
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "teacher": run_teacher,
+          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
+          "choose": run_choose, "export": run_export}
+# The sections that ask for them.
+OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd",
+            "choose": "choose"}
+SIDE_STAGES = {"preview": run_preview, "ablations": run_ablations}  # only by name
+ALONE = ("data", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
