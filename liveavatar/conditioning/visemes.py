@@ -29,8 +29,6 @@ ARKIT_UNITS: tuple[str, ...] = (
 )  # fmt: skip
 """The 52 face units in ARKit order."""
 
-SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE, LASH, HAIR, CURTAIN = range(8)
-
 ARTICULATORS = ("jaw", "close", "wide", "round", "upper", "lower", "roll", "tongue")
 JAW, CLOSE, WIDE, ROUND, UPPER, LOWER, ROLL, TONGUE = range(8)
 

@@ -16,14 +16,11 @@ LIBRARIES = ("torch", "numpy", "av", "opencv-python-headless", "onnxruntime")  #
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex. Raises InputError when it cannot be read."""
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def host() -> dict:

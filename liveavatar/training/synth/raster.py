@@ -20,6 +20,7 @@ from liveavatar.conditioning.visemes import ARKIT_UNITS
 from liveavatar.core import ConfigError
 from liveavatar.training.synth import shade
 
+SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE, LASH, HAIR, CURTAIN = range(8)
 """Part numbers, as the fragment shader reads them."""
 
 CAMERA_DISTANCE = 12.0  # dm from the origin plane; long lens, as in a video call portrait
