@@ -18,6 +18,8 @@ from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import gate_runs, gates
 from liveavatar.evaluation.report import read_report
 from liveavatar.models.probe import Probe, ProbeSizes, save_probe
+from liveavatar.models.weights import inspect_folder
+from liveavatar.training import export
 
 rng = np.random.default_rng(0)
 MOUTHS = [np.convolve(rng.random(93), np.ones(5) / 5, "same").astype(np.float32) * 0.3 for _ in range(6)]
@@ -174,6 +176,21 @@ def test_demands_are_those_of_the_specification():
               "streaming_difference": (None, 0), "size_mb": (None, 25)}  # fmt: skip
     for name, limits in wanted.items():
         assert (gates.DEMANDS[name].get("min"), gates.DEMANDS[name].get("max")) == limits, name
+
+
+def test_the_card_takes_the_report_of_its_own_weights_only(judged, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "own")
+    export.add_gates(tmp_path / "own", judged[1])
+    card = json.loads((tmp_path / "own" / "liveavatar.json").read_text())["card"]["gates"]
+    assert set(card["rows"]) == set(gates.DEMANDS) and card["command"].startswith("liveavatar ")
+    assert card["rows"]["vae_psnr"]["verdict"] == "fail" and card["rows"]["speed"]["reason"] == "measured by bench/pipeline.py"
+    assert inspect_folder(tmp_path / "own").will_load
+    with (tmp_path / "own" / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(ConfigError, match="judges another vae/"):
+        export.add_gates(tmp_path / "own", judged[1])
+    with pytest.raises(ConfigError, match="no report of gates"):
+        export.add_gates(tmp_path / "own", tmp_path / "none.json")
 
 
 def test_media_list_and_files_must_agree(tmp_path):
