@@ -24,12 +24,12 @@ from liveavatar.config import Config
 from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import provenance
-from liveavatar.evaluation.gate_runs import Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
+from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
 from liveavatar.evaluation.likeness import Likeness, embedding
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
 from liveavatar.evaluation.trend import theil_sen
 from liveavatar.models.folders import DEFAULT_FOLDER, open_folder
-from liveavatar.models.probe import WEIGHTS, Probe, frechet, identity_error, load_probe
+from liveavatar.models.probe import WEIGHTS, Probe, Seen, frechet, identity_error, load_probe
 
 # training.md 6.3, to the letter. "_default" is the same on the avatar that ships instead of unseen people.
 DEMANDS = {
@@ -55,6 +55,7 @@ LIMITS = (
     "Rendered heads judged by a network trained on renders: never to be set beside figures of photoreal systems.",
     "probe_fd and probe_id come from our own probe; they are no FID and no face-recognition distance.",
 )
+USUAL_CLIPS = 60  # rendered clips that the head's usual motion is read from
 SINGLE_BLOCKS = 3  # of the runs that are compared picture by picture
 
 
@@ -137,10 +138,17 @@ class Judgement:
         stream(self.config, own[0].reference, own[0].caption, self.job.seed, chunks, take)
         return watch
 
-    def labels(self, name: str) -> list[np.ndarray]:
-        """A label of all clips of the corpus, [T] or [T,k] per clip."""
-        paths = [p for split in ("train", "held", "default") for p in clip_paths(self.job.data, split)]
-        return [read_arrays(path, name)[1][name] for path in paths]
+    @cached_property
+    def corpus(self) -> list[Path]:
+        """All clips of the data."""
+        return [p for split in ("train", "held", "default") for p in clip_paths(self.job.data, split)]
+
+    @cached_property
+    def usual(self) -> list[Seen]:
+        """What the probe reads off rendered clips, evenly picked from the data: whatever its own gain is, it cancels."""
+        self.say(f"reading {min(len(self.corpus), USUAL_CLIPS)} rendered clips")
+        picked = self.corpus[:: max(1, -(-len(self.corpus) // USUAL_CLIPS))]
+        return [self.probe.look(read_arrays(path, "frames")[1]["frames"]) for path in picked]
 
     # ------------------------------------------------------------ measures
 
@@ -248,14 +256,16 @@ class Judgement:
         watch, per_block = self.watch, self.avatar.geometry.frames_per_block
         pictures = watch.pictures
         rate, count = gm.blink_rate([watch.series("lid")])
-        usual, known = gm.blink_rate(self.labels("lid"))
+        usual, known = gm.blink_rate([read_arrays(path, "lid")[1]["lid"] for path in self.corpus])
+        takes = self.of(*GROUPS)
+        found, there = sum(gm.blinks(t.through.lid) for t in takes), sum(gm.blinks(t.clip.lid) for t in takes)
         measures = [self.probed("blink_rate", rate, "per minute", count),
+                    self.probed("blink_recall", ratio(found, there), "", there, "higher", reason="blinks the probe counts in coded truth over those that are there"),
                     self.probed("blink_rate_ratio", ratio(rate, usual), "", count, reason=f"data: {usual:.3g} per minute, n {known}"),
                     self.count("seam_ratio", gm.seam_ratio(watch.series("change"), per_block), "", pictures // per_block - 1, "lower")]
-        poses = self.labels("pose")
-        length = min(map(len, poses))
-        for k, axis in enumerate(("yaw", "pitch", "roll")):
-            usual = gm.spread_within([pose[:length, k] for pose in poses])
+        length = min(map(len, self.usual))
+        for axis in ("yaw", "pitch", "roll"):
+            usual = gm.spread_within([getattr(seen, axis)[:length] for seen in self.usual])
             pieces = gm.windows(watch.series(axis), length)
             measures.append(self.probed(f"head_{axis}_ratio", ratio(gm.spread_within(pieces), usual), "", len(pieces), reason=f"data: {usual:.3g} degrees"))
         return measures + self._drift(watch)

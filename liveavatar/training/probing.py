@@ -26,6 +26,7 @@ from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
 EXTREME = 0.1  # the share of a clip's pictures that counts as a blink, or as a wide mouth
 FACE = (1.9, 2.6)  # half axes of the face, in eye distances, around a point .55 below the eyes
 LAGS = range(-5, 6)  # pictures
+CALIBRATION_CLIPS, CALIBRATION_STEP = 64, 6  # clips, and every so many of their pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +265,9 @@ def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: i
     module = new_module(config, len(people), seed)
     iterations = load_average(module, Path(run) / "probe.pt")
     probe = module.probe.eval().requires_grad_(False)
+    gains = calibrate(probe, paths[:: max(1, len(paths) // CALIBRATION_CLIPS)][:CALIBRATION_CLIPS])
     card = {"generator": shards.GENERATOR_VERSION, "recipe_sha256": recipe_sha256, "iterations": iterations, "seed": seed,
-            "people": len(people), "clips": len(paths)}
+            "people": len(people), "clips": len(paths), "gains": gains}
     held = [shards.read_clip(path) for path in shards.clip_paths(data_folder, "held")]
     if held:
         card["held"] = check(probe, held)
@@ -276,17 +278,38 @@ def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: i
     return card
 
 
+@torch.no_grad()
+def calibrate(probe: Probe, paths: list[Path]) -> dict[str, float]:
+    """Scale the last layer so that on clean training clips readings have slope 1 on the truth within a clip; returns the gains.
+
+    Trained on blurred and noisy pictures the probe hedges: it reads every motion as smaller than it is.
+    """
+    clips = [shards.read_clip(path) for path in paths]
+    told = [units_of(**{name: getattr(seen, name) for name in READINGS}) for seen in (probe.look(clip.frames[::CALIBRATION_STEP]) for clip in clips)]
+    truth = [labels_of(clip)[::CALIBRATION_STEP] for clip in clips]
+    x, y = (np.concatenate([rows - rows.mean(0) for rows in side]) for side in (truth, told))
+    moved = (x * x).sum(0)
+    gain = torch.from_numpy(np.where(moved > 0, moved / np.where((x * y).sum(0) > 0, (x * y).sum(0), np.inf), 1.0)).float()
+    gain = torch.where(gain > 0, gain, 1.0)
+    middle = torch.from_numpy(np.concatenate(told).mean(0))
+    offset = torch.from_numpy(np.concatenate(truth).mean(0)) - gain * middle
+    probe.readings.weight.mul_(gain[:, None])
+    probe.readings.bias.mul_(gain).add_(offset.float())
+    return {name: round(float(value), 4) for name, value in zip(READINGS, gain)}
+
+
 # ---------------------------------------------------------------- what it is worth
 
 
 def check(probe: Probe, clips: list[shards.Clip], pictures: list[np.ndarray] | None = None) -> dict:
-    """Per reading: correlation, slope and mean error of what is read against the labels, over all pictures; the lag of the
-    aperture; identity errors to the same person's portrait and to others'. pictures: to read instead of the clips' own."""
+    """Per reading: correlation, slope and mean error of what is read against the labels, over all pictures, and within clips
+    (each around its own mean, which is how the gates use it); the lag of the aperture; identity errors to the same person's portrait and to others'. pictures: to read instead of the clips' own."""
     seen = [probe.look(frames) for frames in (pictures or [clip.frames for clip in clips])]
     report = {"clips": len(clips), "pictures": sum(map(len, seen))}
     for name in READINGS:
-        told = np.concatenate([getattr(s, name) for s in seen])
-        report[name] = agreement(told, np.concatenate([truth_of(clip, name) for clip in clips]))
+        told, truth = [getattr(s, name) for s in seen], [truth_of(clip, name) for clip in clips]
+        within = agreement(*(np.concatenate([row - row.mean() for row in side]) for side in (told, truth)))
+        report[name] = agreement(np.concatenate(told), np.concatenate(truth)) | {f"{key} within": within[key] for key in ("r", "slope")}
     report["lag"] = best_lag([s.aperture for s in seen], [clip.aperture for clip in clips])
     return report | identity_report(probe, clips, seen)
 
