@@ -176,6 +176,10 @@ class TransformerBlock(nn.Module):
         """e0: fp32 [B, G, 6, D] from time_projection -> six rows [B, G, D]."""
         return BlockModulation(*(self.modulation.float()[:, None] + e0).unbind(2))
 
+    def text_keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """text: [B, T, D] -> what `forward` takes as text. A method of the block, so that a sharded block gathers its weights for it."""
+        return self.cross_attn.keys_values(text)
+
     def forward(self, x: torch.Tensor, m: BlockModulation, attend: Attend, text: tuple[torch.Tensor, torch.Tensor]):
         """x: [B, T, D]; attend(q, k, v) gets un-rotated heads and returns [B, T, heads, d]; text: k, v.
 

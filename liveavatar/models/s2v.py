@@ -207,7 +207,7 @@ class CausalS2V(nn.Module):
                 raise ConfigError(f"text rows {list(rows.shape)}: at most {c.text_len} rows of width {c.text_dim}")
             row[: rows.shape[0]] = rows.to(row)
         text = self.text_embedding(padded)
-        return TextCache(tuple(block.cross_attn.keys_values(text) for block in self.blocks))
+        return TextCache(tuple(block.text_keys_values(text) for block in self.blocks))
 
     def encode_audio(self, features: torch.Tensor) -> AudioTokens:
         """[layers, Ca, 4F] or [B, layers, Ca, 4F] features of one block -> AudioTokens, fp32, batched."""

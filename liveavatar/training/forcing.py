@@ -6,7 +6,7 @@ noisy as it is at inference, and the loss is the plain velocity error, heavier o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,23 @@ import torch
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import losses, shards
+from liveavatar.training.adapters import BaseConfig
+from liveavatar.training.casting import Transformer, averaged_model, cast_of, new_model
 from liveavatar.training.codec import to_float
 from liveavatar.training.levels import clip_levels, mix
-from liveavatar.training.loop import Draws, LoopConfig, Trainer, checkpoint_path, load_average
+from liveavatar.training.loop import Draws, LoopConfig, Trainer
 from liveavatar.training.synth import speech
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForcingConfig:
-    """Training of the transformer. model: an S2VConfig mapping."""
+    """Training of the transformer. model: an S2VConfig mapping; or base: a frozen one that adapters are trained on."""
 
     loop: LoopConfig
-    model: dict
+    model: dict | None = None
+    base: BaseConfig | None = None
     block_latents: int = 3
     context_latents: int = 3  # of a clip, in front: history of the codec only, not trained on
     window_blocks: int = 4
@@ -49,6 +51,8 @@ class ForcingConfig:
     minimum_clips: int = 1
 
     def __post_init__(self):
+        if (self.model is None) == (self.base is None):
+            raise ConfigError("forcing: give either model (sizes, trained from nothing) or base (a folder, with adapters)")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
         if not self.levels or not all(0 < s <= 1 for s in self.levels):
@@ -122,6 +126,11 @@ class Batch:
     motion: torch.Tensor
     weight: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; text rows stay, they are copied where they are read."""
+        moved = ("latents", "features", "reference", "motion", "weight")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+
 
 class EncodedReader:
     """Batches of encoded clips, all kept in memory (about 0.8 MB each); re-listed while encoding goes on."""
@@ -177,19 +186,6 @@ class EncodedReader:
 # ---------------------------------------------------------------- the stage
 
 
-def new_model(config: ForcingConfig, seed: int) -> CausalS2V:
-    """The transformer, randomly started."""
-    model = CausalS2V(S2VConfig.from_dict(config.model))
-    model.init_weights(seed)
-    return model
-
-
-def averaged_model(config: ForcingConfig, run: str | Path, stage: str, seed: int) -> tuple[CausalS2V, int]:
-    """The averaged transformer of a stage's last checkpoint, and its iteration. Raises WeightsError without one."""
-    model = new_model(config, seed)
-    return model, load_average(model, checkpoint_path(run, stage))
-
-
 def draw_position(config: ForcingConfig, rng: np.random.Generator) -> tuple[int, int]:
     """(sink distance 4..30, number of the clip's first block): half of the batches stand deep in a stream,
     so that the distance to the motion tokens, which never move, is nothing new after a minute."""
@@ -197,12 +193,12 @@ def draw_position(config: ForcingConfig, rng: np.random.Generator) -> tuple[int,
     return int(rng.integers(4, 31)), far
 
 
-def clip_loss(model: CausalS2V, config: ForcingConfig, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, float]]:
+def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, float]]:
     """Diffusion-forcing loss of a batch, and metrics."""
     count, blocks = len(batch.latents), batch.latents.shape[2] // config.block_latents
     sigma = clip_levels(draws.numpy, count, blocks, levels=config.levels, same_share=config.same_share,
                         table_share=config.table_share, shift=config.shift)
-    noise = torch.randn(batch.latents.shape, generator=draws.torch)
+    noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
     velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
                                   batch.reference, batch.motion, window_blocks=config.window_blocks,
@@ -217,11 +213,11 @@ def clip_loss(model: CausalS2V, config: ForcingConfig, batch: Batch, draws: Draw
 def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextEncoder, default_identity: int,
                   stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the transformer; returns the losses of this call."""
-    model = new_model(config, seed)
+    model = cast_of(config, run, seed).fresh("student")
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
 
     def loss_of(draws: Draws):
-        return clip_loss(model, config, reader.batch(draws, config.loop.batch), draws)
+        return clip_loss(model, config, reader.batch(draws, config.loop.batch).to(trainer.device), draws)
 
     return trainer.run(loss_of, stop_after)
