@@ -60,6 +60,7 @@ class SamplerConfig:
     finish_after: int | None = None  # pipeline.md section 4: run only this many of the steps, the last jumps to 0
     sink_distance: int | str = "checkpoint"  # rel in 4..30, "random" (a function of seed and block), or what the checkpoint says
     refresh_block: int | None = None  # AAS before this block; 0: never; None: what the checkpoint says
+    anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
 
     def __post_init__(self):
         if not 0 < self.shift < math.inf:
@@ -74,6 +75,8 @@ class SamplerConfig:
             raise ConfigError(f"sampler.sink_distance={self.sink_distance}: must be 4..30, random or checkpoint")
         if self.refresh_block is not None and self.refresh_block < 0:
             raise ConfigError(f"sampler.refresh_block={self.refresh_block}: must be >= 0 (0: never)")
+        if self.anchor_blocks < 0:
+            raise ConfigError(f"sampler.anchor_blocks={self.anchor_blocks}: must be >= 0 (0: none)")
 
 
 @dataclass(frozen=True, kw_only=True)

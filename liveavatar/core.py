@@ -59,7 +59,8 @@ class Geometry:
     """Sizes of one stream, computed once from what the user said.
 
     height, width: pixels. spatial_stride: pixels per latent cell. block_latents: latent frames per
-    block. ring_blocks: blocks a ring holds, the current one included.
+    block. ring_blocks: blocks a ring holds, the current one included. anchor_blocks: of those, first
+    blocks of the stream that stay.
     """
 
     height: int
@@ -68,8 +69,11 @@ class Geometry:
     block_latents: int = 3
     ring_blocks: int = 4
     motion_frames: int = 73
+    anchor_blocks: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.anchor_blocks < self.ring_blocks:
+            raise ConfigError(f"anchor_blocks={self.anchor_blocks}: must be 0..{self.ring_blocks - 1}, the ring holds {self.ring_blocks} blocks")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value <= 0 or value % (2 * self.spatial_stride):
@@ -94,6 +98,10 @@ class Geometry:
     @property
     def ring_tokens(self) -> int:
         return self.ring_blocks * self.block_tokens
+
+    @property
+    def anchor_tokens(self) -> int:
+        return self.anchor_blocks * self.block_tokens
 
     @property
     def motion_latents(self) -> int:

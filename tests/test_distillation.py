@@ -276,21 +276,22 @@ def encoded_clip(folder: Path, index: int) -> None:
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
-    card = {"caption": f"person {index}", "identity": {"seed": index}, "seed": index}
+    card = {"caption": f"person {index}", "identity": {"seed": index}, "seed": index, "phones": [["aa", 0.0, 1.0]]}
     write_arrays(folder / "train" / f"clip_{index:06d}.npz", card, latents=draw(16, 9, 4, 4).astype(np.float16), reference=draw(16, 1, 4, 4),
-                 motion=draw(16, 3, 4, 4), features=draw(2, 1, 400, 33), weight=np.ones((9, 4, 4), np.float32))
+                 motion=draw(16, 3, 4, 4), features=draw(2, 1, 400, 33), weight=np.ones((9, 4, 4), np.float32),
+                 portraits=draw(1, 16, 3, 4, 4).astype(np.float16))
 
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
-    """The micro recipe through forcing, ode and dmd, on clips of noise; its overrides."""
+    """The micro recipe from its teacher to dmd, on clips of noise; its overrides."""
     from liveavatar.training import recipe
 
     root = tmp_path_factory.mktemp("distilled")
     for index in range(3):
         encoded_clip(root / "latents", index)
-    overrides = [f"run={root}", "forcing.loop.iterations=4"]
-    for stage in ("forcing", "ode", "dmd"):
+    overrides = [f"run={root}", "teacher.loop.iterations=4", "forcing.loop.iterations=4"]
+    for stage in ("teacher", "forcing", "ode", "consistency", "dmd"):
         recipe.run(stage, MICRO, overrides)
     return recipe.read_recipe(MICRO, overrides)
 
@@ -304,13 +305,14 @@ def test_the_chain_runs_and_the_student_learns_in_its_turns(micro):
     assert len(log) == 14 and all(math.isfinite(v) for row in log for v in row.values())
     assert [row["iteration"] for row in log if "student" in row] == [9, 14]
     assert all(row["lr"] == pytest.approx(2e-4) for row in log) and all(row["forward"] > 0 for row in log if "student" in row)
-    assert len(rows(micro.run, "ode")) == 6 and len(list((Path(micro.run) / "trajectories").iterdir())) == 2
+    assert len(rows(micro.run, "teacher")) == 4 and len(rows(micro.run, "consistency")) == 4 and len(rows(micro.run, "ode")) == 6
+    assert len(list((Path(micro.run) / "trajectories").iterdir())) == 2
 
 
 def test_student_and_critic_move_and_the_teacher_stays(micro):
     """In bf16 autocast, after a rollout without gradients: casts kept from there would cut the graph."""
     assert micro.dmd.loop.bf16
-    state, start, teacher = (load_checkpoint(Path(micro.run) / f"{stage}.pt") for stage in ("dmd", "ode", "forcing"))
+    state, start, teacher = (load_checkpoint(Path(micro.run) / f"{stage}.pt") for stage in ("dmd", "consistency", "teacher"))
     assert teacher["iteration"] == 4
     for name, before, after in [(n, p, state["model"][n]) for n, p in start["ema"].items()] + [
             (n, p, state["critic"]["model"][n]) for n, p in teacher["ema"].items()]:
@@ -333,7 +335,7 @@ def same(a, b) -> bool:
 
 def test_a_resumed_distillation_repeats_everything(micro, tmp_path):
     """Cut in the middle: losses, both networks, both optimisers and the average, bit for bit."""
-    for name in ("latents", "forcing.pt", "ode.pt"):
+    for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
     text = export.text_encoder_of(micro.forcing.model, micro.seed)
     found = [loss for stop in (3, 7, None)
@@ -351,10 +353,11 @@ def every_turn(micro, **change):
                                export=dataclasses.replace(micro.export, stage="forcing"))
 
 
-@pytest.mark.parametrize("change", [{"history": "fixed:557"}, {"refresh_share": 1.0}, {"history_grad": "detach", "forward_kl": 0.0}])
+@pytest.mark.parametrize("change", [{"history": "fixed:557"}, {"refresh_share": 1.0}, {"history_grad": "detach", "forward_kl": 0.0},
+                                    {"teacher": "forcing", "start": "forcing", "curated_share": 0.4, "aggressive": True}])
 def test_other_ways_of_stage_two(micro, tmp_path, change):
     """Shared banks and refreshed sinks go through the cached order and replay."""
-    for name in ("latents", "forcing.pt", "ode.pt"):
+    for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
     short = every_turn(micro, **change)
     dmd.train_dmd(short.dmd, short.forcing, short.export.sigmas, tmp_path, short.seed, export.text_encoder_of(short.forcing.model, short.seed), 0)
@@ -379,7 +382,7 @@ def distil_as_rank(rank, micro, folder):
 def test_two_ranks_stay_one_student(micro, tmp_path, monkeypatch):
     """Own batches, shared plan, averaged gradients: after two updates of both networks the ranks hold the same bits."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    for name in ("latents", "forcing.pt", "ode.pt"):
+    for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
     torch.multiprocessing.start_processes(distil_as_rank, args=(every_turn(micro), tmp_path), nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -392,7 +395,7 @@ def test_refusals_of_distillation_name_the_key(micro):
 
     for override, words in (("dmd.history=per_level", "must be clean, fixed:t"), ("dmd.start=teacher", "dmd.start"), ("dmd.ratio=0", "dmd.ratio"),
                             ("dmd.guidance.convention=wan", "guidance.convention"), ("dmd.history=clean", "cannot be exported"),
-                            ("ode=null", "no ode section"), ("ode.pieces=0", "ode.pieces"), ("dmd.guidance.audio=-1", "not be negative"),
+                            ("consistency=null", "no consistency section"), ("teacher=null", "no teacher section"), ("ode.pieces=0", "ode.pieces"), ("dmd.guidance.audio=-1", "not be negative"),
                             ("dmd=null", "export.stage='dmd'")):
         with pytest.raises(ConfigError, match=words):
             recipe.read_recipe(MICRO, [override])
@@ -400,4 +403,4 @@ def test_refusals_of_distillation_name_the_key(micro):
         recipe.run("dmd", MICRO, [f"run={micro.run}", "dmd=null", "export.stage=forcing"])
     with pytest.raises(ConfigError, match="made for levels"):
         ode.read_trajectories(ode.trajectory_path(micro.run, 0), (1.0, 0.5, 0.0))
-    assert recipe.stages_of(micro)[-4:] == ["forcing", "ode", "dmd", "export"]
+    assert recipe.stages_of(micro)[-6:] == ["teacher", "forcing", "ode", "consistency", "dmd", "export"]

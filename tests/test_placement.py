@@ -88,6 +88,9 @@ def test_planned_bytes_are_what_the_tiny_chain_allocates():
     assert rank.fixed["transformer"] == sum(x.nbytes for x in model.parameters())
     assert rank.fixed["vae"] == sum(x.nbytes for x in vae.module.parameters())
     assert rank.per_session["4 x step cache"] == 4 * model.new_cache(8, 8, 3, 4).nbytes
+    anchored = plan(config(), model.config, Geometry(height=64, width=64, anchor_blocks=3), [Device(name="cpu", kind="cpu", memory=10**12)],
+                    dtype=torch.float32, vae=SMALL_VAE, host=10**12).ranks[0]
+    assert anchored.per_session["4 x step cache"] == 4 * model.new_cache(8, 8, 3, 4, 3).nbytes > rank.per_session["4 x step cache"]
     state = vae.new_state()
     vae.decode(torch.zeros(16, 3, 8, 8), state)
     assert rank.per_session["vae state"] == state.nbytes

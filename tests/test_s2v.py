@@ -45,9 +45,9 @@ def close(a, b, limit=2e-5):
 class Stream:
     """One step of one session, block after block."""
 
-    def __init__(self, model, given, ring_blocks: int = 4, step: int = 1):
+    def __init__(self, model, given, ring_blocks: int = 4, step: int = 1, anchor_blocks: int = 0):
         self.model, self.step = model, make_steps(model, sigmas(4, 3.0))[step]
-        self.text, self.cache = model.encode_text(given["context"]), model.new_cache(H, W, BLOCK, ring_blocks)
+        self.text, self.cache = model.encode_text(given["context"]), model.new_cache(H, W, BLOCK, ring_blocks, anchor_blocks)
         model.set_sink(self.cache, model.prefill(given["reference"], given["motion"], self.text), H, W)
 
     @torch.inference_mode()
@@ -76,6 +76,30 @@ def test_a_wrapped_ring_equals_a_full_cache_cut_to_the_window(model, given, monk
     for number in range(13):
         close(kept[number], plain.block(number))
     assert ring.cache.written == 13
+
+
+@pytest.mark.parametrize("first", [0, 2**31])
+def test_anchors_stay_before_the_newest_blocks(model, given, monkeypatch, first):
+    """The plain way: keep every key; of five blocks seen the first three are the stream's first, turned to stand next to the newest two."""
+    ring, plain = Stream(model, given, ring_blocks=5, anchor_blocks=3), Stream(model, given, ring_blocks=11)
+    kept = [ring.block(first + i, i) for i in range(11)]
+    sink, n, now = plain.cache.sink_tokens, plain.cache.block_tokens, 0
+
+    def attention(q, k, v, mask=None):
+        if k.shape[1] > sink + 5 * n:
+            blocks = [sink + i * n for i in (0, 1, 2, now - 1, now)]
+            turned = [L.rotate(k[:, at : at + n], model.time_angles(BLOCK * (now - 4) * (i < 3))) for i, at in enumerate(blocks)]
+            k, v = torch.cat([k[:, :sink], *turned], dim=1), torch.cat([v[:, :sink], *(v[:, at : at + n] for at in blocks)], dim=1)
+        return real(q, k, v, mask)
+
+    real = ops.attention
+    monkeypatch.setattr(ops, "attention", attention)
+    for now in range(11):
+        close(kept[now], plain.block(first + now, now))
+    assert ring.cache.anchors == [first, first + 1, first + 2]
+    monkeypatch.undo()
+    without = Stream(model, given, ring_blocks=5)
+    assert [torch.allclose(kept[i], without.block(first + i, i), atol=1e-4) for i in range(7)] == [True] * 5 + [False] * 2
 
 
 def test_the_window_matters(model, given):

@@ -121,7 +121,7 @@ def roll_block(model: CausalS2V, steps: Sequence[Step], banks: Sequence[StepCach
 
 @torch.no_grad()
 def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-                   context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, *, ring_blocks: int = 4,
+                   context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, *, ring_blocks: int = 4, anchor_blocks: int = 0,
                    sink_distance: int = 30, refresh_block: int = 0, history: HistoryMode = PER_STEP, seed: int = 0) -> Iterator[torch.Tensor]:
     """Clean latents [16, F, h, w] of block after block in flat memory; noises: [16, F, h, w], features: [L, Ca, 4F].
 
@@ -130,7 +130,7 @@ def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[t
     steps = make_steps(model, sigmas)
     h, w = reference.shape[-2:]
     text = model.encode_text(context)
-    caches = [model.new_cache(h, w, noises[0].shape[1], ring_blocks) for _ in (steps[:1] if history.shared else steps)]
+    caches = [model.new_cache(h, w, noises[0].shape[1], ring_blocks, anchor_blocks) for _ in (steps[:1] if history.shared else steps)]
     first = None
     for block, (x, feature) in enumerate(zip(noises, features)):
         if block == 0 or (refresh_block and block == refresh_block):
@@ -152,7 +152,7 @@ class ClipCondition:
 
     features [B,L,Ca,4F]; context: text rows [n,text_dim] per clip; reference [B,16,1,h,w]; motion [B,16,M,h,w].
     first_block: number of the first block. refresh_block: from this block of the clip on the sink is its own
-    first latent (AAS); 0: never, and only the cached order can.
+    first latent (AAS); 0: never, and only the cached order can. causal: False for a bidirectional model.
     """
 
     features: torch.Tensor
@@ -163,6 +163,7 @@ class ClipCondition:
     sink_distance: int = 30
     first_block: int = 0
     refresh_block: int = 0
+    causal: bool = True
 
     def to(self, device: torch.device) -> ClipCondition:
         """The same on another device; text rows stay, they are copied where they are read."""
@@ -176,7 +177,7 @@ class ClipCondition:
         def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self.features, self.context, self.reference, self.motion,
                                       window_blocks=self.window_blocks, sink_distance=self.sink_distance,
-                                      first_block=self.first_block, history_grad=history_grad)
+                                      first_block=self.first_block, history_grad=history_grad, causal=self.causal)
 
         return velocity
 

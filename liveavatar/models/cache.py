@@ -25,33 +25,38 @@ class Sink:
     v: torch.Tensor
 
 
-def cache_bytes(layers: int, dim: int, sink_tokens: int, ring_tokens: int, block_tokens: int, element_size: int) -> int:
-    """Bytes one StepCache allocates: K and V of sink and ring; the un-rotated sink is shared by a rank's steps."""
-    return 2 * layers * dim * (sink_tokens + ring_tokens) * element_size
+def cache_bytes(layers: int, dim: int, sink_tokens: int, ring_tokens: int, anchor_tokens: int, element_size: int) -> int:
+    """Bytes one StepCache allocates: K and V of sink and ring, K of anchors; the un-rotated sink is shared by a rank's steps."""
+    return layers * dim * (2 * (sink_tokens + ring_tokens) + anchor_tokens) * element_size
 
 
 class StepCache:
     """[sink | ring] of one session at one step, at that step's own noise level.
 
-    Allocated once at `layers x (sink + ring) x heads x d` for keys and for values.
+    Allocated once at `layers x (sink + ring) x heads x d` for keys and for values. anchor_blocks: so many first
+    blocks never leave the ring and stand right before the newest ones (Anchor-Heavy Identity Sinks, LiveTalk; their
+    keys are turned along so that distances stay those of a plain ring, which the paper's short clips do not need).
     """
 
     def __init__(self, *, layers: int, heads: int, head_dim: int, sink_tokens: int, block_tokens: int,
-                 ring_blocks: int, dtype: torch.dtype, device: torch.device | str):
+                 ring_blocks: int, dtype: torch.dtype, device: torch.device | str, anchor_blocks: int = 0):
         shape = (layers, sink_tokens + ring_blocks * block_tokens, heads, head_dim)
         self.sink_tokens, self.block_tokens, self.ring_blocks = sink_tokens, block_tokens, ring_blocks
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.anchors: list[int] = []  # numbers of the blocks that stay
+        self.anchor_blocks = anchor_blocks
+        self.anchor_k = torch.zeros((layers, anchor_blocks * block_tokens, heads, head_dim), dtype=dtype, device=device)
         self.sink: Sink | None = None
         self.written = 0  # blocks written since the last reset; their order in the ring is by this, not by block index
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return self.k.nbytes + self.v.nbytes + self.anchor_k.nbytes
 
     def reset(self) -> None:
         """Forget history and sink; keeps the memory."""
-        self.sink, self.written = None, 0
+        self.sink, self.written, self.anchors = None, 0, []
 
     def set_sink(self, sink: Sink, angles: torch.Tensor) -> None:
         """Take a new sink. angles: fp32 [2, S, d/2] rotation of the sink tokens at this moment."""
@@ -80,14 +85,36 @@ class StepCache:
 
         Returns views of everything the block attends to: [sink + active, heads, d] each.
         """
-        slot = self.sink_tokens + (self.written % self.ring_blocks) * self.block_tokens
+        slot = self.sink_tokens + self.slot() * self.block_tokens
         self.k[layer, slot : slot + self.block_tokens] = k
         self.v[layer, slot : slot + self.block_tokens] = v
+        if self.written < self.anchor_blocks:
+            self.anchor_k[layer, self.written * self.block_tokens :][: self.block_tokens] = k
         end = self.sink_tokens + min(self.written + 1, self.ring_blocks) * self.block_tokens
         return self.k[layer, :end], self.v[layer, :end]
 
-    def advance(self) -> None:
-        """The block is complete in every layer."""
+    def slot(self) -> int:
+        """Where in the ring the next block goes; the slots of anchors are written once."""
+        if self.written < self.ring_blocks:
+            return self.written
+        rolling = self.ring_blocks - self.anchor_blocks
+        return self.anchor_blocks + (self.written - self.anchor_blocks) % rolling
+
+    def anchor_moves(self, block: int) -> list[int]:
+        """How many blocks every anchor has to come along, so that it stands where a plain ring's oldest blocks would."""
+        return [max(0, block - (self.ring_blocks - 1) + i - number) for i, number in enumerate(self.anchors)]
+
+    def roll_anchors(self, layer: int, turns: list[torch.Tensor]) -> None:
+        """Turn the keys of the anchors by fp32 [2, 1, d/2] each, from where they were written."""
+        for i, angles in enumerate(turns):
+            first = i * self.block_tokens
+            own = self.anchor_k[layer, first : first + self.block_tokens]
+            self.k[layer, self.sink_tokens + first :][: self.block_tokens] = rotate(own[None], angles)[0]
+
+    def advance(self, block: int) -> None:
+        """Block number `block` is complete in every layer."""
+        if self.written < self.anchor_blocks:
+            self.anchors.append(block)
         self.written += 1
 
     def ring(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,6 +157,10 @@ class ClipHistory:
         keys = torch.cat([sink_k.to(k.dtype), *(past for past, _ in seen), k], dim=1)
         return keys, torch.cat([sink_v.to(v.dtype), *(past for _, past in seen), v], dim=1)
 
-    def advance(self) -> None:
+    def anchor_moves(self, block: int) -> list[int]:
+        """None: anchors are for streams."""
+        return []
+
+    def advance(self, block: int) -> None:
         """The block is complete in every layer and later blocks will see it."""
         self.blocks.append(self._own)

@@ -252,18 +252,22 @@ class CausalS2V(nn.Module):
         times = range(block * latents, (block + 1) * latents)
         return L.rope_angles(grid_positions(times, range(h // 2), range(w // 2)), self.config.head_dim).to(self.device)
 
+    def time_angles(self, latents: int) -> torch.Tensor:
+        """Rotation by so many latents in time alone: fp32 [2, 1, d/2]."""
+        return L.rope_angles(torch.tensor([[latents, 0, 0]]), self.config.head_dim).to(self.device)
+
     def reference_angles(self, position: int, h: int, w: int) -> torch.Tensor:
         """Rotation of the reference tokens at time `position`: fp32 [2, tok, d/2]."""
         return L.rope_angles(grid_positions([position], range(h // 2), range(w // 2)), self.config.head_dim).to(self.device)
 
     # ------------------------------------------------------------ the three ways to run
 
-    def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int) -> StepCache:
+    def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int, anchor_blocks: int = 0) -> StepCache:
         """An empty StepCache for latents of size h x w in the model's dtype and on its device."""
         tok = (h // 2) * (w // 2)
         sink = 2 * tok + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
         return StepCache(layers=self.config.num_layers, heads=self.config.num_heads, head_dim=self.config.head_dim,
-                         sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks,
+                         sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks, anchor_blocks=anchor_blocks,
                          dtype=self.dtype, device=self.device)
 
     def prefill(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> Sink:
@@ -298,10 +302,13 @@ class CausalS2V(nn.Module):
         latents, h, w = x.shape[-3:]
         angles = self.block_angles(block, latents, h, w)
         reference = self.reference_angles(reference_position(block, latents, sink_distance), h, w)
+        turns = [self.time_angles(latents * moved) for moved in cache.anchor_moves(block)]
         tokens = self._noisy_tokens(x.to(self.device), None if pose is None else pose.to(self.device))
         for i, layer in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
+                if turns:
+                    cache.roll_anchors(i, turns)
                 keys, values = cache.attended(i, L.rotate(k, angles), v, reference)
                 return ops.attention(L.rotate(q, angles), keys, values)
 
@@ -309,7 +316,7 @@ class CausalS2V(nn.Module):
             if i in self._injector_of:
                 tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled).to(self.dtype)
         if remember:
-            cache.advance()
+            cache.advance(block)
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 
     def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -330,14 +337,15 @@ class CausalS2V(nn.Module):
 
     def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,
                      motion: torch.Tensor, *, window_blocks: int = 4, sink_distance: int = REFERENCE_POSITION,
-                     first_block: int = 0, pose: torch.Tensor | None = None, history_grad: bool = True) -> torch.Tensor:
+                     first_block: int = 0, pose: torch.Tensor | None = None, history_grad: bool = True, causal: bool = True) -> torch.Tensor:
         """All blocks of a clip in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
 
         x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks; features: [B, layers, Ca, 4F];
         context: batch of text rows; reference: [B, 16, 1, h, w]; motion: [B, 16, M, h, w].
         Block n sees the sink, itself and the window_blocks - 1 blocks before it. first_block: number of the
         clip's first block in its stream (positions only). history_grad: False stops gradients at the keys and
-        values of other blocks. Returns fp32 [B, 16, F, h, w].
+        values of other blocks. causal: False lets every block see the whole clip, one sink for all: the
+        bidirectional teacher. Returns fp32 [B, 16, F, h, w].
         """
         batch, _, latents, h, w = x.shape
         blocks = t.shape[1]
@@ -347,8 +355,11 @@ class CausalS2V(nn.Module):
         audio = self._encode_clip_audio(features, blocks)
         modulation = self.modulation(t)
         tokens = self._noisy_tokens(x, pose)
-        attends = self._clip_attends(sink_k, sink_v, range(first_block, first_block + blocks), size, h, w, window_blocks,
-                                     sink_distance, history_grad)
+        numbers = range(first_block, first_block + blocks)
+        if causal:
+            attends = self._clip_attends(sink_k, sink_v, numbers, size, h, w, window_blocks, sink_distance, history_grad)
+        else:
+            attends = self._whole_attends(sink_k, sink_v, numbers, size, h, w, sink_distance)
         for i, layer in enumerate(self.blocks):
             tokens = layer(tokens, modulation.blocks[i], attends[i], text.layers[i])
             if i in self._injector_of:
@@ -388,6 +399,20 @@ class CausalS2V(nn.Module):
                 mask = allowed.repeat(batch, 1, 1, 1)
                 out = ops.attention(q.unflatten(1, (blocks, -1)).flatten(0, 1), keys, values, mask)
                 return out.unflatten(0, (batch, blocks)).flatten(1, 2)
+
+            return attend
+
+        return [make(k, v) for k, v in zip(sink_k, sink_v)]
+
+    def _whole_attends(self, sink_k, sink_v, numbers: range, size: int, h: int, w: int, sink_distance: int):
+        """One attend function per layer: every block over [sink rotated for the first | the whole clip]."""
+        angles = torch.cat([self.block_angles(n, size, h, w) for n in numbers], dim=1)
+        sink_angles = self.sink_angles(h, w, reference_position(numbers[0], size, sink_distance))
+
+        def make(sk, sv):
+            def attend(q, k, v):
+                keys = torch.cat([L.rotate(sk, sink_angles).to(k.dtype), L.rotate(k, angles)], dim=1)
+                return ops.attention(L.rotate(q, angles), keys, torch.cat([sv.to(v.dtype), v], dim=1))
 
             return attend
 

@@ -297,7 +297,7 @@ class Sizer:
     def step_caches(self, steps: int) -> dict[str, int]:
         """Per session: [sink | ring] of each step, the stage's one un-rotated sink, the prompt's K and V."""
         m, g, size = self.model, self.geometry, self.dtype.itemsize
-        one = cache_bytes(m.num_layers, m.dim, g.sink_tokens, g.ring_tokens, g.block_tokens, size)
+        one = cache_bytes(m.num_layers, m.dim, g.sink_tokens, g.ring_tokens, g.anchor_tokens, size)
         return {f"{steps} x step cache": steps * one, "sink": 2 * m.num_layers * m.dim * g.sink_tokens * size,
                 "text": 2 * m.num_layers * m.dim * m.text_len * size}
 

@@ -219,7 +219,7 @@ class Denoiser:
     def _take_sink(self, session: str) -> None:
         g, h, w = self.geometry, self.geometry.latent_height, self.geometry.latent_width
         if session not in self.caches:
-            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks)
+            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks)
         self.model.set_sink(self.caches[session], self.sinks.sessions[session].sink, h, w)
 
     def _denoise(self, block: Block) -> list[Message]:

@@ -169,7 +169,7 @@ def _geometry(config: Config, stored: Mapping, stride: int, where: str) -> Geome
     sizes = dict(stored) if height is None else {**stored, "height": height, "width": width}
     if "height" not in sizes or "width" not in sizes:
         raise ConfigError(f"{where}: the checkpoint names no picture size: set video.height and video.width")
-    return Geometry(spatial_stride=stride, **sizes)
+    return Geometry(spatial_stride=stride, anchor_blocks=config.sampler.anchor_blocks, **sizes)
 
 
 def _levels(config: Config, stored: list[float] | None) -> list[float]:

@@ -40,31 +40,37 @@ class Copies:
         model = self.fresh(role)
         return model.eval(), load_average(model, checkpoint_path(self.run, stage))
 
-    def critic(self) -> Transformer:
-        """Starts as the teacher."""
-        return self.averaged("forcing", "critic")[0]
+    def started(self, stage: str, start: str) -> Transformer:
+        """What a stage begins to train: the averages of RUN/START.pt, or fresh where `start` is "". A stage that has a
+        checkpoint of its own goes on from that."""
+        begun = checkpoint_path(self.run, stage).exists()
+        return self.averaged(start, "student")[0] if start and not begun else self.fresh("student")
 
-    def teacher(self) -> Transformer:
-        """Frozen."""
-        return self.averaged("forcing", "teacher")[0].requires_grad_(False)
+    def critic(self, teacher: str) -> Transformer:
+        """Starts as the teacher, the averages of stage `teacher`."""
+        return self.averaged(teacher, "critic")[0]
+
+    def teacher(self, stage: str) -> Transformer:
+        """The averages of `stage`, frozen."""
+        return self.averaged(stage, "teacher")[0].requires_grad_(False)
 
 
 class Adapters(Copies):
-    """One frozen base; the teacher is the base itself, every other role an adapter over it."""
+    """One frozen base, which is what a `teacher` stage would train; every other role is an adapter over it."""
 
     def __init__(self, config: ForcingConfig, run: str | Path, seed: int, base: Base | None = None):
         super().__init__(config, run, seed)
         self.base = base or Base.load(config.base, seed)
 
     def fresh(self, role: str) -> Transformer:
-        """The base, until its adapter is trained."""
+        """As the base, until its adapter is trained."""
         return self.base.as_(role)
 
-    def critic(self) -> Transformer:
-        return self.fresh("critic")
+    def critic(self, teacher: str) -> Transformer:
+        return self.fresh("critic") if teacher == "teacher" else super().critic(teacher)
 
-    def teacher(self) -> Transformer:
-        return self.base.as_(None)
+    def teacher(self, stage: str) -> Transformer:
+        return self.base.as_(None) if stage == "teacher" else super().teacher(stage)
 
 
 def cast_of(config: ForcingConfig, run: str | Path, seed: int) -> Copies:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
-from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, write_clip
+from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, clip_paths, read_arrays, write_arrays, write_clip
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
 LOOKAHEAD_SECONDS = 0.16  # audio kept beyond the last picture: the front end looks 0.125 s ahead
 SPLITS = ("train", "held")
+DRESS, PORTRAITS = 1, 2  # what a generator beside a clip's own is for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class DataConfig:
     held_identities: int = 4
     real_share: float = 0.15  # clips spoken by the LibriVox readers
     silent_share: float = 0.12  # listening clips
+    dress_share: float = 0.0  # of the clips show their person in other clothes before another backdrop than usual
+    portraits: int = 0  # per clip, of its person dressed otherwise: where prompt and portrait differ, the prompt must win
     readings: tuple[str, ...] = ()  # LibriVox clips to train on; those in assets/speech.wav must not be here
 
     def __post_init__(self):
@@ -46,6 +50,8 @@ class DataConfig:
             raise ConfigError(f"data.pictures={self.pictures}: must be 1 + 4n, at least 13")
         if self.size % 16 or self.size <= 0:
             raise ConfigError(f"data.size={self.size}: must be a positive multiple of 16 pixels")
+        if self.portraits < 0 or not 0 <= self.dress_share <= 1:
+            raise ConfigError(f"data.portraits={self.portraits}, dress_share={self.dress_share}: must be at least 0, and in 0..1")
         for name in ("clips", "identities", "held_clips", "held_identities"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
@@ -115,6 +121,9 @@ def make_clip(config: DataConfig, split: str, index: int, base_seed: int, render
     """Render clip `index` of a split; see the module text."""
     rng, seed = clip_draws(split, index, base_seed)
     identity = Identity.sample(choose_identity(config, split, index, rng))
+    dress = np.random.default_rng([DRESS, seed])
+    if split == "train" and dress.random() < config.dress_share:
+        identity = identity.dressed(dress)
     utterance = choose_speech(config, split, seed, rng, recordings)
     track = director.direct(utterance, config.pictures, seed)
     pictures = renderer.render_clip(identity, track.units, track.pose, track.translation, track.gaze)
@@ -160,3 +169,30 @@ def render_corpus(config: DataConfig, seed: int) -> int:
         clip = make_clip(config, split, index, seed, renderer, recordings)
         write_clip(clip_path(config.folder, split, index), clip)
     return len(jobs)
+
+
+# ---------------------------------------------------------------- portraits that differ from their clips
+
+
+def portraits_path(clip: Path) -> Path:
+    """Where the portraits of a clip file lie: beside its split, SPLIT_portraits/NAME."""
+    return clip.parent.with_name(f"{clip.parent.name}_portraits") / clip.name
+
+
+def render_portraits(config: DataConfig, seed: int) -> int:
+    """Render the portraits that are not there yet of every clip that is; returns for how many clips."""
+    todo = [p for p in clip_paths(config.folder, "train") if not portraits_path(p).exists()] if config.portraits else []
+    renderer = HeadRenderer(config.size, config.supersample) if todo else None
+    for path in todo:
+        card = read_arrays(path)[0]
+        person, rng = Identity.sample(card["identity"]["seed"]), np.random.default_rng([PORTRAITS, seed, card["seed"]])
+        others = [person.dressed(rng) for _ in range(config.portraits)]
+        write_arrays(portraits_path(path), {"captions": [other.caption for other in others]},
+                     portraits=np.stack([neutral_picture(renderer, other) for other in others]))
+    return len(todo)
+
+
+def read_portraits(clip: Path) -> np.ndarray | None:
+    """uint8 [n,S,S,3] of a clip file's person dressed otherwise; None where none were rendered."""
+    path = portraits_path(clip)
+    return read_arrays(path)[1]["portraits"] if path.exists() else None

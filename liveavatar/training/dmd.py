@@ -1,9 +1,10 @@
 """Stage `dmd` (Stage 2): the student's own rollouts pulled to the teacher's distribution (training.md 2.5).
 
-Three roles, as copies of the transformer or adapters over one (casting.py): the teacher (averages of `forcing`,
-or the base, frozen), the critic (starts as the teacher, learns the student's distribution by flow matching at
-every iteration) and the student (every `ratio`-th iteration). The student learns on the rollouts it is run
-with: same step function, same levels as the exported sampler, same transitions (Euler), same history.
+Three roles, as copies of the transformer or adapters over one (casting.py): the teacher (averages of the
+bidirectional `teacher` or of `forcing`, frozen), the critic (starts as the teacher and sees what it sees, learns the
+student's distribution by flow matching at every iteration) and the student (every `ratio`-th iteration). The student
+learns on the rollouts it is run with: same step function, same levels as the exported sampler, same transitions
+(Euler), same history.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from liveavatar.diffusion.rollout import ClipCondition, HistoryMode, cached_clip
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import losses
 from liveavatar.training.casting import Copies, Transformer, cast_of
-from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, clip_loss, draw_position
+from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, clip_loss, draw_position, forcing_levels
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import score_levels
 from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, draws_of, learning_rate, shared_draws
 from liveavatar.training.replay import replay
 from liveavatar.training.strategy import strategy_of
+
+
+AGGRESSIVE = Guidance(text=6.0, audio=6.0)  # conventional; LiveTalk's file says 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,8 @@ class DmdConfig:
 
     loop: LoopConfig
     critic_lr: float = 2e-4
-    start: str = "forcing"  # stage whose averages the student starts from: forcing or ode
+    start: str = "forcing"  # stage whose averages the student starts from: forcing, ode or consistency
+    teacher: str = "forcing"  # stage whose averages teach: teacher (bidirectional) or forcing (causal)
     ratio: int = 5
     critic_warmup: int = 20
     guidance: Guidance = field(default_factory=Guidance)
@@ -45,16 +50,29 @@ class DmdConfig:
     history_grad: str = "through"  # or detach; shared banks and refreshed sinks always detach
     refresh_share: float = 0.0  # of the iterations show the student its own first latent as sink after block 0 (AAS)
     forward_kl: float = 0.0  # weight of the forcing loss on real clips beside the reverse divergence
+    curated_share: float = 1.0  # only this share of the spoken clips, those that move most, gives conditions (LiveTalk)
+    aggressive: bool = False  # LiveTalk's schedule: both learning rates doubled, guidance of the teacher AGGRESSIVE
 
     def __post_init__(self):
-        one_of("dmd.start", self.start, ("forcing", "ode"))
+        one_of("dmd.start", self.start, ("forcing", "ode", "consistency"))
+        one_of("dmd.teacher", self.teacher, ("forcing", "teacher"))
         one_of("dmd.history_grad", self.history_grad, ("through", "detach"))
         HistoryMode.parse(self.history)
         for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0)):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least {lowest}")
-        if not 0 <= self.refresh_share <= 1:
-            raise ConfigError(f"dmd.refresh_share={self.refresh_share}: must be in 0..1")
+        if not 0 <= self.refresh_share <= 1 or not 0 < self.curated_share <= 1:
+            raise ConfigError(f"dmd.refresh_share={self.refresh_share}, curated_share={self.curated_share}: must be in 0..1, the latter above 0")
+
+    @property
+    def rate_factor(self) -> float:
+        """What learning rates are multiplied by."""
+        return 2.0 if self.aggressive else 1.0
+
+    @property
+    def teacher_guidance(self) -> Guidance:
+        """The guidance that is used."""
+        return AGGRESSIVE if self.aggressive else self.guidance
 
     def student_turn(self, iteration: int) -> bool:
         """True when the student is updated in this iteration (from 0)."""
@@ -107,7 +125,7 @@ class Distillation:
         self.config, self.forcing, self.sigmas, self.reader = config, forcing, tuple(sigmas), reader
         self.history = HistoryMode.parse(config.history)
         cast = cast or cast_of(forcing, run, seed)
-        self.teacher, critic, student = cast.teacher(), cast.critic(), cast.averaged(config.start, "student")[0]
+        self.teacher, critic, student = cast.teacher(config.teacher), cast.critic(config.teacher), cast.averaged(config.start, "student")[0]
         strategy_of(config.loop).wrap(self.teacher)
         self.critic = Learner(critic, config.loop, average=False)
         self.trainer = Trainer("dmd", student, config.loop, run, seed, {"critic": self.critic})
@@ -125,11 +143,15 @@ class Distillation:
             condition = self._condition(batch, plan)
             with torch.set_grad_enabled(turn):
                 made, backward = self._roll(condition, batch, plan, draws)
-            condition = replace(condition, refresh_block=0)  # scores are given the portrait
+            # Scores are given the portrait.
+            condition = replace(condition, refresh_block=0, causal=self.config.teacher == "forcing")
             metrics = self._learn_critic(condition, made, draws, i)
             if turn:
                 metrics |= self._learn_student(condition, made, backward, batch, draws, i)
         return metrics
+
+    def _rate(self, iteration: int) -> float:
+        return learning_rate(self.config.loop, iteration) * self.config.rate_factor
 
     def _blocks(self, x: torch.Tensor) -> int:
         return x.shape[2] // self.forcing.block_latents
@@ -150,12 +172,12 @@ class Distillation:
     def _learn_critic(self, condition: ClipCondition, made: torch.Tensor, draws: Draws, iteration: int) -> dict[str, float]:
         loss = losses.critic_loss(condition.velocity(self.critic.module), made, *self._noised(made, draws))
         loss.backward()
-        rate = learning_rate(self.config.loop, iteration) * self.config.critic_lr / self.config.loop.lr
+        rate = self._rate(iteration) * self.config.critic_lr / self.config.loop.lr
         return {"loss": float(loss.detach()), "norm": self.critic.update(rate, iteration + 1), "lr": rate}
 
     def _learn_student(self, condition: ClipCondition, made: torch.Tensor, backward: Backward, batch: Batch, draws: Draws,
                        iteration: int) -> dict[str, float]:
-        real = self.config.guidance.velocity(self.teacher, condition, self.reader.silence, self.reader.rows_of(""))
+        real = self.config.teacher_guidance.velocity(self.teacher, condition, self.reader.silence, self.reader.rows_of(""))
         direction = losses.dmd_gradient(made, real, condition.velocity(self.critic.module), *self._noised(made, draws))
         clips = made.clone().requires_grad_(True)
         loss = losses.matching_loss(clips, direction)
@@ -163,10 +185,10 @@ class Distillation:
         backward(clips.grad)
         metrics = {"student": float(loss.detach()), "contrast": float(made.std() / batch.latents.std())}
         if self.config.forward_kl:
-            forward, _ = clip_loss(self.student.module, self.forcing, batch, draws)
+            forward, _ = clip_loss(self.student.module, self.forcing, batch, draws, forcing_levels(self.forcing, batch, draws))
             (self.config.forward_kl * forward).backward()
             metrics["forward"] = float(forward.detach())
-        rate = learning_rate(self.config.loop, iteration)
+        rate = self._rate(iteration)
         norm = self.student.update(rate, self.config.student_steps(iteration + 1))
         return metrics | {"student_norm": norm}
 
@@ -177,5 +199,6 @@ def train_dmd(config: DmdConfig, forcing: ForcingConfig, sigmas: Sequence[float]
 
     sigmas: the sampler's table, ends in 0. Raises WeightsError without the checkpoint to start from.
     """
-    work = Distillation(config, forcing, sigmas, run, seed, EncodedReader(run, forcing, text, default_identity))
+    reader = EncodedReader(run, forcing, text, default_identity, config.curated_share)
+    work = Distillation(config, forcing, sigmas, run, seed, reader)
     return work.trainer.run_steps(work.step, stop_after)

@@ -47,7 +47,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "dmd"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):

@@ -16,9 +16,9 @@ from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
-from liveavatar.training import losses, shards
+from liveavatar.training import data, losses, shards
 from liveavatar.training.adapters import BaseConfig
-from liveavatar.training.casting import Transformer, averaged_model, cast_of, new_model
+from liveavatar.training.casting import Transformer, cast_of
 from liveavatar.training.codec import to_float
 from liveavatar.training.levels import clip_levels, mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
@@ -44,11 +44,13 @@ class ForcingConfig:
     silence_share: float = 0.05  # condition dropout: features of silence
     no_text_share: float = 0.3
     default_share: float = 0.25  # of the clips drawn show the avatar that ships
+    portrait_share: float = 0.35  # of the clips with text are given a portrait dressed otherwise, where the data has some
     far_share: float = 0.5  # of the batches that stand deep in a stream
     far_blocks: int = 20_000
     mouth: float = 4.0  # extra loss weight of mouth cells
     eyes: float = 1.5
     minimum_clips: int = 1
+    start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
 
     def __post_init__(self):
         if (self.model is None) == (self.base is None):
@@ -65,27 +67,33 @@ class ForcingConfig:
 @dataclass(frozen=True)
 class Encoded:
     """What training reads of a clip: latents float16 [z,F,h,w] (normalised), reference [z,1,h,w], motion
-    [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes."""
+    [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes; portraits
+    [n,z,M,h,w], motion of the same person dressed otherwise."""
 
     latents: np.ndarray
     reference: np.ndarray
     motion: np.ndarray
     features: np.ndarray
     weight: np.ndarray
+    portraits: np.ndarray
     card: dict
 
 
-def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig) -> Encoded:
-    """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip."""
-    latents = vae.encode(to_float(clip.frames))
-    held = vae.encode(to_float(np.repeat(clip.reference[None], config.motion_frames, axis=0)))
+def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: np.ndarray | None = None) -> Encoded:
+    """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
+    others: uint8 [n,S,S,3], portraits of its person dressed otherwise."""
+    def hold(picture: np.ndarray) -> torch.Tensor:
+        return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
+
+    latents, held = vae.encode(to_float(clip.frames)), hold(clip.reference)
+    portraits = [hold(picture) for picture in (() if others is None else others)]
     pcm = clip.pcm.astype(np.float32) / 32768.0
     front_end, count = LogMelFrontEnd(), len(clip.frames)
     voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
-    return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(),
-                   weight.numpy(), clip.card)
+    return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
+                   torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16), clip.card)
 
 
 def encoded_path(run: str | Path, clip: Path) -> Path:
@@ -99,8 +107,8 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
     todo = [p for p in paths[part::parts] if not encoded_path(run, p).exists()]
     for path in todo:
-        made = encode_clip(vae, shards.read_clip(path), config)
-        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight")}
+        made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path))
+        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)
     return len(todo)
 
@@ -132,10 +140,22 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
 
-class EncodedReader:
-    """Batches of encoded clips, all kept in memory (about 0.8 MB each); re-listed while encoding goes on."""
+def curated(clips: dict[Path, Encoded], share: float) -> list[Path]:
+    """The share of the spoken clips whose latents move most, sorted by path."""
+    spoken = [p for p, clip in clips.items() if any(name != "pau" for name, *_ in clip.card["phones"])]
+    motion = {p: float(np.abs(np.diff(clips[p].latents.astype(np.float32), axis=1)).mean()) for p in spoken}
+    chosen = sorted(spoken, key=lambda p: (-motion[p], p))[: max(1, round(share * len(spoken)))]
+    return sorted(chosen)
 
-    def __init__(self, run: str | Path, config: ForcingConfig, text: TextEncoder, default_identity: int):
+
+class EncodedReader:
+    """Batches of encoded clips, all kept in memory (about 0.8 MB each); re-listed while encoding goes on.
+
+    curated_share: below 1, only this share of the spoken clips, those whose latents move most, is drawn from.
+    """
+
+    def __init__(self, run: str | Path, config: ForcingConfig, text: TextEncoder, default_identity: int, curated_share: float = 1.0):
+        self.curated_share = curated_share
         self.folder, self.config, self.text, self.default = Path(run) / "latents", config, text, default_identity
         self.clips: dict[Path, Encoded] = {}
         self.order: list[Path] = []
@@ -149,7 +169,7 @@ class EncodedReader:
         for path in shards.clip_paths(self.folder, "train"):
             if path not in self.clips:
                 self.clips[path] = read_encoded(path)
-        self.order = sorted(self.clips)
+        self.order = sorted(self.clips) if self.curated_share == 1 else curated(self.clips, self.curated_share)
         self.shipped = [p for p in self.order if self.clips[p].card["identity"]["seed"] == self.default]
         if len(self.order) < self.config.minimum_clips:
             raise ConfigError(f"{self.folder}: {len(self.order)} encoded clips, at least {self.config.minimum_clips} are needed; run the latents stage")
@@ -178,8 +198,11 @@ class EncodedReader:
         features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures:]
         if rng.random() < self.config.silence_share:
             features = self.silence.expand_as(features)
-        context = self.rows_of("" if rng.random() < self.config.no_text_share else clip.card["caption"])
-        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, skip:], clip.reference, clip.motion, clip.weight[None, skip:])]
+        no_text, motion = rng.random() < self.config.no_text_share, clip.motion
+        if not no_text and len(clip.portraits) and rng.random() < self.config.portrait_share:
+            motion = clip.portraits[int(rng.integers(len(clip.portraits)))]  # only the text says how the person is dressed
+        context = self.rows_of("" if no_text else clip.card["caption"])
+        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, skip:], motion[:, :1], motion, clip.weight[None, skip:])]
         return as_tensor[0], features, context, *as_tensor[1:]
 
 
@@ -193,16 +216,20 @@ def draw_position(config: ForcingConfig, rng: np.random.Generator) -> tuple[int,
     return int(rng.integers(4, 31)), far
 
 
-def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, float]]:
-    """Diffusion-forcing loss of a batch, and metrics."""
-    count, blocks = len(batch.latents), batch.latents.shape[2] // config.block_latents
-    sigma = clip_levels(draws.numpy, count, blocks, levels=config.levels, same_share=config.same_share,
-                        table_share=config.table_share, shift=config.shift)
+def forcing_levels(config: ForcingConfig, batch: Batch, draws: Draws) -> torch.Tensor:
+    """Levels [B,N] of the blocks of a batch by the stage's law."""
+    return clip_levels(draws.numpy, len(batch.latents), batch.latents.shape[2] // config.block_latents, levels=config.levels,
+                       same_share=config.same_share, table_share=config.table_share, shift=config.shift)
+
+
+def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws, sigma: torch.Tensor,
+              causal: bool = True) -> tuple[torch.Tensor, dict[str, float]]:
+    """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher."""
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
     velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
                                   batch.reference, batch.motion, window_blocks=config.window_blocks,
-                                  sink_distance=distance, first_block=first)
+                                  sink_distance=distance, first_block=first, causal=causal)
     loss = losses.forcing_loss(velocity, batch.latents, noise, batch.weight)
     per_clip = (velocity.detach() - (noise - batch.latents)).square().mean(dim=(1, 2, 3, 4))
     high = sigma.mean(1) > 0.7
@@ -213,11 +240,12 @@ def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Dr
 def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextEncoder, default_identity: int,
                   stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the transformer; returns the losses of this call."""
-    model = cast_of(config, run, seed).fresh("student")
+    model = cast_of(config, run, seed).started("forcing", config.start)
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
 
     def loss_of(draws: Draws):
-        return clip_loss(model, config, reader.batch(draws, config.loop.batch).to(trainer.device), draws)
+        batch = reader.batch(draws, config.loop.batch).to(trainer.device)
+        return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws))
 
     return trainer.run(loss_of, stop_after)

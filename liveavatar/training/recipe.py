@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import codec, data, dmd, export, forcing, ode, preview
+from liveavatar.training import codec, consistency, data, dmd, export, forcing, ode, preview, teacher
 from liveavatar.training.loop import meet
 
 
@@ -28,7 +28,9 @@ class Recipe:
     vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    teacher: teacher.TeacherConfig | None = None
     ode: ode.OdeConfig | None = None
+    consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
     seed: int = 0
     processes: int = 1
@@ -45,8 +47,11 @@ class Recipe:
         self._check_distillation()
 
     def _check_distillation(self) -> None:
-        if self.dmd and self.dmd.start == "ode" and not self.ode:
-            raise ConfigError("dmd.start='ode': the recipe has no ode section")
+        for key in ("start", "teacher"):
+            if self.dmd and not getattr(self, getattr(self.dmd, key)):
+                raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
+        if self.forcing.start == "teacher" and not self.teacher:
+            raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
         if self.export.stage != "forcing" and not getattr(self, self.export.stage):
             raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {self.export.stage} section")
         if self.dmd and self.export.stage == "dmd" and self.dmd.history != "per_step":
@@ -62,6 +67,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def run_data(recipe: Recipe) -> None:
     """Render the corpus (what is missing of it)."""
     data.render_corpus(recipe.data, recipe.seed)
+    data.render_portraits(recipe.data, recipe.seed)
 
 
 def run_vae(recipe: Recipe) -> None:
@@ -85,6 +91,12 @@ def run_latents(recipe: Recipe) -> None:
     meet()
 
 
+def run_teacher(recipe: Recipe) -> None:
+    """Train the bidirectional transformer."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
 def run_forcing(recipe: Recipe) -> None:
     """Train the transformer."""
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
@@ -95,6 +107,13 @@ def run_ode(recipe: Recipe) -> None:
     """Few-step initialisation from the transformer's own trajectories."""
     text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
     ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+
+
+def run_consistency(recipe: Recipe) -> None:
+    """Few-step initialisation from neighbouring levels of real clips."""
+    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
+    consistency.train_consistency(recipe.consistency, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text,
+                                  recipe.data.default_identity)
 
 
 def run_dmd(recipe: Recipe) -> None:
@@ -115,9 +134,9 @@ def run_preview(recipe: Recipe) -> None:
         preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "forcing": run_forcing, "ode": run_ode,
-          "dmd": run_dmd, "export": run_export}
-OPTIONAL = {"decoder": "vae.decoder", "ode": "ode", "dmd": "dmd"}  # the sections that ask for them
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "teacher": run_teacher,
+          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd, "export": run_export}
+OPTIONAL = {"decoder": "vae.decoder", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}  # the sections that ask for them
 SIDE_STAGES = {"preview": run_preview}  # only by name
 ALONE = ("data", "export", "preview")  # these run in one process
 

@@ -116,6 +116,12 @@ class Identity:
             lights=tuple(lights), ambient=ambient,
         )  # fmt: skip
 
+    def dressed(self, rng: np.random.Generator) -> Identity:
+        """The same person and light in another shirt, before another backdrop."""
+        shirt, background = (str(x) for x in rng.choice(list(_PLAIN), 2, replace=False))
+        return dataclasses.replace(self, shirt_name=shirt, shirt=_jitter(rng, _PLAIN[shirt], 0.08),
+                                   background_name=background, background=_jitter(rng, _PLAIN[background], 0.06))  # fmt: skip
+
     @property
     def caption(self) -> str:
         """Plain English, from the numbers that were drawn."""
