@@ -67,7 +67,7 @@ def test_the_full_layout_is_the_public_one():
     with torch.device("meta"):
         base = Base(CausalS2V(S2VConfig()), 128, 64.0)
         student = dict(base.as_("student").named_parameters())
-    assert len(student) == 896 and sum(p.numel() for p in student.values()) == 674_758_656
+    assert len(student) == 896 and sum(p.numel() for p in student.values()) == 676_331_520
     assert student["blocks.39.ffn.2.lora_A.weight"].shape == (128, 13824) and student["audio_injector.injector.11.o.lora_B.weight"].shape == (5120, 128)
 
 
@@ -163,3 +163,137 @@ def test_nothing_moves_while_critic_and_teacher_are_one(base):
     condition, made, noise, tau = clips(), start(), torch.randn_like(start()), torch.full((2, BLOCKS), 0.4)
     direction = losses.dmd_gradient(made, condition.velocity(base.as_(None)), condition.velocity(base.as_("critic")), tau, noise)
     assert not direction.any()
+
+
+# ---------------------------------------------------------------- the whole chain, in miniature
+
+
+RECIPE = """
+seed: 5
+run: {root}/run
+forcing:
+  base: {{folder: {root}/official, rank: 4, alpha: 2.0, dtype: float32}}
+  motion_frames: 9
+  default_share: 0.0
+  loop: {{iterations: 4, batch: 2, lr: 3.0e-2, audio_factor: 0.5, warmup: 0, ema: 0.5, threads: 1, log_every: 1, bf16: false, device: cpu}}
+ode:
+  batches: 1
+  pieces: 1
+  loop: {{iterations: 1, batch: 2, lr: 1.0e-3, warmup: 0, ema: 0.5, threads: 1, log_every: 1, bf16: false, device: cpu}}
+dmd:
+  teacher: teacher
+  critic_warmup: 1
+  ratio: 2
+  refresh_share: 0.5
+  forward_kl: 0.1
+  loop: {{iterations: 5, batch: 2, lr: 1.0e-2, warmup: 0, ema: 0.5, threads: 1, log_every: 1, bf16: false, device: cpu, checkpointing: true}}
+export:
+  stage: dmd
+  folder: {root}/lora
+  dtype: float32
+"""
+
+
+def official_folder(folder: Path) -> None:
+    """A base as Wan-AI distributes it, tiny."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel_S2V", "model_type": "s2v", **SMALL.to_dict()}))
+    model = tiny_model(**{key: getattr(SMALL, key) for key in ("text_len",)})
+    save_file({name: t.clone().contiguous() for name, t in model.state_dict().items()}, folder / "diffusion_pytorch_model.safetensors")
+
+
+def encoded_clips(latents: Path, count: int = 2) -> None:
+    """Clips, captions and silence as stage `latents` would leave them, of noise: 9 latents of 8 x 8."""
+    from liveavatar.training import shards, stored
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    for i in range(count):
+        arrays = {"latents": draw(16, 9, 8, 8), "reference": draw(16, 1, 8, 8), "motion": draw(16, 3, 8, 8), "features": draw(1, 1, 400, 33),
+                  "weight": np.ones((9, 8, 8), np.float32), "portraits": np.zeros((0, 16, 3, 8, 8), np.float32)}
+        shards.write_arrays(shards.clip_path(latents, "train", i), {"caption": f"person {i}", "identity": {"seed": i}}, **arrays)
+    conditions = latents / "conditions"
+    stored.write_rows(conditions / "silence.npz", torch.from_numpy(draw(1, 400, 1)), {})
+    for caption in ("", "person 0", "person 1"):
+        stored.write_rows(stored.caption_path(conditions, caption), torch.from_numpy(draw(5, 16)), {"caption": caption})
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """The recipe over a tiny base after forcing, ode, dmd and export; (recipe, path of its file)."""
+    from liveavatar.training import recipe
+
+    root = tmp_path_factory.mktemp("miniature")
+    official_folder(root / "official")
+    encoded_clips(root / "run" / "latents")
+    path = root / "recipe.yaml"
+    path.write_text(RECIPE.format(root=root))
+    recipe.run("all", path)
+    return recipe.read_recipe(path), path
+
+
+def test_stages_over_a_base_are_those_that_train_adapters(miniature):
+    from liveavatar.training import recipe
+
+    made, path = miniature
+    assert recipe.stages_of(made) == ["forcing", "ode", "dmd", "export"]
+    for stage, words in (("vae", "used as it is"), ("teacher", "used as it is"), ("data", "no data section"), ("consistency", "no consistency")):
+        with pytest.raises(ConfigError, match=words):
+            recipe.run(stage, path)
+    with pytest.raises(ConfigError, match="either model .* or base"):
+        recipe.read_recipe(path, ["forcing.model={dim: 48}"])
+    with pytest.raises(ConfigError, match="section 'teacher': the base"):
+        recipe.read_recipe(path, ["teacher.loop.iterations=1"])
+
+
+def test_checkpoints_hold_adapters_only(miniature):
+    from liveavatar.training.loop import load_checkpoint
+
+    run = Path(miniature[0].run)
+    state = load_checkpoint(run / "dmd.pt")
+    assert len(state["model"]) == len(state["critic"]["model"]) == len(state["ema"]) == 48 and "ema" not in state["critic"]
+    assert all(".lora_" in name for name in state["model"])
+    start = load_checkpoint(run / "forcing.pt")
+    assert any(not torch.equal(state["model"][n], start["ema"][n]) for n in state["model"]), "the student learned"
+    assert all(t.any() for n, t in state["critic"]["model"].items() if "lora_B" in n and "injector" not in n), "the critic learned"
+    slow, fast = (max(float(t.abs().max()) for n, t in start["model"].items() if "lora_B" in n and n.startswith(part)) for part in ("audio", "blocks"))
+    assert 0 < slow < 0.8 * fast, "audio_factor"
+
+
+def test_the_export_is_served_as_the_trainer_ran_it(miniature):
+    """The adapter file, through the loader that serving uses, gives the streaming rollout of the trainer's student."""
+    import hashlib
+
+    from liveavatar.diffusion.rollout import cached_rollout
+    from liveavatar.models.weights import load_transformer
+    from liveavatar.training.casting import averaged_model
+
+    made, _ = miniature
+    path = Path(made.export.folder) / "liveavatar.safetensors"
+    card = json.loads(path.with_name("card.json").read_text())
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and card["iterations"] == 5 and card["stage"] == "dmd"
+    served = load_transformer(made.forcing.base.folder, lora=path)
+    trained, iteration = averaged_model(made.forcing, made.run, "dmd", made.seed)
+    assert iteration == 5
+    plain = load_transformer(made.forcing.base.folder)
+    condition, x = clips(1), start(1)
+    rolled = [torch.cat(list(cached_rollout(model, made.export.sigmas, x[0].chunk(BLOCKS, dim=1), condition.features[0].chunk(BLOCKS, dim=-1),
+                                            condition.context[0], condition.reference[0], condition.motion[0])), dim=1)
+              for model in (trained, served, plain)]
+    assert gap(rolled[0], rolled[1]) < 1e-5 * rolled[0].abs().max() and gap(rolled[0], rolled[2]) > 1e-2
+
+
+def test_texts_that_were_not_encoded_are_named(miniature):
+    from liveavatar.core import InputError
+    from liveavatar.training.stored import StoredConditions
+
+    with pytest.raises(InputError, match="a new face.*latents stage"):
+        StoredConditions(miniature[0].run).encode("a new face")
+
+
+def test_the_14b_recipe_is_valid():
+    from liveavatar.training import recipe
+
+    made = recipe.read_recipe(Path(__file__).parents[1] / "configs" / "train_s2v14b.yaml")
+    assert recipe.stages_of(made) == ["forcing", "dmd", "export"] and made.dmd.student_steps(made.dmd.loop.iterations) == 996
+    assert made.dmd.critic_lr / made.dmd.loop.lr == pytest.approx(1 / 5)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liveavatar.conditioning.audio_features import LogMelFrontEnd
+from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
-from liveavatar.training import data, losses, shards
+from liveavatar.models.weights import load_vae
+from liveavatar.training import data, losses, shards, stored
 from liveavatar.training.adapters import BaseConfig
 from liveavatar.training.casting import Transformer, cast_of
 from liveavatar.training.codec import to_float
@@ -79,16 +80,17 @@ class Encoded:
     card: dict
 
 
-def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: np.ndarray | None = None) -> Encoded:
+def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: np.ndarray | None = None,
+                front_end: AudioFrontEnd | None = None) -> Encoded:
     """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
-    others: uint8 [n,S,S,3], portraits of its person dressed otherwise."""
+    others: uint8 [n,S,S,3], portraits of its person dressed otherwise. front_end: None for the embedded avatar's."""
     def hold(picture: np.ndarray) -> torch.Tensor:
         return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
 
     latents, held = vae.encode(to_float(clip.frames)), hold(clip.reference)
     portraits = [hold(picture) for picture in (() if others is None else others)]
     pcm = clip.pcm.astype(np.float32) / 32768.0
-    front_end, count = LogMelFrontEnd(), len(clip.frames)
+    front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
     voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
@@ -102,14 +104,18 @@ def encoded_path(run: str | Path, clip: Path) -> Path:
 
 
 def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part: int = 0, parts: int = 1) -> int:
-    """Encode every clip that is not yet encoded (this part of them); returns how many were."""
-    vae = StreamingVAE.from_folder(Path(run) / "vae")
+    """Encode every clip that is not yet encoded (this part of them); returns how many were. Over a base by its codec and
+    its speech encoder, and its text encoder reads the captions."""
+    base = config.base.folder if config.base else None
+    vae, front_end = (load_vae(base), stored.front_end_of(base)) if base else (StreamingVAE.from_folder(Path(run) / "vae"), None)
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
     todo = [p for p in paths[part::parts] if not encoded_path(run, p).exists()]
     for path in todo:
-        made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path))
+        made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
         arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)
+    if base and part == 0:
+        stored.store_conditions(base, run, (shards.read_arrays(p)[0]["caption"] for p in paths), front_end)
     return len(todo)
 
 
@@ -161,8 +167,7 @@ class EncodedReader:
         self.order: list[Path] = []
         self.shipped: list[Path] = []
         self.rows: dict[str, torch.Tensor] = {}
-        front_end = LogMelFrontEnd()
-        self.silence = front_end.features_of(np.zeros(0, np.float32), 1)  # [L,Ca,1]
+        self.silence = stored.silence_of(text)  # [L,Ca,1]
 
     def refresh(self) -> None:
         """Look for clips that were encoded since."""

@@ -6,7 +6,7 @@ root mean square of an AdamW step (Moonlight, arXiv 2502.16982), so one learning
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class Optimiser(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], lr: float, beta1: float = 0.95, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
-        super().__init__(groups, {"lr": lr, "beta1": beta1, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False})
+        super().__init__(groups, {"lr": lr, "beta1": beta1, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False, "factor": 1.0})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -81,8 +81,13 @@ def is_matrix(p: torch.Tensor) -> bool:
     return p.dim() >= 2 and min(p.shape[0], p.shape[1:].numel()) > 1
 
 
-def groups_of(parameters: Iterable[nn.Parameter], weight_decay: float, muon: bool) -> list[dict]:
-    """Parameters in groups: matrices (to Muon when asked for, with decay), then everything of one axis or one row."""
-    every = list(parameters)
-    return [{"params": [p for p in every if is_matrix(p)], "weight_decay": weight_decay, "muon": muon},
-            {"params": [p for p in every if not is_matrix(p)]}]
+def groups_of(named: Mapping[str, nn.Parameter], weight_decay: float, muon: bool, audio_factor: float = 1.0) -> list[dict]:
+    """Parameters in groups: matrices (to Muon when asked for, with decay), then everything of one axis or one row. Where
+    the audio injectors learn at another rate, theirs follow. "factor": of the learning rate."""
+    audio = {name for name in named if name.startswith("audio_injector.") and audio_factor != 1}
+    groups = []
+    for names, factor in ((named.keys() - audio, 1.0), (audio, audio_factor)):
+        own = [p for name, p in named.items() if name in names]
+        groups += [{"params": [p for p in own if is_matrix(p)], "weight_decay": weight_decay, "muon": muon, "factor": factor},
+                   {"params": [p for p in own if not is_matrix(p)], "factor": factor}]
+    return [group for group in groups if group["params"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,19 +14,22 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
+from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import codec, consistency, data, dmd, export, forcing, ode, preview, teacher
 from liveavatar.training.loop import meet
+from liveavatar.training.stored import StoredConditions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """run: folder for checkpoints and logs. processes: ranks that train together, each on a batch of its own."""
+    """run: folder for checkpoints and logs. processes: ranks that train together, each on a batch of its own. Over a frozen
+    base (forcing.base) there is no vae section, and no data section where RUN/latents holds encoded clips already."""
 
     run: str
-    data: data.DataConfig
-    vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    data: data.DataConfig | None = None
+    vae: codec.CodecConfig | None = None
     teacher: teacher.TeacherConfig | None = None
     ode: ode.OdeConfig | None = None
     consistency: consistency.ConsistencyConfig | None = None
@@ -38,17 +40,40 @@ class Recipe:
     def __post_init__(self):
         if self.processes < 1:
             raise ConfigError(f"processes={self.processes}: must be at least 1")
-        clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
-        if clip_latents < 1 or clip_latents % self.forcing.block_latents:
-            raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
-        for name in ("in_dim", "out_dim"):
+        self._check_sections()
+        if self.data:
+            self._check_lengths()
+        for name in ("in_dim", "out_dim") if self.vae else ():
             if self.forcing.model.get(name, 16) != self.vae.z_dim:
                 raise ConfigError(f"forcing.model.{name}={self.forcing.model.get(name, 16)}: must equal vae.z_dim={self.vae.z_dim}")
         self._check_distillation()
 
+    def _check_sections(self) -> None:
+        lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
+        if lacking:
+            raise ConfigError(f"missing section {lacking[0]!r}")
+        surplus = [name for name in ("vae", "teacher") if self.forcing.base and getattr(self, name)]
+        if surplus:
+            raise ConfigError(f"section {surplus[0]!r}: the base {self.forcing.base.folder} is what that stage would train")
+
+    def _check_lengths(self) -> None:
+        clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
+        if clip_latents < 1 or clip_latents % self.forcing.block_latents:
+            raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
+
+    @property
+    def default_identity(self) -> int:
+        """The avatar that ships; -1, which nobody is, without rendered data."""
+        return self.data.default_identity if self.data else -1
+
+    def texts(self) -> TextEncoder | StoredConditions:
+        """What turns captions into rows."""
+        return StoredConditions(self.run) if self.forcing.base else export.text_encoder_of(self.forcing.model, self.seed)
+
     def _check_distillation(self) -> None:
         for key in ("start", "teacher"):
-            if self.dmd and not getattr(self, getattr(self.dmd, key)):
+            from_base = self.forcing.base and getattr(self.dmd, key, None) == "teacher"
+            if self.dmd and not from_base and not getattr(self, getattr(self.dmd, key)):
                 raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
         if self.forcing.start == "teacher" and not self.teacher:
             raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
@@ -93,38 +118,35 @@ def run_latents(recipe: Recipe) -> None:
 
 def run_teacher(recipe: Recipe) -> None:
     """Train the bidirectional transformer."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_forcing(recipe: Recipe) -> None:
     """Train the transformer."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    forcing.train_forcing(recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    forcing.train_forcing(recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_ode(recipe: Recipe) -> None:
     """Few-step initialisation from the transformer's own trajectories."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_consistency(recipe: Recipe) -> None:
     """Few-step initialisation from neighbouring levels of real clips."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    consistency.train_consistency(recipe.consistency, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text,
-                                  recipe.data.default_identity)
+    consistency.train_consistency(recipe.consistency, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(),
+                                  recipe.default_identity)
 
 
 def run_dmd(recipe: Recipe) -> None:
     """Distribution matching on own rollouts, at the levels that are exported."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_export(recipe: Recipe) -> None:
     """Put the averages of the last checkpoints together as a checkpoint folder; training may go on meanwhile."""
-    if first_rank():
+    if first_rank() and recipe.forcing.base:
+        export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
+    elif first_rank():
         export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed)
 
 
@@ -136,7 +158,7 @@ def run_preview(recipe: Recipe) -> None:
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "teacher": run_teacher,
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd, "export": run_export}
-OPTIONAL = {"decoder": "vae.decoder", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}  # the sections that ask for them
+OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "latents": "data", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}  # the sections that ask for them
 SIDE_STAGES = {"preview": run_preview}  # only by name
 ALONE = ("data", "export", "preview")  # these run in one process
 
@@ -152,7 +174,7 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> N
     recipe = read_recipe(config_path, overrides)
     for name in stages_of(recipe) if stage == "all" else (stage,):
         if not _asked_for(recipe, name):
-            raise ConfigError(f"{config_path}: stage {name}: the recipe has no {OPTIONAL[name]} section")
+            raise ConfigError(f"{config_path}: stage {name}: {_why_not(recipe, name)}")
         _run_stage(name, recipe)
 
 
@@ -162,7 +184,16 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def _asked_for(recipe: Recipe, name: str) -> bool:
-    return name not in OPTIONAL or operator.attrgetter(OPTIONAL[name])(recipe) is not None
+    value = recipe
+    for part in OPTIONAL[name].split(".") if name in OPTIONAL else ():
+        value = value and getattr(value, part)
+    return value is not None
+
+
+def _why_not(recipe: Recipe, name: str) -> str:
+    if recipe.forcing.base and name in ("vae", "decoder", "teacher"):
+        return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
+    return f"the recipe has no {OPTIONAL[name]} section"
 
 
 def _run_stage(name: str, recipe: Recipe) -> None:

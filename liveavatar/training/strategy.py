@@ -56,16 +56,16 @@ class Single:
     def start(self, module: nn.Module | Role) -> None:
         """Make the optimiser of what is trained in `module`; `wrap` came before."""
         self.named = dict(module.named_parameters())
-        self.optimiser = self._optimiser(self.named.values())
+        self.optimiser = self._optimiser(self.named)
 
-    def _optimiser(self, parameters) -> Optimiser:
+    def _optimiser(self, named: Mapping[str, nn.Parameter]) -> Optimiser:
         c = self.config
-        return Optimiser(groups_of(parameters, c.weight_decay, c.muon), lr=c.lr, betas=(c.beta1, c.beta2))
+        return Optimiser(groups_of(named, c.weight_decay, c.muon, c.audio_factor), lr=c.lr, betas=(c.beta1, c.beta2))
 
     def update(self, rate: float) -> float:
         """One step by the gradients at hand, averaged over ranks and clipped; forgets them. Returns their norm before."""
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self._average()
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.config.clip)
         self.optimiser.step()
@@ -161,14 +161,14 @@ class ZeRO2(Single):
         settings = {"train_micro_batch_size_per_gpu": c.batch, "gradient_accumulation_steps": 1, "gradient_clipping": c.clip,
                     "zero_optimization": {"stage": 2, "overlap_comm": False}, "zero_allow_untested_optimizer": True,
                     "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1 << 60}
-        self.engine, *_ = deepspeed.initialize(model=self.engine_side, optimizer=self._optimiser(self.engine_side), config=settings)
+        self.engine, *_ = deepspeed.initialize(model=self.engine_side, optimizer=self._optimiser(dict(zip(self.named, self.engine_side))), config=settings)
         for p, twin in zip(self.named.values(), self.engine_side):
             p.data = twin.data  # ZeRO moved it into its buffer, where it is updated in place
         self.optimiser = self.engine.optimizer.optimizer
 
     def update(self, rate: float) -> float:
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         pairs = [(twin, p.grad) for p, twin in zip(self.named.values(), self.engine_side) if p.grad is not None]
         self.engine.backward(sum((twin * gradient).sum() for twin, gradient in pairs))
         for p in self.named.values():
