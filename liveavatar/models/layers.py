@@ -194,6 +194,20 @@ class TransformerBlock(nn.Module):
         h = modulated(x, m.shift2, m.scale2, self.eps).to(dtype)
         return gated(x, self.ffn(h), m.gate2).to(dtype)
 
+    def prefill(self, x: torch.Tensor, m: BlockModulation, angles: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor]):
+        """The sink's way through the layer, its tokens x [B, S, D] among themselves: (x, k un-rotated, v [B, S, heads, d]).
+
+        All that gradients come back to is returned: what left by a side door would not be seen by the hooks of a sharded
+        block. For the same reason `forward` is called as it stands here, inside a method that has been announced.
+        """
+        kept = []
+
+        def attend(q, k, v):
+            kept[:] = k, v  # written over, not added to, where a backward pass computes the layer again
+            return ops.attention(rotate(q, angles), rotate(k, angles), v)
+
+        return self.forward(x, m, attend, text), *kept
+
 
 class Head(nn.Module):
     """Output projection; computed in fp32 (model.md section 17)."""

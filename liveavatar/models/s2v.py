@@ -326,13 +326,9 @@ class CausalS2V(nn.Module):
         angles = self.sink_angles(*reference.shape[-2:])
         modulation = self.modulation(0.0)
         keys, values = [], []
-
-        def attend(q, k, v):
-            keys.append(k), values.append(v)
-            return ops.attention(L.rotate(q, angles), L.rotate(k, angles), v)
-
         for i, layer in enumerate(self.blocks):
-            tokens = layer(tokens, modulation.blocks[i], attend, text.layers[i])
+            tokens, k, v = layer.prefill(tokens, modulation.blocks[i], angles, text.layers[i])
+            keys.append(k), values.append(v)
         return keys, values
 
     def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,

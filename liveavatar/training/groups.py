@@ -55,7 +55,8 @@ def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
     dist.all_reduce(flat)
     flat /= world
     for p, part in zip(parameters, flat.split([g.numel() for g in gradients])):
-        p.grad = part.view(p.shape).to(p.dtype)
+        if p.grad is not None or part.any():  # what no rank used stays without, as in one process, and is not decayed
+            p.grad = part.view(p.shape).to(p.dtype)
 
 
 # ---------------------------------------------------------------- joining

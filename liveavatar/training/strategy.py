@@ -120,7 +120,7 @@ def shard(model: CausalS2V, mesh, dtype: torch.dtype | None) -> None:
     lower = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
     for block in model.blocks:
         lower(block)
-        announce(block, "modulate", "text_keys_values")
+        announce(block, "modulate", "text_keys_values", "prefill")
     for attention in model.audio_injector.injector:
         lower(attention)
         announce(attention, "keys_values", "cross")
@@ -131,9 +131,26 @@ def shard(model: CausalS2V, mesh, dtype: torch.dtype | None) -> None:
 
 
 def announce(module: nn.Module, *methods: str) -> None:
-    """Let FSDP gather the module's weights for these methods too."""
-    for method in methods:
-        register_fsdp_forward_method(module, method)
+    """Let FSDP gather the module's weights for these methods too. Where they call each other only the outermost counts:
+    FSDP would put the weights away after the innermost, in the middle of the others."""
+    inside: list[str] = []
+
+    def guarded(name: str, plain, gathering):
+        def call(*args, **kwargs):
+            if inside:
+                return plain(*args, **kwargs)
+            inside.append(name)
+            try:
+                return gathering(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return call
+
+    for name in methods:
+        plain = getattr(module, name)
+        register_fsdp_forward_method(module, name)
+        setattr(module, name, guarded(name, plain, getattr(module, name)))
 
 
 # ---------------------------------------------------------------- DeepSpeed
@@ -167,14 +184,41 @@ class ZeRO2(Single):
         self.optimiser = self.engine.optimizer.optimizer
 
     def update(self, rate: float) -> float:
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group["factor"]
-        pairs = [(twin, p.grad) for p, twin in zip(self.named.values(), self.engine_side) if p.grad is not None]
-        self.engine.backward(sum((twin * gradient).sum() for twin, gradient in pairs))
+        self._step([p.grad for p in self.named.values()], rate)
         for p in self.named.values():
             p.grad = None
-        self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def _step(self, gradients: list[torch.Tensor | None], rate: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        pairs = [(twin, gradient) for twin, gradient in zip(self.engine_side, gradients) if gradient is not None]
+        self.engine.backward(sum((twin * gradient).sum() for twin, gradient in pairs))
+        self.engine.step()
+
+    def optimiser_state(self) -> dict[str, Slots]:
+        """Whole tensors, put together from the slices of all ranks one after the other and kept on the CPU."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self.optimiser.state:
+            return {}
+        step = next(iter(self.optimiser.state.values()))["step"]
+        return {name: {"step": step.clone(), **{key: safe_get_full_optimizer_state(twin, key).cpu() for key in ("first", "second")}}
+                for name, twin in zip(self.named, self.engine_side)}
+
+    def load_optimiser_state(self, state: Mapping[str, Slots]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for p, twin in zip(self.named.values(), self.engine_side):  # its masters are slices of their own
+            safe_set_full_fp32_param(twin, p.detach().float())
+        if not state:
+            return
+        self._step([torch.zeros_like(p) for p in self.named.values()], 0.0)  # makes the slots, moves nothing
+        for name, twin in zip(self.named, self.engine_side):
+            for key in ("first", "second"):
+                safe_set_full_optimizer_state(twin, state[name][key].to(twin.device), key)
+        for slots in self.optimiser.state.values():
+            slots["step"] = next(iter(state.values()))["step"].clone()
 
 
 def _deepspeed():
