@@ -81,7 +81,7 @@ def join(rank: int | None = None, world: int | None = None, meeting: str = "env:
 
     Without arguments the place is that of the environment (torchrun's names).
     """
-    local = int(os.environ.get("LOCAL_RANK", rank or 0))
+    local = int(os.environ.setdefault("LOCAL_RANK", str(rank or 0)))  # DeepSpeed reads it too
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())

@@ -46,7 +46,22 @@ class Recipe:
         for name in ("in_dim", "out_dim") if self.vae else ():
             if self.forcing.model.get(name, 16) != self.vae.z_dim:
                 raise ConfigError(f"forcing.model.{name}={self.forcing.model.get(name, 16)}: must equal vae.z_dim={self.vae.z_dim}")
+        self._check_strategies()
         self._check_distillation()
+
+    def _check_strategies(self) -> None:
+        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd") if (section := getattr(self, name))}
+        if self.vae and self.vae.decoder:
+            loops["vae.decoder"] = self.vae.decoder
+        for key, loop in loops.items():
+            if loop.strategy == "single":
+                continue
+            problem = f"{key}.strategy={loop.strategy!r}"
+            if key.startswith("vae"):
+                raise ConfigError(f"{problem}: the codec is trained with single")
+            if loop.strategy == "deepspeed" and not self.forcing.base:
+                raise ConfigError(f"{problem}: only for adapters (forcing.base): ZeRO-2 also decays weights that nothing uses, other "
+                                  "than one process would; whole models are trained with single or fsdp2")
 
     def _check_sections(self) -> None:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]

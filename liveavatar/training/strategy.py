@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from liveavatar.core import ConfigError
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.training.adapters import Role, unwrapped
-from liveavatar.training.groups import average_gradients, device_of, rank_and_world
+from liveavatar.training.groups import average_gradients, device_of, grouped, rank_and_world
 from liveavatar.training.memory import compute_blocks_again
 from liveavatar.training.optimiser import Optimiser, groups_of
 
@@ -171,7 +171,8 @@ class ZeRO2(Single):
             raise ConfigError("strategy 'deepspeed' has no muon: ZeRO-2 flattens matrices into slices; say muon: false")
 
     def start(self, module: nn.Module | Role) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = imported_deepspeed()
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self.named = dict(module.named_parameters())
         self.engine_side = nn.ParameterList(nn.Parameter(p.data) for p in self.named.values())
         c = self.config
@@ -202,6 +203,7 @@ class ZeRO2(Single):
 
         if not self.optimiser.state:
             return {}
+        self._link()
         step = next(iter(self.optimiser.state.values()))["step"]
         return {name: {"step": step.clone(), **{key: safe_get_full_optimizer_state(twin, key).cpu() for key in ("first", "second")}}
                 for name, twin in zip(self.named, self.engine_side)}
@@ -214,29 +216,36 @@ class ZeRO2(Single):
         if not state:
             return
         self._step([torch.zeros_like(p) for p in self.named.values()], 0.0)  # makes the slots, moves nothing
+        self._link()
         for name, twin in zip(self.named, self.engine_side):
             for key in ("first", "second"):
                 safe_set_full_optimizer_state(twin, state[name][key].to(twin.device), key)
         for slots in self.optimiser.state.values():
             slots["step"] = next(iter(state.values()))["step"].clone()
 
+    def _link(self) -> None:
+        """Tell each parameter where its slices of optimiser state are: ZeRO does so after the first step of the first
+        group, when the other groups have none yet."""
+        for twin in self.engine_side:
+            if twin._hp_mapping is not None:
+                flat = self.optimiser.param_groups[twin._hp_mapping.param_group_index]["params"][0]
+                twin._hp_mapping.set_optim_state_fragment(flat, self.optimiser.state[flat])
 
-def _deepspeed():
-    """The package, in the group that torch has. Raises ConfigError without it."""
+
+def imported_deepspeed():
+    """The package. Raises ConfigError without it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         import deepspeed
     except ImportError:
         raise ConfigError("strategy 'deepspeed' needs deepspeed: pip install 'liveavatar[deepspeed]'") from None
-    if not dist.is_initialized():
-        raise ConfigError("strategy 'deepspeed' runs in a group: start it with torchrun, or say processes: 2 or more")
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    # Its collectives in shared memory would be compiled now; gloo serves where this runs on a CPU at all.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def strategy_of(config: LoopConfig) -> Single:
     """The strategy of a loop. Raises ConfigError."""
-    made = {"single": Single, "fsdp2": Sharded, "deepspeed": ZeRO2}[config.strategy](config)
-    if config.strategy != "single" and rank_and_world()[0] == 0 and not dist.is_initialized():
-        raise ConfigError(f"strategy {config.strategy!r} runs in a group: start it with torchrun, or say processes: 2 or more")
-    return made
+    if config.strategy != "single" and not grouped():
+        raise ConfigError(f"strategy {config.strategy!r} runs in a group: say processes: 2 or more, or start it with torchrun, Slurm or Ray")
+    return {"single": Single, "fsdp2": Sharded, "deepspeed": ZeRO2}[config.strategy](config)
