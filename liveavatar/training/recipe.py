@@ -15,8 +15,9 @@ import torch.multiprocessing as mp
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.training import codec, consistency, data, dmd, export, forcing, ode, preview, teacher
-from liveavatar.training.loop import meet
+from liveavatar.training import codec, consistency, data, dmd, export, forcing, ode, planning, preview, teacher
+from liveavatar.training.groups import device_of, join, launched, meet
+from liveavatar.training.memory import ClipConfig
 from liveavatar.training.stored import StoredConditions
 
 
@@ -30,6 +31,7 @@ class Recipe:
     export: export.ExportConfig
     data: data.DataConfig | None = None
     vae: codec.CodecConfig | None = None
+    clip: ClipConfig | None = None  # size of encoded clips that no data section describes, for the plan of memory
     teacher: teacher.TeacherConfig | None = None
     ode: ode.OdeConfig | None = None
     consistency: consistency.ConsistencyConfig | None = None
@@ -187,10 +189,19 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> N
     """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError."""
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
-    for name in stages_of(recipe) if stage == "all" else (stage,):
+    names = stages_of(recipe) if stage == "all" else [stage]
+    for name in names:
         if not _asked_for(recipe, name):
             raise ConfigError(f"{config_path}: stage {name}: {_why_not(recipe, name)}")
-        _run_stage(name, recipe)
+    joined = launched() and not dist.is_initialized()  # Ray Train has joined already
+    if joined:
+        join()
+    try:
+        for name in names:
+            _run_stage(name, recipe)
+    finally:
+        if joined:
+            dist.destroy_process_group()
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -213,14 +224,15 @@ def _why_not(recipe: Recipe, name: str) -> str:
 
 def _run_stage(name: str, recipe: Recipe) -> None:
     if recipe.processes == 1 or name in ALONE or dist.is_initialized():
-        return _work(name, recipe)
+        _work(name, recipe)
+        return meet()
     with tempfile.TemporaryDirectory(prefix="train") as folder:
         mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)
 
 
 def _rank_main(rank: int, name: str, recipe: Recipe, meeting: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.processes)
+    join(rank, recipe.processes, meeting)
     try:
         _work(name, recipe)
     finally:
@@ -231,6 +243,8 @@ def _work(name: str, recipe: Recipe) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, min(threads, recipe.forcing.loop.threads)))
     try:
+        if name in planning.PLANNED:
+            planning.refuse_what_cannot_fit(recipe, name, device_of(getattr(recipe, name).loop.device))
         (STAGES | SIDE_STAGES)[name](recipe)
     finally:
         torch.set_num_threads(threads)
