@@ -214,14 +214,19 @@ def plan(
 @command(
     epilog="[bold]Examples[/bold]\n\n"
     "liveavatar train all --config configs/train_tiny.yaml   [dim]the embedded avatar, from nothing[/dim]\n\n"
-    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]"
+    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]\n\n"
+    "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]"
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; plan: memory and FLOP of each stage.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
+    gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="plan: so many GPUs. Default: the recipe's processes.")] = None,
+    memory: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, metavar="GB", help="plan: of this memory each. Default: this machine's.")] = None,
 ) -> None:
-    """Train the embedded avatar on rendered talking heads; every stage resumes where it was stopped."""
+    """Train the embedded avatar on rendered talking heads, or adapters on large weights; every stage resumes where it was stopped."""
+    if stage == "plan":
+        raise typer.Exit(_training_plan(config, overrides or [], gpus, memory))
     from liveavatar.training.recipe import run
 
     run(stage, config, overrides or (), sync_judge=_sync_verdict)
@@ -239,6 +244,25 @@ def _sync_verdict(faces: list, pcm: np.ndarray) -> tuple[float, float] | None:
 
 
 command(epilog=gate_commands.EPILOG)(gate_commands.gates)
+
+
+def _training_plan(path: Path, overrides: list[str], gpus: int | None, memory: float | None) -> int:
+    """Print what the stages of a recipe take; 1 if one does not fit."""
+    import torch
+    from rich.console import Console
+
+    from liveavatar.training import memory as sizes
+    from liveavatar.training.planning import model_of, plans_of
+    from liveavatar.training.recipe import read_recipe
+
+    recipe = read_recipe(path, overrides)
+    plans, remark = plans_of(recipe, gpus or recipe.processes), model_of(recipe)[1]
+    size = round(memory * 1e9) if memory else torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    Console().print(sizes.table(plans, size))
+    problems = [p for plan in plans if size and (p := plan.problem(size))]
+    for line in [remark] * bool(remark) + [f"does not fit: {p}" for p in problems]:
+        typer.echo(line)
+    return int(bool(problems))
 
 
 def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:
