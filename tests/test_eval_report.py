@@ -116,7 +116,7 @@ def test_published_rows_stand_apart_and_are_whole():
 def test_stability_and_sync_never_stand_alone():
     lonely = markdown(report(metrics=(measure("warp_error", 0.1), measure("r0", 0.5))))
     assert "frozen face" in lonely and "mean shape" in lonely
-    together = markdown(report(metrics=(measure("warp_error", 0.1), measure("motion_energy", 1.0), measure("r0", 0.5), measure("closure", 0.9))))
+    together = markdown(report(metrics=(measure("warp_error", 0.1), measure("motion_speech", 1.0), measure("r0", 0.5), measure("closure", 0.9))))
     assert "frozen face" not in together and "mean shape" not in together
 
 

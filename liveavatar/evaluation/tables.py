@@ -11,7 +11,7 @@ from liveavatar.evaluation.report import Check, Difference, Gate, Item, Measure,
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 SYNTHETIC = "synthetic suite"
-STEADY = ("warp_error", "idle_var", "jerk", "flicker_mae", "tLPIPS")  # stability by these means nothing beside a frozen face
+STEADY = ("warp_error", "idle_var_face", "idle_var_background", "jerk", "flicker_mae", "tLPIPS")  # stability by these means nothing beside a frozen face
 SYNCED = ("peak", "r0", "conf", "sync_index", "Sync-C", "Sync-D")  # a mouth of mean shape correlates too
 ARROWS = {"higher": "up", "lower": "down", "target": "target"}
 
@@ -23,7 +23,7 @@ def markdown(report: Report) -> str:
         [f"# {report.system.name} on {report.origin.name}{label}", "", *_summary(report)],
         [f"## Measures{label}", "", *_measures(report), *_plots(report)],
         ["## Gates", "", *_gates(report.gates)] if report.gates else [],
-        ["## Sanity ranking of the measures", "", *_sanity(report.sanity)] if report.sanity else [],
+        ["## Sanity ranking of the measures", "", *sanity_table(report.sanity)] if report.sanity else [],
         [f"## Items{label}", "", *_items(report.items)] if report.items else [],
         _limits(report),
         _published(report.kind),
@@ -71,16 +71,27 @@ def _summary(report: Report) -> list[str]:
 
 
 def _measures(report: Report) -> list[str]:
-    if not report.metrics:
-        return ["None."]
-    rows = [[m.name, *_value(m), m.unit, ARROWS[m.better], str(m.n) if m.measured else "-", _by(m, report)] for m in report.metrics]
-    notes = [f"- {m.name}: {m.reason}" for m in report.metrics if m.measured and m.reason]
-    return [*table(["measure", "value", "95 % interval", "unit", "better", "n", "by"], rows), *([""] if notes else []), *notes]
+    """The table; below it, by reason, what is not in it."""
+    shown = [m for m in report.metrics if m.status != "not_measured"]
+    rows = [[m.name, *_value(m), m.unit, ARROWS[m.better], str(m.n) if m.measured else "-", _by(m, report)] for m in shown]
+    lines = table(["measure", "value", "95 % interval", "unit", "better", "n", "by"], rows) if rows else ["None."]
+    notes = [f"- {m.name}: {m.reason}" for m in shown if m.measured and m.reason]
+    return [*lines, *(["", *notes] if notes else []), *_missing(report)]
+
+
+def _missing(report: Report) -> list[str]:
+    """What was not measured, and what each needs."""
+    reasons: dict[str, list[str]] = {}
+    for m in report.metrics:
+        if m.status == "not_measured":
+            reasons.setdefault(m.reason, []).append(m.name)
+    rows = [[", ".join(names), f"**not measured** ({reason})"] for reason, names in reasons.items()]
+    return ["", *table(["measure", "why there is none"], rows)] if rows else []
 
 
 def _value(measure: Measure) -> tuple[str, str]:
     if not measure.measured:
-        return f"**{measure.status.replace('_', ' ')}** ({measure.reason})", "-"
+        return f"**{measure.status}** ({measure.reason})", "-"
     interval = measure.interval
     return number(measure.value), "-" if interval is None else f"{number(interval[0])} to {number(interval[1])}"
 
@@ -101,7 +112,8 @@ def _gates(gates: Sequence[Gate]) -> list[str]:
     return table(["measure", "wanted", "value", "verdict"], rows)
 
 
-def _sanity(checks: Sequence[Check]) -> list[str]:
+def sanity_table(checks: Sequence[Check]) -> list[str]:
+    """Lines of the ranking's table."""
     verdict = {True: "holds", False: "**does not hold: rejected**", None: "not judged"}
     return table(["measure", "must rank", "verdict", "found"], [[c.metric, c.needs, verdict[c.ok], c.detail] for c in checks])
 
@@ -119,7 +131,7 @@ def _plain(value) -> str:
 def _limits(report: Report) -> list[str]:
     names = {m.name for m in report.metrics if m.measured}
     lines = [*report.exclusions, *report.limits]
-    if names & set(STEADY) and not any(n.startswith("motion_energy") for n in names):
+    if names & set(STEADY) and not any(n.startswith("motion_") for n in names):
         lines.append("Stability stands here without motion energy: a frozen face is perfectly stable.")
     if names & set(SYNCED) and not any(n.startswith("closure") for n in names):
         lines.append("Sync stands here without closure: a mouth of mean shape correlates too.")
