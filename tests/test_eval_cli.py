@@ -11,12 +11,12 @@ from PIL import Image
 from test_cli import error_of, run
 
 from liveavatar.conditioning.media import VideoWriter
-from liveavatar.conditioning.phones import Phone
+from liveavatar.conditioning.phones import Phone, Utterance
 from liveavatar.core import ConfigError
-from liveavatar.evaluation import closeup, jobs, suite
+from liveavatar.evaluation import closeup, jobs, plots, suite
 from liveavatar.evaluation.backends import fingerprint
 from liveavatar.evaluation.commands import _gates
-from liveavatar.evaluation.report import Measure, absent, read_report
+from liveavatar.evaluation.report import Item, Measure, absent, read_report
 from liveavatar.telemetry import Trace
 
 pytest.importorskip("matplotlib", reason="the extra [eval]")
@@ -217,6 +217,31 @@ def test_one_video_of_any_system(tmp_path):
     assert result.exit_code == 0, result.output + str(result.exception)
     found = read_report(tmp_path / "out/report.json")
     assert found.kind == "video" and found.items[0].picture["width"] == 64 and found.items[0].sha256 and not found.origin.synthetic
+
+
+def test_worst_items_are_drawn_even_without_a_face(tmp_path, monkeypatch):
+    monkeypatch.setattr(closeup.sync, "heard", lambda pcm, text: (Utterance(pcm, (Phone("aa", 0.2, 0.8),), text, "given"), "given"))
+    lines = [suite.Line(id=f"i{k}", identity=k, voice="slt", seed=k, seconds=1.0, size=64) for k in range(2)]
+    small = suite.build(tmp_path / "suite", "suite_small", "1", lines, painted)
+    (tmp_path / "videos").mkdir()
+    items = []
+    for item in small.manifest.items:
+        shutil.copy(small.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
+        items.append(Item(id=item.id, picture={"width": 64}))
+    assert closeup.draw(small, tmp_path / "videos", items, tmp_path / "plots") == ("plots/lag.svg", "plots/worst.svg")
+    assert closeup.draw(small, tmp_path / "videos", [], tmp_path / "plots") == ()
+    assert "synthetic suite" in (tmp_path / "plots/worst.svg").read_text()
+
+
+def test_drawings_are_the_same_again_and_labelled(tmp_path):
+    times, values = np.arange(50) / 25, {"gap": np.sin(np.arange(50.0)), "width": np.cos(np.arange(50.0))}
+    for name, synthetic in (("a", True), ("b", True), ("c", False)):
+        plots.mouth(tmp_path / name / "mouth.svg", times, values, values, synthetic)
+        plots.response(tmp_path / name / "response.svg", values, values, synthetic)
+        plots.lag_curves(tmp_path / name / "lag.svg", {"x": [(-40.0, 0.1), (0.0, 0.5)]}, synthetic)
+    for name in ("mouth", "response", "lag"):
+        one, two, plain = ((tmp_path / folder / f"{name}.svg").read_text() for folder in "abc")
+        assert one == two and "synthetic suite" in one and "synthetic suite" not in plain
 
 
 # ---------------------------------------------------------------- drift and people

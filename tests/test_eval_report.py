@@ -107,7 +107,7 @@ def test_markdown_spells_out_what_is_missing_and_labels_rendered_heads():
 def test_published_rows_stand_apart_and_are_whole():
     text = markdown(report())
     ours, theirs = text.split("## Published by others")
-    assert "45.2" in theirs and "arXiv 2512.04677 v5" in theirs and "Ditto" not in ours
+    assert "45.2" in theirs and "| 3.00 |" in theirs and "arXiv 2512.04677 v5" in theirs and "Ditto" not in ours
     for table in yaml.safe_load(PUBLISHED.read_text()):
         assert {"heading", "source", "kinds", "columns", "rows"} <= set(table) <= {"heading", "source", "kinds", "columns", "rows", "note"}
         assert all(len(row) == len(table["columns"]) for row in table["rows"].values()), table["heading"]

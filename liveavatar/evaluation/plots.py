@@ -67,10 +67,13 @@ def response(path: Path, commanded: Mapping[str, np.ndarray], seen: Mapping[str,
     names = [name for name in CHANNELS if name in commanded]
     if not names:
         return
-    with sheet(path, 1, len(names), title="Commanded against seen", size=(2.6 * len(names), 2.8), synthetic=synthetic) as (row,):
-        for axes, name in zip(row, names, strict=True):
+    rows = -(-len(names) // 3)
+    with sheet(path, rows, 3, title="Commanded (across) against seen (up)", size=(9, 2.7 * rows + 0.4), synthetic=synthetic) as fields:
+        for axes in fields.flat[len(names) :]:
+            axes.axis("off")
+        for axes, name in zip(fields.flat, names, strict=False):
             axes.plot(commanded[name], seen[name], ".", markersize=2)
-            axes.set(title=name, xlabel="commanded")
+            axes.set(title=name)
 
 
 def contacts(path: Path, pictures: Mapping[str, np.ndarray], title: str, synthetic: bool = False) -> None:

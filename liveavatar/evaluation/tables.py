@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -75,18 +75,17 @@ def _measures(report: Report) -> list[str]:
     shown = [m for m in report.metrics if m.status != "not_measured"]
     rows = [[m.name, *_value(m), m.unit, ARROWS[m.better], str(m.n) if m.measured else "-", _by(m, report)] for m in shown]
     lines = table(["measure", "value", "95 % interval", "unit", "better", "n", "by"], rows) if rows else ["None."]
-    notes = [f"- {m.name}: {m.reason}" for m in shown if m.measured and m.reason]
-    return [*lines, *(["", *notes] if notes else []), *_missing(report)]
+    notes = [f"- {names}: {reason}" for reason, names in _by_reason(m for m in shown if m.measured and m.reason)]
+    missing = [[names, f"**not measured** ({reason})"] for reason, names in _by_reason(m for m in report.metrics if m.status == "not_measured")]
+    return [*lines, *(["", *notes] if notes else []), *(["", *table(["measure", "why there is none"], missing)] if missing else [])]
 
 
-def _missing(report: Report) -> list[str]:
-    """What was not measured, and what each needs."""
+def _by_reason(measures: Iterable[Measure]) -> list[tuple[str, str]]:
+    """(reason, names that share it), in order of first appearance."""
     reasons: dict[str, list[str]] = {}
-    for m in report.metrics:
-        if m.status == "not_measured":
-            reasons.setdefault(m.reason, []).append(m.name)
-    rows = [[", ".join(names), f"**not measured** ({reason})"] for reason, names in reasons.items()]
-    return ["", *table(["measure", "why there is none"], rows)] if rows else []
+    for m in measures:
+        reasons.setdefault(m.reason, []).append(m.name)
+    return [(reason, ", ".join(names)) for reason, names in reasons.items()]
 
 
 def _value(measure: Measure) -> tuple[str, str]:
@@ -140,12 +139,13 @@ def _limits(report: Report) -> list[str]:
 
 def _published(kind: str) -> list[str]:
     """Other people's figures, under their own heading; never a column beside ours."""
-    tables = [t for t in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")) if kind in t["kinds"]]
+    quoted = yaml.load(PUBLISHED.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # as text: 3.00 is not 3
+    tables = [t for t in quoted if kind in t["kinds"]]
     if not tables:
         return []
     lines = ["## Published by others", "", "Quoted, not measured here: other test sets, crops and machines. No column compares with ours."]
     for entry in tables:
-        rows = [[name, *(_plain(v) if v is not None else "-" for v in values)] for name, values in entry["rows"].items()]
+        rows = [[name, *("-" if v == "null" else v for v in values)] for name, values in entry["rows"].items()]
         lines += ["", f"### {entry['heading']}", "", f"Source: {entry['source']}. {entry.get('note', '')}".rstrip(), "",
                   *table(["system", *entry["columns"]], rows)]
     return lines
