@@ -217,7 +217,7 @@ def plan(
     "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]"
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
 ) -> None:

@@ -129,7 +129,7 @@ def ingest_file(path: Path, number: int, config: VideosConfig, data: DataConfig,
     split = "held" if int(hashlib.sha256(outcome.file.encode()).hexdigest()[:8], 16) / 2**32 < config.held_share else "train"
     try:
         for at, clip in clips_of(path, config, data, judge, tracker, outcome):
-            index = 1 + max((int(p.stem.removeprefix("clip_")) for p in shards.clip_paths(data.folder, split)), default=-1)
+            index = 1 + max(map(shards.number_of, shards.clip_paths(data.folder, split)), default=-1)
             card = card_of(path, outcome.file, config) | {"split": split, "index": index, "seed": FIRST_PERSON + index, "start": at / FPS,
                                                           "identity": {"seed": FIRST_PERSON + number}}
             shards.write_clip(shards.clip_path(data.folder, split, index), shards.Clip(**clip, card=card))
