@@ -204,11 +204,18 @@ class Judgement:
                 measures += [absent(f"{name}{tail}", f"no clips of group {group}") for name in ("aperture_slope", "width_slope", "closure")]
                 continue
             for reading in ("aperture", "width"):
-                truth = [getattr(t.clip, reading) for t in takes]
-                for name, seen in ((f"{reading}_slope{tail}", "seen"), (f"{reading}_slope_real{tail}", "through")):
-                    rows = gm.moments([getattr(getattr(t, seen), reading) for t in takes], truth)
-                    measures.append(self.probed(name, gm.slope(rows), "", len(rows), "target", bootstrap(rows, gm.slope)))
+                measures += self._slopes(takes, reading, tail)
             measures += self._closures(takes, tail)
+        return measures
+
+    def _slopes(self, takes: Sequence[Take], reading: str, tail: str) -> list[Measure]:
+        """Slope on the truth of what is made, in units of the probe's own slope on the true pictures, which a perfect copy would have."""
+        truth = [getattr(t.clip, reading) for t in takes]
+        rows = {name: gm.moments([getattr(getattr(t, name), reading) for t in takes], truth) for name in ("real", "through", "seen")}
+        own, measures = gm.slope(rows["real"]), []
+        for name, seen in ((f"{reading}_slope{tail}", "seen"), (f"{reading}_slope_coded{tail}", "through")):
+            measures.append(self.probed(name, ratio(gm.slope(rows[seen]), own), "", len(takes), "target",
+                                        bootstrap(rows[seen], lambda picked: ratio(gm.slope(picked), own)), reason=f"over {own:.3g}, the probe's own"))
         return measures
 
     def _closures(self, takes: Sequence[Take], tail: str) -> list[Measure]:
