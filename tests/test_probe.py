@@ -18,7 +18,8 @@ SIZES = ProbeSizes(size=32, widths=(16, 24), blocks=(1, 1), code=8, hidden=32, i
 
 def config(iterations: int, **changes) -> probing.ProbeConfig:
     loop = LoopConfig(iterations=iterations, batch=24, lr=4e-3, muon=True, warmup=5, ema=0.9, cooldown=0.6, threads=1, bf16=False)
-    return probing.ProbeConfig(**{"loop": loop, "sizes": SIZES, "codec_clips": 0, "strangers": 0, "turn": 1.0, "scale": 0.01, "shift": 0.01, "hidden_share": 0.0, "light": 0.1, "noise": 0.01, **changes})
+    gentle = {"turn": 1.0, "scale": 0.01, "shift": 0.01, "hidden_share": 0.0, "light": 0.1, "noise": 0.01}
+    return probing.ProbeConfig(**{"loop": loop, "sizes": SIZES, "codec_clips": 0, "strangers": 0, **gentle, **changes})
 
 
 def every(clip: shards.Clip, step: int) -> shards.Clip:
@@ -67,7 +68,8 @@ def test_pictures_of_any_kind_and_cut_read_the_same(trained):
     pictures = np.stack([draw(32, 2, gap, 0.2, 0.0) for gap in np.linspace(0, 0.2, 70)])
     whole = probe.look(pictures)
     as_float = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    for other in (probe.look(torch.from_numpy(pictures).permute(0, 3, 1, 2)), probe.look(as_float), Seen.join([probe.look(pictures[:7]), probe.look(pictures[7:])])):
+    pieces = Seen.join([probe.look(pictures[:7]), probe.look(pictures[7:])])
+    for other in (probe.look(torch.from_numpy(pictures).permute(0, 3, 1, 2)), probe.look(as_float), pieces):
         assert len(other) == 70 and np.allclose(whole.aperture, other.aperture, atol=1e-5)
         assert np.allclose(whole.features, other.features, atol=1e-4)
 

@@ -34,8 +34,8 @@ CALIBRATION_CLIPS, CALIBRATION_STEP = 64, 6  # clips, and every so many of their
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """also: corpora beside data.folder to train on. strangers: clips of people nothing is trained on that are rendered to set the
-    gains of the readings; 0: the clips it was trained on, which flatter it. codec: folder of the codec whose handwriting shall not matter, "": RUN/vae;
-    codec_clips: so many clips pass through it (0: none), codec_share of the pictures are taken from them."""
+    gains of the readings; 0: the clips it was trained on, which flatter it. codec: folder of the codec whose handwriting shall not
+    matter, "": RUN/vae; codec_clips: so many clips pass through it (0: none), codec_share of the pictures are taken from them."""
 
     loop: LoopConfig
     sizes: ProbeSizes = ProbeSizes()
@@ -326,7 +326,8 @@ def calibrate(probe: Probe, paths: list[Path]) -> dict[str, float]:
 
 def check(probe: Probe, clips: list[shards.Clip], pictures: list[np.ndarray] | None = None) -> dict:
     """Per reading: correlation, slope and mean error of what is read against the labels, over all pictures, and within clips
-    (each around its own mean, which is how the gates use it); the lag of the aperture; identity errors to the same person's portrait and to others'. pictures: to read instead of the clips' own."""
+    (each around its own mean, which is how the gates use it); the lag of the aperture; identity errors to the same person's
+    portrait and to others'. pictures: to read instead of the clips' own."""
     seen = [probe.look(frames) for frames in (pictures or [clip.frames for clip in clips])]
     report = {"clips": len(clips), "pictures": sum(map(len, seen))}
     for name in READINGS:
