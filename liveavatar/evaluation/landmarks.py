@@ -174,9 +174,10 @@ def _response(name: str, track: Track, truth: Truth, reference: Track | None) ->
     gain = float("nan") if other is None else float(series.slope(other.sum(0)))
     if not abs(gain) > 0:
         return [first, absent(slope_name, "needs the reference video: the tracker's own gain is unknown", better="target", backend=BACKEND)]
-    value = float(series.slope(m.sum(0))) / gain
-    return [first, Measure(name=slope_name, value=value, unit="", better="target", n=first.n, backend=BACKEND,
-                           interval=series.interval(series.slope(drawn) / gain))]  # fmt: skip
+    # the same seconds of both, where they go together: what a second asks for is then no source of doubt
+    gains = series.slope(series.resampled(other)) if len(other) == len(m) else gain
+    return [first, Measure(name=slope_name, value=float(series.slope(m.sum(0))) / gain, unit="", better="target", n=first.n, backend=BACKEND,
+                           interval=series.interval(series.slope(drawn) / gains))]  # fmt: skip
 
 
 def _moments(track: Track, truth: Truth, name: str) -> np.ndarray | None:

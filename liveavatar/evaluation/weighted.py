@@ -12,6 +12,7 @@ import numpy as np
 from liveavatar.core import FPS, SAMPLE_RATE, InputError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.backends import Backends
+from liveavatar.evaluation.distribution import frechet, kernel_distance
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
 SECOND = 1.0  # identity and quality are judged on one picture a second
@@ -168,29 +169,22 @@ class Distribution:
         return [(name, extract) for name, extract in both if self.backends.has(name) and self.real is not None]
 
     def measures(self) -> list[Measure]:
-        return [self._measure("FID", "inception"), self._measure("FVD", "i3d")]
+        """FID and FVD, and beside each the kernel distance of the same features, which few samples do not bias."""
+        return [*self._measures("FID", "KID", "inception"), *self._measures("FVD", "KVD", "i3d")]
 
-    def _measure(self, name: str, backend: str) -> Measure:
+    def _measures(self, name: str, kernel: str, backend: str) -> list[Measure]:
         if not self.backends.has(backend) or self.real is None:
             missing = self.backends.needs(backend) if not self.backends.has(backend) else ""
             reason = " and ".join(part for part in (missing, "" if self.real is not None else "needs features of a real set (real)") if part)
-            return absent(name, reason, better="lower", backend=backend)
-        mine, theirs = np.concatenate(self.found[backend]), real_features(self.real, backend, self.backends.sha256(backend))
+            return [absent(label, reason, better="lower", backend=backend) for label in (name, kernel)]
+        sha = self.backends.sha256(backend)
+        mine, theirs = np.concatenate(self.found[backend]), real_features(self.real, backend, sha)
         n = min(len(mine), len(theirs))
         if n < 2:
-            return absent(name, f"too short: {n} samples", better="lower", backend=backend)
-        interval = bootstrap(np.arange(len(mine)), lambda pick: frechet(mine[pick], theirs), draws=20) if n < SMALL[name] else None
-        small = f"small n: {n} of {SMALL[name]}; 20 draws" if n < SMALL[name] else ""
-        return Measure(name=name, value=frechet(mine, theirs), unit="", better="lower", n=n, interval=interval, backend=backend,
-                       weights_sha256=self.backends.sha256(backend), reason=small)
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of Gaussians fitted to features a [n, d] and b [m, d]: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2)."""
-    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    eigenvalues = np.linalg.eigvals(np.atleast_2d(first) @ np.atleast_2d(second)).real
-    root = np.sqrt(np.maximum(eigenvalues, 0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.atleast_2d(first)) + np.trace(np.atleast_2d(second)) - 2 * root)
+            return [absent(label, f"too short: {n} samples", better="lower", backend=backend) for label in (name, kernel)]
+        small = f"small n: {n} of {SMALL[name]}" if n < SMALL[name] else ""
+        return [Measure(name=label, value=distance(mine, theirs), unit="", better="lower", n=n, backend=backend, weights_sha256=sha, reason=small)
+                for label, distance in ((name, frechet), (kernel, kernel_distance))]
 
 
 def write_real(path, backends: Backends, videos: Sequence[np.ndarray], resolution: str, crop: str) -> None:

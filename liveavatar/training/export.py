@@ -34,13 +34,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """stage: whose averages are exported. folder: where the checkpoint folder goes; portrait: picture of the default
-    identity, "" for none. history: how the weights came about, in plain words, for the card. gates: report that
-    `liveavatar evaluate gates` wrote about these very weights, "" for none."""
+    identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how the weights
+    came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very
+    weights, "" for none."""
 
     stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
     portrait: str = "liveavatar/assets/portrait.png"
     portrait_size: int = 512
+    others: tuple[int, ...] = ()
     media: str = "liveavatar/assets/MEDIA.md"
     history: str = ""
     gates: str = ""
@@ -122,11 +124,16 @@ def last_preview(run: str | Path, stage: str) -> dict | str:
 
 
 def write_portrait(config: ExportConfig, data: DataConfig) -> None:
-    """The closed-mouth picture of the default identity as PNG."""
-    renderer = HeadRenderer(config.portrait_size, data.supersample)
+    """The closed-mouth picture of the default identity as PNG, those of others as WebP."""
+    renderer, path = HeadRenderer(config.portrait_size, data.supersample), Path(config.portrait)
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture = neutral_picture(renderer, Identity.sample(data.default_identity))
-    Path(config.portrait).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(config.portrait, optimize=True)
+    Image.fromarray(picture).save(path, optimize=True)
+    for seed in config.others:
+        known = data.first_identity <= seed < data.first_identity + data.identities
+        other = path.parent / "portraits" / f"{'trained' if known else 'unseen'}_{seed}.webp"
+        other.parent.mkdir(exist_ok=True)
+        Image.fromarray(neutral_picture(renderer, Identity.sample(seed))).save(other, quality=90)
 
 
 def media_text(assets: Path, data: DataConfig) -> str:
