@@ -22,7 +22,7 @@ from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import shards
 from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.data import DataConfig, render_corpus
-from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
+from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average, meet, rank_and_world
 
 EXTREME = 0.1  # the share of a clip's pictures that counts as a blink, or as a wide mouth
 FACE = (1.9, 2.6)  # half axes of the face, in eye distances, around a point .55 below the eyes
@@ -203,15 +203,18 @@ def decoded_path(folder: Path, clip: Path) -> Path:
 
 
 def decode_clips(config: ProbeConfig, folders: list[str], run: str | Path, decoded: Path) -> int:
-    """Send `codec_clips` clips, evenly spread over the corpora, through the codec, those that are not there yet; returns how many."""
-    paths = rendered_clips(folders)
-    todo = [p for p in paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips] if not decoded_path(decoded, p).exists()]
+    """Send `codec_clips` clips, evenly spread over the corpora, through the codec, those that are not there yet; ranks share
+    them. Returns how many this one did."""
+    paths, (rank, world) = rendered_clips(folders), rank_and_world()
+    chosen = paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips]
+    todo = [p for p in chosen[rank::world] if not decoded_path(decoded, p).exists()]
     if todo:
         vae = StreamingVAE.from_folder(config.codec or Path(run) / "vae")
         with torch.autocast("cpu", torch.bfloat16, enabled=config.loop.bf16):
             for path in todo:
                 clip = shards.read_clip(path)
                 shards.write_arrays(decoded_path(decoded, path), clip.card, frames=round_trip(vae, clip.frames))
+    meet()
     return len(todo)
 
 
