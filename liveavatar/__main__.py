@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from typer.core import TyperGroup
 
+from liveavatar.evaluation import gate_commands
+
 if TYPE_CHECKING:
+    import numpy as np
+
     from liveavatar.config import Config
     from liveavatar.runtime.placement import Device, Plan
 
@@ -214,7 +218,7 @@ def plan(
     "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]"
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, latents, teacher, forcing, ode, consistency, dmd or export; all: those the recipe has, in order; preview: look at the last checkpoint; plan: memory and FLOP of each stage.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; plan: memory and FLOP of each stage.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
     gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="plan: so many GPUs. Default: the recipe's processes.")] = None,
@@ -225,7 +229,21 @@ def train(
         raise typer.Exit(_training_plan(config, overrides or [], gpus, memory))
     from liveavatar.training.recipe import run
 
-    run(stage, config, overrides or ())
+    run(stage, config, overrides or (), sync_judge=_sync_verdict)
+
+
+def _sync_verdict(faces: list, pcm: np.ndarray) -> tuple[float, float] | None:
+    """AVCorr's confidence and lag in ms of faces per picture and float32 pcm; None where it cannot say. What training asks evaluation."""
+    from liveavatar.core import FPS
+    from liveavatar.evaluation.landmarks import Track
+    from liveavatar.evaluation.sync import av_corr, heard
+
+    utterance, source = heard(pcm)
+    found = {m.name: m.value for m in av_corr(Track.of([i / FPS for i in range(len(faces))], faces), utterance, source)}
+    return None if found["conf"] is None or found["lag_ms"] is None else (found["conf"], found["lag_ms"])
+
+
+command(epilog=gate_commands.EPILOG)(gate_commands.gates)
 
 
 def _training_plan(path: Path, overrides: list[str], gpus: int | None, memory: float | None) -> int:

@@ -92,6 +92,7 @@ class RuntimeConfig:
     start_seconds: float = 600.0  # a rank must be ready within this
     sessions: int = 4  # sessions one chain holds
     ray_address: str | None = None
+    trace: str | None = None  # file for the trace of the run (telemetry.py), replaced if it exists
 
     def __post_init__(self):
         one_of("runtime.launcher", self.launcher, LAUNCHERS)

@@ -262,4 +262,18 @@ class Failed(Message):
     extra: dict = field(default_factory=dict)
 
 
-UPWARD = (CleanLatent, Frames, Latents, Opened, Closed, Failed)  # a stage hands these to the head, not to the next stage
+@dataclass
+class Span(Message):
+    """A role's work on a message, from a rank of a traced run (telemetry.py). start, end: monotonic seconds of its host."""
+
+    what: str = ""  # type of the message
+    index: int | None = None  # its block
+    role: str = ""
+    rank: int = 0
+    start: float = 0.0
+    end: float = 0.0
+    rss: int = 0  # bytes the process holds
+    gpu: int = 0  # bytes its tensors hold on the GPU
+
+
+UPWARD = (CleanLatent, Frames, Latents, Opened, Closed, Failed, Span)  # a stage hands these to the head, not to the next stage

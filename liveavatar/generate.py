@@ -120,7 +120,7 @@ async def _run(config, job, picture, chunks, done, report) -> None:
         session = await engine.open(picture, prompt=config.prompt, seed=config.seed)
         tasks = [
             asyncio.create_task(_feed(session, chunks)),
-            asyncio.create_task(_record(session, job.out, done, report)),
+            asyncio.create_task(_record(session, job.out, done, report, engine.trace)),
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -141,12 +141,13 @@ async def _feed(session, chunks: Iterator[np.ndarray]) -> None:
     await session.end_audio()
 
 
-async def _record(session, path: Path, done: Done, report: Callable[[Done], None]) -> None:
+async def _record(session, path: Path, done: Done, report: Callable[[Done], None], trace) -> None:
     """Encode what the session makes; one thread holds the muxer, so writes keep their order and never race the close."""
     loop, writer = asyncio.get_running_loop(), None
 
     def write(out) -> None:  # all on the thread: a cancelled wait (Ctrl-C) still writes, counts and reports this block
         writer.write(out.pictures, out.pcm)
+        trace.sent(session.name, out.epoch, out.index, float(out.pts), out.pictures)
         done.pictures += len(out.pictures)
         done.last = now()
         report(done)

@@ -3,9 +3,11 @@ import time
 import numpy as np
 import pytest
 
+from liveavatar.conditioning import visemes
+from liveavatar.conditioning.phones import PHONES, VOWELS, AlignmentError, Phone, Utterance
+from liveavatar.conditioning.visemes import ARKIT_UNITS, lip_gap, loudness
 from liveavatar.training.synth import director, speech
-from liveavatar.training.synth.director import ARKIT_UNITS, direct, lip_gap, loudness
-from liveavatar.training.synth.speech import Phone, Utterance
+from liveavatar.training.synth.director import direct
 
 needs_flite = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
 
@@ -14,7 +16,7 @@ def spoken(names, length=0.11):
     """An utterance of equal phones with a buzz that is loud in vowels."""
     phones = tuple(Phone(n, k * length, (k + 1) * length) for k, n in enumerate(names))
     t = np.arange(round(len(names) * length * speech.RATE)) / speech.RATE
-    level = np.array([{True: 0.3, False: 0.05}[n in director._VOWELS] for n in names])
+    level = np.array([{True: 0.3, False: 0.05}[n in VOWELS] for n in names])
     pcm = level[np.minimum((t / length).astype(int), len(names) - 1)] * np.sign(np.sin(2 * np.pi * 120 * t))
     return Utterance(pcm.astype(np.float32), phones, "", "buzz")
 
@@ -33,16 +35,16 @@ def clips():
 
 def test_units_are_named():
     assert len(ARKIT_UNITS) == 52 and len(set(ARKIT_UNITS)) == 52
-    for row in director.viseme_table()["arkit"].values():
+    for row in visemes.viseme_table()["arkit"].values():
         for name in row:
             for n in (name[:-1] + "Left", name[:-1] + "Right") if name.endswith("+") else (name,):
                 assert n in ARKIT_UNITS
-    assert set(director.viseme_table()["shapes"]) == speech.PHONES
+    assert set(visemes.viseme_table()["shapes"]) == PHONES
 
 
 def test_lip_gap_per_class():
     gaps = {}
-    for cls, row in director.viseme_table()["classes"].items():
+    for cls, row in visemes.viseme_table()["classes"].items():
         if cls == "pause":
             continue
         for p in row["phones"]:
@@ -70,7 +72,7 @@ def test_frames_past_the_audio_are_silent():
 
 def test_closure_lag_is_zero():
     u = spoken(["pau", "aa", "aa", "m", "aa", "aa", "pau"], 0.12)
-    close = direct(u, 100, 0, fps=100).articulators[:, director.CLOSE]
+    close = direct(u, 100, 0, fps=100).articulators[:, visemes.CLOSE]
     inside = slice(15, 70)
     assert abs(np.argmax(close[inside]) + 15 - 100 * 3.5 * 0.12) <= 1
 
@@ -124,7 +126,7 @@ def test_synthesize_is_exact_and_repeats(clips):
         assert u.phones[0].start == 0 and abs(u.phones[-1].end - 4) < 1e-6
         for a, b in zip(u.phones, u.phones[1:]):
             assert abs(a.end - b.start) < 1e-6 and a.end > a.start
-        assert {p.name for p in u.phones} <= speech.PHONES
+        assert {p.name for p in u.phones} <= PHONES
     assert speech.synthesize(0, 2.0, voices=("awb",)).voice == "awb"
     assert len(speech.synthesize(1, 0.4).pcm) == 6400
     a, b = direct(clips[0], 100, 7), direct(again := speech.synthesize(0, 4.0), 100, 7)
@@ -138,7 +140,7 @@ def test_flite_phones_fit_the_audio(clips):
         def level(names):
             t = [np.arange(p.start, p.end, 0.005) for p in u.phones if p.name in names]
             return np.mean(loudness(u.pcm, np.concatenate(t), 0.01))
-        assert level(director._VOWELS) > 10 * level({"pau"})
+        assert level(VOWELS) > 10 * level({"pau"})
 
 
 @needs_flite
@@ -147,7 +149,7 @@ def test_jaw_follows_energy_without_lag(clips):
     total = np.zeros(len(lags))
     for s, u in enumerate(clips):
         n = 400
-        jaw = direct(u, n, s, fps=100).articulators[:, director.JAW].astype(float)
+        jaw = direct(u, n, s, fps=100).articulators[:, visemes.JAW].astype(float)
         rms = loudness(u.pcm, np.arange(n) / 100, 0.05)
         jaw, rms = (jaw - jaw.mean()) / jaw.std(), (rms - rms.mean()) / rms.std()
         total += [np.mean(jaw[30:-30] * np.roll(rms, k)[30:-30]) for k in lags]
@@ -187,5 +189,5 @@ def test_recordings_align():
         pytest.skip("pocketsphinx-testdata is not installed")
     for u in found:
         assert abs(u.phones[-1].end - u.seconds) < 1e-6 and len(u.phones) > 20
-    with pytest.raises(speech.AlignmentError):
+    with pytest.raises(AlignmentError):
         speech.align(found[0].pcm, "zzyzxq blorf")

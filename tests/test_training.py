@@ -15,12 +15,14 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
     pytest.skip("the generator needs anny and moderngl", allow_module_level=True)
 
 from liveavatar.core import ConfigError, InputError, WeightsError
+from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import codec, export, forcing, levels, losses, preview, recipe, shards
+from liveavatar.training import codec, data, export, forcing, levels, losses, preview, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
 from liveavatar.training.synth.head import HeadRenderer
+from liveavatar.training.synth.people import Identity
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
 speaks = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
@@ -37,7 +39,7 @@ def micro(tmp_path_factory):
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("micro")
     overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
-                 f"export.media={root}/MEDIA.md", "export.stage=forcing"]  # ode and dmd: test_distillation.py
+                 f"export.media={root}/MEDIA.md", "export.stage=forcing", 'forcing.start=""']  # ode, dmd ...: test_distillation.py
     torch.set_num_threads(1)
     for stage in ("data", "vae", "decoder", "latents", "forcing"):
         recipe.run(stage, MICRO, overrides)
@@ -127,6 +129,28 @@ def test_the_exported_folder_loads_and_speaks(micro):
     assert settings["geometry"]["height"] == 64 and settings["sampler"]["sigmas"][-1] == 0
 
 
+def test_the_teacher_learns_and_makes_a_whole_scene(micro):
+    r, overrides = micro
+    recipe.run("teacher", MICRO, overrides)
+    log = logged(r.run, "teacher")
+    assert len(log) == 12 and np.mean(log[-3:]) < np.mean(log[:3])
+    model, iteration = preview.load_model(r.forcing, r.run, r.seed, "teacher")
+    scene = preview.Scene(np.full((64, 64, 3), 90, np.uint8), np.zeros((24, 64, 64, 3), np.uint8), np.zeros(24, np.float32),
+                          np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "a man")
+    pictures = preview.generate_whole(model, StreamingVAE.from_folder(Path(r.run) / "vae"), export.text_encoder_of(r.forcing.model, r.seed), r.forcing, r.teacher, scene, 0)
+    assert iteration == 12 and pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
+
+
+def test_portraits_dressed_otherwise_are_encoded(micro):
+    r = micro[0]
+    clips = shards.clip_paths(r.data.folder, "train")
+    assert [data.read_portraits(p).shape for p in clips] == [(1, 64, 64, 3)] * 3
+    made = forcing.read_encoded(shards.clip_paths(Path(r.run) / "latents", "train")[0])
+    assert made.portraits.shape == (1, *made.motion.shape) and not np.array_equal(made.portraits[0], made.motion)
+    undressed = [p for p in clips if shards.read_clip(p).caption == Identity.sample(shards.read_clip(p).card["identity"]["seed"]).caption]
+    assert data.render_portraits(r.data, r.seed) == 0 and len(undressed) < len(clips), "dress_share shows in this seed"
+
+
 def test_latents_are_normalised_over_the_corpus(micro):
     clips = [forcing.read_encoded(p).latents for p in shards.clip_paths(Path(micro[0].run) / "latents", "train")]
     values = np.concatenate([c.reshape(c.shape[0], -1) for c in clips], axis=1).astype(np.float64)
@@ -134,7 +158,6 @@ def test_latents_are_normalised_over_the_corpus(micro):
 
 
 def test_training_decode_equals_the_streaming_decoder(micro):
-    from liveavatar.models.vae import StreamingVAE
 
     r = micro[0]
     vae = StreamingVAE.from_folder(Path(r.run) / "vae")

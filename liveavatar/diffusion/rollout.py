@@ -122,15 +122,16 @@ def roll_block(model: CausalS2V, steps: Sequence[Step], banks: Sequence[StepCach
 @torch.no_grad()
 def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
                    context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, *, ring_blocks: int = 4, anchor_blocks: int = 0,
-                   sink_distance: int = 30, refresh_block: int = 0, history: HistoryMode = PER_STEP, seed: int = 0) -> Iterator[torch.Tensor]:
+                   sink_distance: int = 30, refresh_block: int = 0, history: HistoryMode = PER_STEP, seed: int = 0,
+                   kind: type[StepCache] = StepCache) -> Iterator[torch.Tensor]:
     """Clean latents [16, F, h, w] of block after block in flat memory; noises: [16, F, h, w], features: [L, Ca, 4F].
 
-    seed: of the noise on the history, where the mode has any.
+    seed: of the noise on the history, where the mode has any. kind: of the caches, for ablations.
     """
     steps = make_steps(model, sigmas)
     h, w = reference.shape[-2:]
     text = model.encode_text(context)
-    caches = [model.new_cache(h, w, noises[0].shape[1], ring_blocks, anchor_blocks) for _ in (steps[:1] if history.shared else steps)]
+    caches = [model.new_cache(h, w, noises[0].shape[1], ring_blocks, anchor_blocks, kind) for _ in (steps[:1] if history.shared else steps)]
     first = None
     for block, (x, feature) in enumerate(zip(noises, features)):
         if block == 0 or (refresh_block and block == refresh_block):

@@ -262,11 +262,12 @@ class CausalS2V(nn.Module):
 
     # ------------------------------------------------------------ the three ways to run
 
-    def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int, anchor_blocks: int = 0) -> StepCache:
-        """An empty StepCache for latents of size h x w in the model's dtype and on its device."""
+    def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int, anchor_blocks: int = 0,
+                  kind: type[StepCache] = StepCache) -> StepCache:
+        """An empty StepCache (or of another kind) for latents of size h x w in the model's dtype and on its device."""
         tok = (h // 2) * (w // 2)
         sink = 2 * tok + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
-        return StepCache(layers=self.config.num_layers, heads=self.config.num_heads, head_dim=self.config.head_dim,
+        return kind(layers=self.config.num_layers, heads=self.config.num_heads, head_dim=self.config.head_dim,
                          sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks, anchor_blocks=anchor_blocks,
                          dtype=self.dtype, device=self.device)
 

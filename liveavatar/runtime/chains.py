@@ -160,7 +160,7 @@ class ThreadChain(Base):
         torch.set_num_threads(worker.threads_of(self.config, len(self.stages)))
         roles = worker.build(self._job, rank, worker.device_of(self.config, rank))
         down = self._links[rank + 1] if rank + 1 < len(self.stages) else None
-        self._pumps[rank] = worker.Pump(roles, self._links[rank], down, self._up.send)
+        self._pumps[rank] = worker.Pump(roles, self._links[rank], down, self._up.send, traced=worker.traced(self.config, rank))
         view.connected = view.ready = True
         if not self._stopped:
             self._pumps[rank].run()

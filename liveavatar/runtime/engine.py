@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import operator
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,13 @@ from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
 from liveavatar.runtime import placement
-from liveavatar.runtime.intake import Intake
+from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
 from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
+from liveavatar.runtime.tracing import open_trace
+from liveavatar.telemetry import NoTrace, Trace
 from liveavatar.telemetry import now as monotonic
 
 POLL_SECONDS = 0.2  # the reader looks up this often to see whether it shall end
@@ -89,6 +90,7 @@ class Session:
                 room = round((limit - self.timeline.queued_seconds) * core.SAMPLE_RATE)
                 if room > 0:
                     self.timeline.push(pcm[:room])
+                    self._engine.trace.received(self.name, epoch, pcm[:room])
                     pcm = pcm[room:]
                     self._engine.wake()
                 else:
@@ -100,6 +102,7 @@ class Session:
         if not self.timeline.ended:
             await self._queue(self._intake.flush())
             self.timeline.end()
+            self._engine.trace.note("ended", session=self.name)
             self._engine.wake()
             self.changed.fire()
 
@@ -109,6 +112,7 @@ class Session:
         """Forget audio not yet generated and pictures not yet taken; returns the new epoch."""
         self._check()
         message = self.timeline.interrupt()
+        self._engine.trace.interrupt(self.name, message.epoch)
         self._intake = Intake()
         self.changed.fire()
         await self._engine.send(message)
@@ -193,8 +197,8 @@ class Session:
 class Engine:
     """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose()."""
 
-    def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float]):
-        self.config, self.source, self.chain, self.clock = config, source, chain, clock
+    def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
+        self.config, self.source, self.chain, self.clock, self.trace = config, source, chain, clock, trace
         self.geometry = source.geometry
         self.scheduler = Scheduler(credits=config.runtime.in_flight or len(config.stages) + 1)
         self.sessions: dict[str, Session] = {}
@@ -213,8 +217,8 @@ class Engine:
         (with numbers, when memory is too little) and RankFailure (a rank could not start).
         """
         config, source = resolve(config if launcher is None else with_launcher(config, launcher))
-        chain = await _launched(config)
-        engine = cls(config, source, chain, clock)
+        trace = open_trace(config, source, clock)
+        engine = cls(config, source, await _launched(config), clock, trace)
         engine._tasks = [asyncio.create_task(engine._pump()), asyncio.create_task(engine._read())]
         for task in engine._tasks:
             task.add_done_callback(engine._ended)
@@ -238,6 +242,7 @@ class Engine:
         name = self._name(name)
         self._opened_so_far += 1
         session = self.sessions[name] = Session(self, name, pace)
+        self.trace.open(name, pace)
         try:
             message = core.Open(name, seed=whole(self.config.seed if seed is None else seed),
                                 prompt=clean(self.config.prompt if prompt is None else prompt), picture=await self.fitted(picture))
@@ -289,6 +294,7 @@ class Engine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for executor in (self._sender, self._receiver):
             await asyncio.to_thread(executor.shutdown)
+        self.trace.close()
 
     # ------------------------------------------------------------ sending
 
@@ -324,12 +330,13 @@ class Engine:
         if chosen is None:
             await self._work.wait(None if decision.wake is None else max(0.0, decision.wake - now))
             return
-        session = self.sessions[chosen]
+        session, waiting = self.sessions[chosen], self.sessions[chosen].timeline.queued_seconds
         if decision.late:
             session.timeline.idle()
         session.asked = now
         session.playout.admitted(now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
         messages = session.timeline.admit(now)
+        self.trace.admitted(chosen, session.timeline.epoch, messages[-1].index, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again
         for message in messages:
             await self._put(message)
@@ -343,22 +350,28 @@ class Engine:
         loop = asyncio.get_running_loop()
         while not self._closing:
             message = await loop.run_in_executor(self._receiver, self.chain.receive, POLL_SECONDS)
-            if message is not None and message.session in self.sessions:
+            if isinstance(message, core.Span):
+                self.trace.span(message)
+            elif message is not None and message.session in self.sessions:
                 self._received(self.sessions[message.session], message)
 
     def _received(self, session: Session, message: Message) -> None:
         match message:
             case core.Opened():
                 session.opened = True
+                self.trace.note("opened", session=session.name)
             case core.Closed():
                 session.closed = True
+                self.trace.note("closed", session=session.name)
                 del self.sessions[session.name]
             case core.Failed():
                 session.fail(InputError(message.reason))
             case core.CleanLatent():
                 session.timeline.clean(message)
             case core.Frames():
-                self.scheduler.pipe_time.observe(self.clock() - session.timeline.frames(message).at)
+                admitted = session.timeline.frames(message)
+                self.scheduler.pipe_time.observe(self.clock() - admitted.at)
+                self.trace.note("ready", session=session.name, epoch=admitted.epoch, block=message.index, count=admitted.pictures)
         session.changed.fire()
         self.wake()
 
@@ -384,17 +397,6 @@ class Engine:
     def _check(self) -> None:
         if self.failure is not None:
             raise self.failure
-
-
-# ---------------------------------------------------------------- what people give
-
-
-def whole(seed) -> int:
-    """seed as an int. Raises InputError: what JSON cannot say would stop the chain for everybody."""
-    try:
-        return operator.index(seed)
-    except TypeError:
-        raise InputError(f"seed {seed!r}: must be a whole number") from None
 
 
 # ---------------------------------------------------------------- before the start

@@ -1,7 +1,8 @@
-"""PCM as people push it, in chunks of any size, type and rate -> float32 16 kHz mono."""
+"""What people give: PCM in chunks of any size, type and rate -> float32 16 kHz mono; and whole numbers."""
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
 
 import av
@@ -62,3 +63,11 @@ def as_pcm(pcm) -> np.ndarray:
     if not np.isfinite(array).all():
         raise InputError("audio holds NaN or infinite samples")
     return array
+
+
+def whole(seed) -> int:
+    """seed as an int. Raises InputError: what JSON cannot say would stop the chain for everybody."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise InputError(f"seed {seed!r}: must be a whole number") from None

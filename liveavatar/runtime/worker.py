@@ -24,11 +24,12 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Connection
 from typing import NoReturn, Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from liveavatar.config import Config
-from liveavatar.core import UPWARD, ConfigError, Message, Open, SetPrompt, SetReference
+from liveavatar.core import UPWARD, ConfigError, Message, Open, SetPrompt, SetReference, Span
 from liveavatar.runtime.links import DistLink, Link, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode
 
 BEAT_SECONDS = 0.25
@@ -78,12 +79,14 @@ class Pump:
 
     busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
     a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
-    still says which and at what. announce: called before and after a SLOW message.
+    still says which and at what. announce: called before and after a SLOW message. traced: the rank's
+    number if the head wants a Span of every role's work, else None.
     """
 
     def __init__(self, roles: Sequence[Callable], inbox: QueueLink, down: Link | None, up: Callable[[Message], None],
-                 announce: Callable[[], None] = lambda: None):
+                 announce: Callable[[], None] = lambda: None, traced: int | None = None):
         self.roles, self.inbox, self.down, self.up, self.announce = tuple(roles), inbox, down, up, announce
+        self.traced = traced
         self.busy: tuple[str, Message, float] | None = None
         self._stopping = False
 
@@ -128,10 +131,23 @@ class Pump:
         if isinstance(message, SLOW):
             self.announce()
         made = role(message)
+        if self.traced is not None:
+            self.up(span_of(self.traced, *self.busy[1:], role))
         self.busy = None
         if isinstance(message, SLOW):
             self.announce()
         return made
+
+
+def span_of(rank: int, message: Message, start: float, role: Callable) -> Span:
+    """The Span of a role's work that is over now; what it queued on a GPU is waited for, or its time would be nobody's."""
+    on_gpu = torch.cuda.is_initialized()
+    if on_gpu:
+        torch.cuda.synchronize()
+    step = getattr(role, "index", None)
+    return Span(message.session, what=type(message).__name__, index=getattr(message, "index", None), rank=rank,
+                role=type(role).__name__ + ("" if step is None else str(step)), start=start, end=time.monotonic(),
+                rss=psutil.Process().memory_info().rss, gpu=torch.cuda.memory_allocated() if on_gpu else 0)
 
 
 def explain(error: Exception, pump: Pump | None) -> str:
@@ -273,6 +289,11 @@ class Neighbours:
         return before, after
 
 
+def traced(config: Config, rank: int) -> int | None:
+    """What Pump wants to know of tracing."""
+    return None if config.runtime.trace is None else rank
+
+
 def build(job: Job, rank: int, device: torch.device) -> Sequence[Callable]:
     """The roles of this rank, each warmed up if it knows how. Raises whatever loading raises."""
     source = job.source
@@ -300,7 +321,8 @@ def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> Non
     device = device_of(job.config, rank)
     before, after = Neighbours(job, rank, device).links()
     inbox = QueueLink()
-    pump = Pump(build(job, rank, device), inbox, after, control.message, control.beat)
+    pump = Pump(build(job, rank, device), inbox, after, control.message, control.beat,
+                traced(job.config, rank))
     control.pump = pump
     receiver = ReceiveAhead(before, inbox) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
     receiver.start()

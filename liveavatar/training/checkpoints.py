@@ -146,6 +146,15 @@ def load_average(module: nn.Module, path: str | Path) -> int:
     return stored.iteration
 
 
+def copy_average(source: Path, target: Path) -> None:
+    """The averages of one checkpoint, and its iteration, as another. In one process."""
+    stored = Stored(source)
+    state = {key: stored.empty(key) for key in stored.shapes if key.startswith("ema/") or key == "iteration"}
+    stored.read(state)
+    target.unlink(missing_ok=True)  # or another checkpoint of that iteration would pass for this one
+    save_checkpoint(target, state)
+
+
 # ---------------------------------------------------------------- one file, as runs had it before
 
 
@@ -155,7 +164,7 @@ def _read_file(path: Path) -> State:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: cannot read checkpoint: {error}") from None
     others = {name: part for name, part in state.items() if isinstance(part, Mapping) and "model" in part}
-    flat = {key: torch.tensor(state[key]) for key in ("iteration", "seed")} | _flat_learner(state, "")
+    flat = {key: torch.tensor(state[key]) for key in ("iteration", "seed") if key in state} | _flat_learner(state, "")
     for name, part in others.items():
         flat |= _flat_learner(part, f"{name}/")
     return flat
@@ -163,9 +172,9 @@ def _read_file(path: Path) -> State:
 
 def _flat_learner(state: Mapping, prefix: str) -> State:
     """Its optimiser numbered parameters: matrices first, as groups_of has them, then the rest."""
-    model = state["model"]
+    model = state.get("model", {})  # what Stage 2 kept on its way has averages only
     names = sorted(model, key=lambda name: not is_matrix(model[name]))
-    flat = {f"{prefix}{part}/{name}": t for part in ("model", "ema") for name, t in state[part].items()}
-    for index, slots in state["optimiser"]["state"].items():
+    flat = {f"{prefix}{part}/{name}": t for part in ("model", "ema") for name, t in state.get(part, {}).items()}
+    for index, slots in state.get("optimiser", {"state": {}})["state"].items():
         flat |= {f"{prefix}optimiser/{names[index]}/{key}": torch.as_tensor(t) for key, t in slots.items()}
     return flat

@@ -19,8 +19,8 @@ from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
 LOOKAHEAD_SECONDS = 0.16  # audio kept beyond the last picture: the front end looks 0.125 s ahead
-SPLITS = ("train", "held")
 DRESS, PORTRAITS = 1, 2  # what a generator beside a clip's own is for
+SPLITS = ("train", "held", "default")  # default: the avatar that ships, with words and voices it was not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class DataConfig:
     silent_share: float = 0.12  # listening clips
     dress_share: float = 0.0  # of the clips show their person in other clothes before another backdrop than usual
     portraits: int = 0  # per clip, of its person dressed otherwise: where prompt and portrait differ, the prompt must win
+    default_clips: int = 0  # of the default split: the held-out voice
+    default_readings: tuple[str, ...] = ()  # LibriVox clips that the default split ends with, cut into windows; never trained on
     readings: tuple[str, ...] = ()  # LibriVox clips to train on; those in assets/speech.wav must not be here
 
     def __post_init__(self):
@@ -55,6 +57,8 @@ class DataConfig:
         for name in ("clips", "identities", "held_clips", "held_identities"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if heard := set(self.readings) & set(self.default_readings):
+            raise ConfigError(f"data.default_readings: {sorted(heard)[0]!r} is trained on (data.readings)")
 
 
 def window_of(utterance: speech.Utterance, start: float, seconds: float) -> speech.Utterance:
@@ -74,6 +78,12 @@ def window_of(utterance: speech.Utterance, start: float, seconds: float) -> spee
     return replace(utterance, pcm=pcm, phones=tuple(phones))
 
 
+def windows_of(utterance: speech.Utterance, config: DataConfig) -> list[speech.Utterance]:
+    """The utterance cut into pieces of a clip's length, a rest of less than half of one left out."""
+    seconds = config.pictures / FPS
+    return [window_of(utterance, k * seconds, seconds + LOOKAHEAD_SECONDS) for k in range(max(1, round(utterance.seconds / seconds)))]
+
+
 def load_readings(names: tuple[str, ...]) -> list[speech.Utterance]:
     """The named LibriVox clips with their phones. Raises ConfigError when one is not installed."""
     listing = speech.TEXTS / "transcription"
@@ -91,17 +101,19 @@ def choose_identity(config: DataConfig, split: str, index: int, rng: np.random.G
     """Identity seed of clip `index`: round robin, with an extra share for the avatar that ships."""
     if split == "held":
         return 1_000_000 + index % config.held_identities
-    if rng.random() < config.default_share:
+    if split == "default" or rng.random() < config.default_share:
         return config.default_identity
     return config.first_identity + index % config.identities
 
 
-def choose_speech(config: DataConfig, split: str, seed: int, rng: np.random.Generator,
+def choose_speech(config: DataConfig, split: str, index: int, seed: int, rng: np.random.Generator,
                   recordings: list[speech.Utterance]) -> speech.Utterance:
     """What is said in a clip: silence, a window of a real reading, or a synthetic voice."""
+    if split == "default" and index >= config.default_clips:
+        return recordings[index - config.default_clips]
     seconds = config.pictures / FPS + LOOKAHEAD_SECONDS
     kind = rng.random()
-    if split == "held":
+    if split != "train":
         return speech.synthesize(seed, seconds, (speech.HELD_OUT_VOICE,))
     if kind < config.silent_share:
         return speech.silence(seconds, seed)
@@ -124,7 +136,7 @@ def make_clip(config: DataConfig, split: str, index: int, base_seed: int, render
     dress = np.random.default_rng([DRESS, seed])
     if split == "train" and dress.random() < config.dress_share:
         identity = identity.dressed(dress)
-    utterance = choose_speech(config, split, seed, rng, recordings)
+    utterance = choose_speech(config, split, index, seed, rng, recordings)
     track = director.direct(utterance, config.pictures, seed)
     pictures = renderer.render_clip(identity, track.units, track.pose, track.translation, track.gaze)
     card = {"generator": GENERATOR_VERSION, "seed": seed, "split": split, "index": index, "caption": identity.caption,
@@ -142,7 +154,7 @@ def make_clip(config: DataConfig, split: str, index: int, base_seed: int, render
 
 def is_kept(config: DataConfig, split: str, index: int, base_seed: int) -> bool:
     """Whether clip `index` shows one of the identities that are kept; the clips kept are the same bytes as without."""
-    if split == "held" or config.keep_identities is None:
+    if split != "train" or config.keep_identities is None:
         return True
     rng = clip_draws(split, index, base_seed)[0]
     identity = choose_identity(config, split, index, rng)
@@ -160,13 +172,15 @@ def render_corpus(config: DataConfig, seed: int) -> int:
     jobs = [("held", i) for i in range(config.held_clips)]
     jobs = [("train", i) for i in range(min(24, config.clips))] + jobs
     jobs += [("train", i) for i in range(24, config.clips)]
+    windows = [w for reading in load_readings(config.default_readings) for w in windows_of(reading, config)]
+    jobs += [("default", i) for i in range(config.default_clips + len(windows))]
     jobs = [job for job in jobs if is_kept(config, *job, seed) and not clip_path(config.folder, *job).exists()]
     if not jobs:
         return 0
     renderer = HeadRenderer(config.size, config.supersample)
     recordings = load_readings(config.readings)
     for split, index in jobs:
-        clip = make_clip(config, split, index, seed, renderer, recordings)
+        clip = make_clip(config, split, index, seed, renderer, windows if split == "default" else recordings)
         write_clip(clip_path(config.folder, split, index), clip)
     return len(jobs)
 

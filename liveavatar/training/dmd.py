@@ -51,6 +51,7 @@ class DmdConfig:
     refresh_share: float = 0.0  # of the iterations show the student its own first latent as sink after block 0 (AAS)
     forward_kl: float = 0.0  # weight of the forcing loss on real clips beside the reverse divergence
     curated_share: float = 1.0  # only this share of the spoken clips, those that move most, gives conditions (LiveTalk)
+    keep_steps: int = 50  # of the student, after which its averages are also kept as RUN/dmd_STEPS.pt, to choose from
     aggressive: bool = False  # LiveTalk's schedule: both learning rates doubled, guidance of the teacher AGGRESSIVE
 
     def __post_init__(self):
@@ -58,7 +59,7 @@ class DmdConfig:
         one_of("dmd.teacher", self.teacher, ("forcing", "teacher"))
         one_of("dmd.history_grad", self.history_grad, ("through", "detach"))
         HistoryMode.parse(self.history)
-        for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0)):
+        for name, lowest in (("critic_lr", 0), ("ratio", 1), ("critic_warmup", 0), ("shift", 1), ("forward_kl", 0), ("keep_steps", 1)):
             if getattr(self, name) < lowest:
                 raise ConfigError(f"dmd.{name}={getattr(self, name)}: must be at least {lowest}")
         if not 0 <= self.refresh_share <= 1 or not 0 < self.curated_share <= 1:
@@ -148,7 +149,12 @@ class Distillation:
             metrics = self._learn_critic(condition, made, draws, i)
             if turn:
                 metrics |= self._learn_student(condition, made, backward, batch, draws, i)
+                self._keep(self.config.student_steps(i + 1))
         return metrics
+
+    def _keep(self, steps: int) -> None:
+        if steps % self.config.keep_steps == 0:
+            self.trainer.keep(f"dmd_{steps:06d}")
 
     def _rate(self, iteration: int) -> float:
         return learning_rate(self.config.loop, iteration) * self.config.rate_factor

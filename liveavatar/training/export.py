@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.folders import SETTINGS_FILE
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import save_folder
 from liveavatar.training import forcing
@@ -36,21 +37,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """stage: whose averages are exported. folder: where the checkpoint folder goes; portrait: picture of the default
-    identity, "" for none. history: how the weights came about, in plain words, for the card."""
+    identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how the weights
+    came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very
+    weights, "" for none."""
 
     stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
     portrait: str = "liveavatar/assets/portrait.png"
     portrait_size: int = 512
+    others: tuple[int, ...] = ()
     media: str = "liveavatar/assets/MEDIA.md"
     history: str = ""
+    gates: str = ""
     dtype: str = "bfloat16"
     sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625, 0.0)
     sink_distance: int = 30
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -81,11 +86,13 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
-            "preview": last_preview(run), "gates": "those of training.md 6.3 that are not under preview: not measured"}
+            "preview": last_preview(run, config.stage), "gates": "not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text_encoder_of(training.model, seed),
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block}, dtype=DTYPES[config.dtype])
+    if config.gates:
+        add_gates(folder, Path(config.gates))
     if config.portrait:
         write_portrait(config, data)
     if config.media:
@@ -108,18 +115,43 @@ def export_adapter(config: ExportConfig, training: forcing.ForcingConfig, run: s
     return path
 
 
-def last_preview(run: str | Path) -> dict | str:
-    """What stage `preview` measured last, with its iteration; "not measured" before it ran."""
-    reports = sorted((Path(run) / "preview").glob("*.json"))
+def add_gates(folder: Path, path: Path) -> None:
+    """Put a report of gates into the card of `folder`. Raises ConfigError when it was made about other weights."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        judged, measures = report["system"]["weights"], {m["name"]: m for m in report["metrics"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"export.gates={str(path)!r}: no report of gates: {error!r}") from None
+    for name, digest in judged.items():
+        if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise ConfigError(f"export.gates={str(path)!r}: judges another {name} than the one in {folder}: run the gates on it")
+    verdicts = {True: "pass", False: "fail", None: "not measured"}
+    rows = {g["name"]: {"verdict": verdicts[g["ok"]], "min": g["low"], "max": g["high"], "value": g["value"],
+                        **{key: measures[g["name"]][key] for key in ("n", "unit", "interval", "reason")}} for g in report["gates"]}
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    settings["card"]["gates"] = {key: report[key] for key in ("command", "date", "host", "details")} | {"rows": rows}
+    part = folder / (SETTINGS_FILE + ".part")
+    part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    part.replace(folder / SETTINGS_FILE)
+
+
+def last_preview(run: str | Path, stage: str) -> dict | str:
+    """What `preview` measured last of a stage, with its iteration; "not measured" before it did."""
+    reports = sorted((Path(run) / "preview").glob(f"{stage}_*.json"))
     return json.loads(reports[-1].read_text()) if reports else "not measured"
 
 
 def write_portrait(config: ExportConfig, data: DataConfig) -> None:
-    """The closed-mouth picture of the default identity as PNG."""
-    renderer = HeadRenderer(config.portrait_size, data.supersample)
+    """The closed-mouth picture of the default identity as PNG, those of others as WebP."""
+    renderer, path = HeadRenderer(config.portrait_size, data.supersample), Path(config.portrait)
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture = neutral_picture(renderer, Identity.sample(data.default_identity))
-    Path(config.portrait).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(config.portrait, optimize=True)
+    Image.fromarray(picture).save(path, optimize=True)
+    for seed in config.others:
+        known = data.first_identity <= seed < data.first_identity + data.identities
+        other = path.parent / "portraits" / f"{'trained' if known else 'unseen'}_{seed}.webp"
+        other.parent.mkdir(exist_ok=True)
+        Image.fromarray(neutral_picture(renderer, Identity.sample(seed))).save(other, quality=90)
 
 
 def media_text(assets: Path, data: DataConfig) -> str:

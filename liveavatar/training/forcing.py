@@ -155,7 +155,8 @@ def curated(clips: dict[Path, Encoded], share: float) -> list[Path]:
 
 
 class EncodedReader:
-    """Batches of encoded clips, all kept in memory (about 0.8 MB each); re-listed while encoding goes on.
+    """Batches of encoded clips: files, all kept in memory (about 0.8 MB each) and re-listed while encoding goes on, and
+    tar shards, read from where they lie.
 
     curated_share: below 1, only this share of the spoken clips, those whose latents move most, is drawn from.
     """
@@ -164,6 +165,7 @@ class EncodedReader:
         self.curated_share = curated_share
         self.folder, self.config, self.text, self.default = Path(run) / "latents", config, text, default_identity
         self.clips: dict[Path, Encoded] = {}
+        self.packed = shards.Packed(self.folder, "train")
         self.order: list[Path] = []
         self.shipped: list[Path] = []
         self.rows: dict[str, torch.Tensor] = {}
@@ -174,10 +176,18 @@ class EncodedReader:
         for path in shards.clip_paths(self.folder, "train"):
             if path not in self.clips:
                 self.clips[path] = read_encoded(path)
-        self.order = sorted(self.clips) if self.curated_share == 1 else curated(self.clips, self.curated_share)
-        self.shipped = [p for p in self.order if self.clips[p].card["identity"]["seed"] == self.default]
+        if self.packed.cards and self.curated_share < 1:
+            raise ConfigError(f"{self.folder}: clips in shards cannot be curated: pack the ones to train on")
+        self.order = sorted([*self.clips, *self.packed.cards]) if self.curated_share == 1 else curated(self.clips, self.curated_share)
+        self.shipped = [p for p in self.order if self._card(p)["identity"]["seed"] == self.default]
         if len(self.order) < self.config.minimum_clips:
             raise ConfigError(f"{self.folder}: {len(self.order)} encoded clips, at least {self.config.minimum_clips} are needed; run the latents stage")
+
+    def _card(self, path: Path) -> dict:
+        return self.clips[path].card if path in self.clips else self.packed.cards[path]
+
+    def _clip(self, path: Path) -> Encoded:
+        return self.clips[path] if path in self.clips else Encoded(card=self.packed.cards[path], **self.packed.arrays(path))
 
     def rows_of(self, caption: str) -> torch.Tensor:
         """Text rows [n, text_dim] of a caption, computed once."""
@@ -192,7 +202,7 @@ class EncodedReader:
         rng, c, rows = draws.numpy, self.config, []
         for _ in range(count):
             pool = self.shipped if self.shipped and rng.random() < c.default_share else self.order
-            rows.append(self._row(self.clips[pool[int(rng.integers(len(pool)))]], rng))
+            rows.append(self._row(self._clip(pool[int(rng.integers(len(pool)))]), rng))
         latents, features, context, reference, motion, weight = zip(*rows)
         return Batch(*(torch.stack(x) for x in (latents, features)), list(context),
                      *(torch.stack(x) for x in (reference, motion, weight)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from PIL import Image
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.core import FPS
 from liveavatar.diffusion.denoise import noise
-from liveavatar.diffusion.rollout import cached_rollout
+from liveavatar.diffusion.rollout import ClipCondition, cached_rollout
+from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
@@ -30,6 +31,7 @@ from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
+from liveavatar.training.teacher import TeacherConfig, sample
 
 MOUTH = (0.34, 0.56, 0.66, 0.80)  # x0 y0 x1 y1 of the judged region, shares of the picture: where heads are framed
 
@@ -44,6 +46,10 @@ class Scene:
     pcm: np.ndarray
     caption: str
 
+    def cut(self, pictures: int) -> Scene:
+        """Its beginning; the sound keeps what is looked ahead to."""
+        return replace(self, truth=self.truth[:pictures], aperture=self.aperture[:pictures])
+
 
 def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, utterance: speech.Utterance, blocks: int, seed: int) -> Scene:
     """Render `identity` saying `utterance` for so many blocks of 12 pictures."""
@@ -55,8 +61,9 @@ def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, u
 
 
 def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
-             sigmas: Sequence[float], seed: int, sink_distance: int = 30) -> np.ndarray:
-    """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets."""
+             sigmas: Sequence[float], seed: int, **how) -> np.ndarray:
+    """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets.
+    how: options of cached_rollout."""
     held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
     count = len(scene.truth) // 12
     features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), 12 * count).split(12, dim=-1)
@@ -64,10 +71,25 @@ def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: fo
     noises = [noise(seed, "preview", b, shape) for b in range(count)]
     state, made = vae.new_state(), []
     vae.decode(held, state)
-    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks,
-                                sink_distance=sink_distance):
+    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks, **how):
         made.append(to_bytes(vae.decode(block, state)))
     return np.concatenate(made)
+
+
+def generate_whole(model: CausalS2V, vae: StreamingVAE, text: TextEncoder, config: forcing.ForcingConfig, teach: TeacherConfig, scene: Scene,
+                   seed: int) -> np.ndarray:
+    """As generate, by the bidirectional teacher: the whole scene at once, guided, with its sampler."""
+    held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
+    front_end, blocks = LogMelFrontEnd(), len(scene.truth) // 12
+    features = front_end.features_of(scene.pcm.astype(np.float32), 12 * blocks)
+    condition = ClipCondition(features[None], [text.encode(scene.caption)], held[None, :, :1], held[None], config.window_blocks, causal=False)
+    velocity = teach.guidance.velocity(model, condition, front_end.features_of(np.zeros(0, np.float32), 1), text.encode(""))
+    shape = (vae.z_dim, config.block_latents, *held.shape[-2:])
+    start = torch.cat([noise(seed, "preview", b, shape) for b in range(blocks)], dim=1)
+    latents = sample(velocity, start[None], blocks, teach.sampler)[0]
+    state = vae.new_state()
+    vae.decode(held, state)
+    return to_bytes(vae.decode(latents, state))
 
 
 # ---------------------------------------------------------------- the judge
@@ -131,8 +153,10 @@ def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int, stage:
 
 
 def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, sigmas: Sequence[float],
-            stage: str = "forcing", blocks: int = 12) -> dict:
-    """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/ITERATION.{png,json}."""
+            stage: str = "forcing", blocks: int = 12, teach: TeacherConfig | None = None) -> dict:
+    """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/STAGE_ITERATION.{png,json}.
+    teach: how the stage `teacher` is sampled, which makes seven blocks, as many as it was trained on."""
+    blocks = 7 if stage == "teacher" else blocks
     model, iteration = load_model(config, run, seed, stage)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     text = export.text_encoder_of(config.model, seed)
@@ -141,7 +165,10 @@ def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | P
     rows, report = [], {"stage": stage, "iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
     for name, identity in (("default", data.default_identity), ("trained", data.first_identity + 4), ("held", 1_000_000)):
         scene = make_scene(data, renderer, identity, utterance, blocks, seed)
-        made = generate(model, vae, text.encode(scene.caption), config, scene, sigmas, seed)
+        if stage == "teacher":
+            made = generate_whole(model, vae, text, config, teach, scene, seed)
+        else:
+            made = generate(model, vae, text.encode(scene.caption), config, scene, sigmas, seed)
         rows += [scene.truth, made]
         if name == "default":
             judge = default_judge(vae, data)
@@ -149,6 +176,6 @@ def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | P
         report[f"colour error {name}"] = float(np.abs(made.mean(0) - scene.truth.mean(0)).mean())
     folder = Path(run) / "preview"
     folder.mkdir(exist_ok=True)
-    sheet(rows, 12).save(folder / f"{iteration:06d}.png")
-    (folder / f"{iteration:06d}.json").write_text(json.dumps(report, indent=1))
+    sheet(rows, 12).save(folder / f"{stage}_{iteration:06d}.png")
+    (folder / f"{stage}_{iteration:06d}.json").write_text(json.dumps(report, indent=1))
     return report

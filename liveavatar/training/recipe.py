@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +17,24 @@ import torch.multiprocessing as mp
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.training import codec, consistency, data, dmd, export, forcing, ode, planning, preview, teacher
+from liveavatar.training import (
+    ablations,
+    choose,
+    codec,
+    consistency,
+    data,
+    dmd,
+    export,
+    forcing,
+    ingest,
+    ode,
+    planning,
+    preview,
+    probing,
+    shards,
+    teacher,
+)
+from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.groups import device_of, join, launched, meet
 from liveavatar.training.memory import ClipConfig
 from liveavatar.training.stored import StoredConditions
@@ -32,10 +51,15 @@ class Recipe:
     data: data.DataConfig | None = None
     vae: codec.CodecConfig | None = None
     clip: ClipConfig | None = None  # size of encoded clips that no data section describes, for the plan of memory
+    videos: ingest.VideosConfig | None = None  # clips come from these instead of the generator
     teacher: teacher.TeacherConfig | None = None
+    probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
     consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
+    choose: choose.ChooseConfig | None = None
+    ablations: ablations.AblationConfig = ablations.AblationConfig()
+    preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
     processes: int = 1
 
@@ -69,9 +93,9 @@ class Recipe:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
         if lacking:
             raise ConfigError(f"missing section {lacking[0]!r}")
-        surplus = [name for name in ("vae", "teacher") if self.forcing.base and getattr(self, name)]
+        surplus = [name for name in ("vae", "teacher", "probe", "choose") if self.forcing.base and getattr(self, name)]
         if surplus:
-            raise ConfigError(f"section {surplus[0]!r}: the base {self.forcing.base.folder} is what that stage would train")
+            raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is and judged by `evaluate`")
 
     def _check_lengths(self) -> None:
         clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
@@ -94,9 +118,12 @@ class Recipe:
                 raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
         if self.forcing.start == "teacher" and not self.teacher:
             raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
-        if self.export.stage != "forcing" and not getattr(self, self.export.stage):
-            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {self.export.stage} section")
-        if self.dmd and self.export.stage == "dmd" and self.dmd.history != "per_step":
+        if self.choose and not self.dmd:
+            raise ConfigError("choose: the recipe has no dmd section to choose from")
+        needed = "choose" if self.export.stage == "chosen" else self.export.stage
+        if not getattr(self, needed):
+            raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
+        if self.dmd and self.export.stage in ("dmd", "chosen") and self.dmd.history != "per_step":
             # The chain keeps one bank per step; a student used to other history drifts in it (training.md 2.4).
             raise ConfigError(f"dmd.history={self.dmd.history!r}: students of this history cannot be exported, the runtime has per_step only")
 
@@ -104,6 +131,11 @@ class Recipe:
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file. Raises ConfigError."""
     return settings.load(path, overrides, cls=Recipe)
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """SHA-256 of all that the recipe says, defaults written out."""
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def run_data(recipe: Recipe) -> None:
@@ -126,11 +158,23 @@ def run_decoder(recipe: Recipe) -> None:
         codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
 
 
+def run_probe(recipe: Recipe) -> None:
+    """Train the judge network and write RUN/probe, with what it is worth on the held-out clips."""
+    probing.train_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed)
+    if first_rank():
+        probing.finish_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed, recipe_sha256(recipe))
+
+
 def run_latents(recipe: Recipe) -> None:
     """Encode what is not encoded yet; ranks share the clips."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     forcing.encode_corpus(recipe.forcing, recipe.data.folder, recipe.run, rank, world)
     meet()
+
+
+def run_pack(recipe: Recipe) -> None:
+    """The encoded clips as tar shards beside their files, for a machine that gets RUN/latents/train-*.tar alone."""
+    shards.pack(Path(recipe.run) / "latents", "train")
 
 
 def run_teacher(recipe: Recipe) -> None:
@@ -155,8 +199,16 @@ def run_consistency(recipe: Recipe) -> None:
 
 
 def run_dmd(recipe: Recipe) -> None:
-    """Distribution matching on own rollouts, at the levels that are exported."""
+    """Distribution matching on own rollouts, at the levels that are exported. With a `choose` section the teacher must be the better one."""
+    if recipe.choose and recipe.dmd.teacher == "teacher" and first_rank() and not checkpoint_path(recipe.run, "dmd").exists():
+        choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.dmd.start, recipe.export.sigmas)
+    meet()
     dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+
+
+def run_choose(recipe: Recipe) -> None:
+    """Judge what Stage 2 began with, kept and ended with; the best becomes RUN/chosen.pt."""
+    choose.choose(recipe.choose, recipe.forcing, recipe.data, recipe.run, recipe.seed, "dmd", recipe.dmd.start, recipe.export.sigmas)
 
 
 def run_export(recipe: Recipe) -> None:
@@ -170,14 +222,23 @@ def run_export(recipe: Recipe) -> None:
 def run_preview(recipe: Recipe) -> None:
     """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
     if first_rank():
-        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.export.stage)
+        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.preview or recipe.export.stage,
+                        teach=recipe.teacher)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "latents": run_latents, "teacher": run_teacher,
-          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd, "export": run_export}
-OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "latents": "data", "teacher": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd"}  # the sections that ask for them
-SIDE_STAGES = {"preview": run_preview}  # only by name
-ALONE = ("data", "export", "preview")  # these run in one process
+def run_ablations(recipe: Recipe) -> None:
+    """What each part of the method is worth on the checkpoints of the run, into RUN/ablations."""
+    ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.stage, recipe.export.sigmas)
+
+
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "teacher": run_teacher,
+          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
+          "choose": run_choose, "export": run_export}
+# The sections that ask for them.
+OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "latents": "data", "teacher": "teacher", "ode": "ode",
+            "consistency": "consistency", "dmd": "dmd", "choose": "choose"}
+SIDE_STAGES = {"pack": run_pack, "preview": run_preview, "ablations": run_ablations}  # only by name
+ALONE = ("data", "pack", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
@@ -185,8 +246,11 @@ def first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError."""
+def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync_judge: ingest.SyncJudge | None = None) -> None:
+    """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError.
+
+    sync_judge: of videos that are to become clips; training knows no measure of its own.
+    """
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
     names = stages_of(recipe) if stage == "all" else [stage]
@@ -198,7 +262,10 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = ()) -> N
         join()
     try:
         for name in names:
-            _run_stage(name, recipe)
+            if name == "data" and recipe.videos is not None:
+                ingest.ingest(recipe.videos, recipe.data, sync_judge)
+            else:
+                _run_stage(name, recipe)
     finally:
         if joined:
             dist.destroy_process_group()
@@ -217,7 +284,7 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 
 def _why_not(recipe: Recipe, name: str) -> str:
-    if recipe.forcing.base and name in ("vae", "decoder", "teacher"):
+    if recipe.forcing.base and name in ("vae", "decoder", "teacher", "probe", "choose"):
         return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
     return f"the recipe has no {OPTIONAL[name]} section"
 

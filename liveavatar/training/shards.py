@@ -1,89 +1,83 @@
-"""Clip files: what the generator knows about one stretch of video, one uncompressed .npz each.
+"""What training stores: clip files (conditioning/clipfiles.py has their form), and encoded clips packed into tar shards.
 
-A clip file is written under a temporary name and renamed, so a reader never sees half of one and a
-killed writer leaves nothing that looks finished.
+A shard is a webdataset tar: members NAME.json (the card) and NAME.ARRAY.npy, so that other programs can stream it. Ours reads
+members where they lie, by offset: a batch stays a function of its draws, and a resumed run repeats it.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
-from dataclasses import dataclass, fields
+import tarfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from liveavatar.core import InputError
+from liveavatar.conditioning.clipfiles import Clip, clip_path, clip_paths, read_arrays, read_clip, write_arrays, write_clip
+from liveavatar.core import ConfigError, InputError
+
+__all__ = ["GENERATOR_VERSION", "Clip", "Packed", "clip_path", "clip_paths", "pack", "read_arrays", "read_clip", "write_arrays", "write_clip"]
 
 GENERATOR_VERSION = 1  # raise when the same seed would give other bytes
+CARD, ARRAY = ".json", ".npy"
 
 
-@dataclass(frozen=True)
-class Clip:
-    """T pictures of one person speaking and the truth about them (training.md 5.7).
+def pack(folder: str | Path, split: str, per_shard: int = 256) -> list[Path]:
+    """FOLDER/SPLIT/clip_*.npz into FOLDER/SPLIT-000000.tar and so on; returns the shards. The files stay.
 
-    frames uint8 [T,S,S,3]; reference uint8 [S,S,3] (closed mouth, looking ahead); pcm int16 [n] at
-    16 kHz, sample 0 at picture 0, longer than the pictures by the audio look-ahead; mouth float32
-    [T,4] and eyes float32 [T,2,4] boxes x0 y0 x1 y1 in pixels; aperture, width, lid float32 [T] in
-    eye distances; units float32 [T,52]; pose float32 [T,3] degrees; card: JSON-ready description.
+    Raises ConfigError without webdataset, InputError without clips.
+    """
+    try:
+        from webdataset import TarWriter
+    except ImportError:
+        raise ConfigError("writing shards needs webdataset: pip install 'liveavatar[videos]'") from None
+    paths, made = clip_paths(folder, split), []
+    if not paths:
+        raise InputError(f"{Path(folder) / split}: no clips to pack")
+    for number in range(0, len(paths), per_shard):
+        made.append(Path(folder) / f"{split}-{number // per_shard:06d}.tar")
+        part = made[-1].with_suffix(".part")
+        with TarWriter(str(part), mtime=0) as tar:
+            for path in paths[number : number + per_shard]:
+                card, arrays = read_arrays(path)
+                tar.write({"__key__": path.stem, "json": card, **{f"{name}.npy": array for name, array in arrays.items()}})
+        part.replace(made[-1])
+    return made
+
+
+class Packed:
+    """All clips in the shards of a split. cards: by FOLDER/SPLIT-N.tar/NAME; arrays are read when asked for.
+
+    Raises InputError when a shard is damaged or holds a clip without its card.
     """
 
-    frames: np.ndarray
-    reference: np.ndarray
-    pcm: np.ndarray
-    mouth: np.ndarray
-    eyes: np.ndarray
-    aperture: np.ndarray
-    width: np.ndarray
-    lid: np.ndarray
-    units: np.ndarray
-    pose: np.ndarray
-    card: dict
+    def __init__(self, folder: str | Path, split: str):
+        self.cards: dict[Path, dict] = {}
+        self._places: dict[Path, dict[str, tuple[int, int]]] = defaultdict(dict)
+        for shard in sorted(Path(folder).glob(f"{split}-*.tar")):
+            try:
+                self._list(shard)
+            except (tarfile.TarError, ValueError, OSError) as error:
+                raise InputError(f"{shard}: not a readable shard: {error}") from None
+        for path in self._places.keys() - self.cards.keys():
+            raise InputError(f"{path.parent}: {path.name} has no card")
 
-    @property
-    def caption(self) -> str:
-        return self.card["caption"]
+    def _list(self, shard: Path) -> None:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                name, _, kind = member.name.partition(".")
+                if f".{kind}" == CARD:
+                    self.cards[shard / name] = json.load(tar.extractfile(member))
+                elif kind.endswith(ARRAY):
+                    self._places[shard / name][kind.removesuffix(ARRAY)] = (member.offset_data, member.size)
 
-
-def write_arrays(path: str | Path, card: dict, **arrays: np.ndarray) -> None:
-    """An .npz with `card` as JSON, written whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as stream:
-        np.savez(stream, card=np.array(json.dumps(card, sort_keys=True)), **arrays)
-    os.replace(part, path)
-
-
-def read_arrays(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(card, arrays) of a file of write_arrays. Raises InputError when it is not one."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        return json.loads(str(arrays.pop("card"))), arrays
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a clip file: {error}") from None
+    def arrays(self, path: Path) -> dict[str, np.ndarray]:
+        """The arrays of one clip, by name."""
+        with open(path.parent, "rb") as file:
+            return {name: _array(file, *place) for name, place in self._places[path].items()}
 
 
-def write_clip(path: str | Path, clip: Clip) -> None:
-    """Store a clip; see Clip for the arrays."""
-    write_arrays(path, clip.card, **{f.name: getattr(clip, f.name) for f in fields(Clip) if f.name != "card"})
-
-
-def read_clip(path: str | Path) -> Clip:
-    """The clip of a file. Raises InputError when it is not one."""
-    card, arrays = read_arrays(path)
-    wanted = {f.name for f in fields(Clip)} - {"card"}
-    if set(arrays) != wanted:
-        raise InputError(f"{path}: holds {', '.join(sorted(arrays))}; a clip has {', '.join(sorted(wanted))}")
-    return Clip(card=card, **arrays)
-
-
-def clip_path(folder: str | Path, split: str, index: int) -> Path:
-    """Where clip `index` of a split ("train" or "held") lies."""
-    return Path(folder) / split / f"clip_{index:06d}.npz"
-
-
-def clip_paths(folder: str | Path, split: str) -> list[Path]:
-    """Finished clips of a split, in order of index; more may appear while a renderer runs."""
-    return sorted((Path(folder) / split).glob("clip_*.npz"))
+def _array(file, offset: int, size: int) -> np.ndarray:
+    file.seek(offset)
+    return np.load(io.BytesIO(file.read(size)), allow_pickle=False)

@@ -10,17 +10,12 @@ person's own, so a gaze to the picture's right is the person's left.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-import yaml
 
-from .head import ARKIT_UNITS
-from .speech import RATE, Utterance
-
-ARTICULATORS = ("jaw", "close", "wide", "round", "upper", "lower", "roll", "tongue")
-JAW, CLOSE, WIDE, ROUND, UPPER, LOWER, ROLL, TONGUE = range(8)
+from liveavatar.conditioning.phones import VOWELS, Utterance
+from liveavatar.conditioning.visemes import ARKIT_UNITS, arkit, articulate, loudness, ramp, smooth, viseme_table
+from liveavatar.core import SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -49,131 +44,22 @@ class Behaviour:
     idle_smile: tuple[float, float] = (0.0, 0.12)
 
 
-@lru_cache(maxsize=1)
-def viseme_table() -> dict:
-    """visemes.yaml with, per phone, its shape [8] and its dominance [8]."""
-    data = yaml.safe_load((Path(__file__).parent / "visemes.yaml").read_text())
-    shapes, doms = {}, {}
-    for row in data["classes"].values():
-        v = np.array(row["shape"], float)
-        d = np.full(8, float(row["d"][1]))
-        d[JAW] = row["d"][0]
-        for name, b in data["boost"].items():
-            k = ARTICULATORS.index(name)
-            if v[k] >= b["at"]:
-                d[k] *= b["times"]
-        for p in row["phones"]:
-            shapes[p], doms[p] = v, d
-    return data | {"shapes": shapes, "dominance": doms}
-
-
-def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Centred Gaussian along axis 0, sigma in samples, edge values held."""
-    if sigma <= 0:
-        return x
-    r = int(np.ceil(4 * sigma))
-    k = np.exp(-0.5 * (np.arange(-r, r + 1) / sigma) ** 2)
-    k /= k.sum()
-    pad = np.pad(x, [(r, r)] + [(0, 0)] * (x.ndim - 1), mode="edge")
-    return np.stack([np.convolve(c, k, "valid") for c in pad.reshape(len(pad), -1).T], -1).reshape(x.shape)
-
-
-def _ramp(x, a, b):
-    t = np.clip((np.asarray(x) - a) / (b - a), 0, 1)
-    return t * t * (3 - 2 * t)
-
-
 def _grid(frames: int, fps: int, rate: float) -> np.ndarray:
     """Times of the fine grid (sample k is exactly k/rate), a margin past the last frame."""
     return np.arange(int(np.ceil(frames / fps * rate)) + 2) / rate
-
-
-def loudness(pcm: np.ndarray, times: np.ndarray, window: float = 0.05) -> np.ndarray:
-    """RMS in a window centred on each time."""
-    power = np.concatenate([[0.0], np.cumsum(np.asarray(pcm, float) ** 2)])
-    a = np.clip(np.round((times - window / 2) * RATE), 0, len(pcm)).astype(int)
-    b = np.clip(np.round((times + window / 2) * RATE), 0, len(pcm)).astype(int)
-    return np.sqrt((power[b] - power[a]) / (window * RATE))
 
 
 def pitch(pcm: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Fundamental in Hz by autocorrelation, 0 where unvoiced."""
     n = 640
     x = np.pad(np.asarray(pcm, float), (n, n))
-    at = np.clip(np.round(times * RATE).astype(int) + n // 2, 0, len(x) - n)
+    at = np.clip(np.round(times * SAMPLE_RATE).astype(int) + n // 2, 0, len(x) - n)
     f = x[at[:, None] + np.arange(n)] * np.hanning(n)
     ac = np.fft.irfft(np.abs(np.fft.rfft(f, 2 * n)) ** 2)[:, :n]
-    lo, hi = RATE // 350, RATE // 65
+    lo, hi = SAMPLE_RATE // 350, SAMPLE_RATE // 65
     best = lo + np.argmax(ac[:, lo:hi], axis=1)
     strong = ac[np.arange(len(at)), best] > 0.4 * ac[:, 0]
-    return np.where(strong & (ac[:, 0] > 0.02), RATE / best, 0.0)
-
-
-def articulate(utterance: Utterance, times: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The eight articulators on the 100 Hz grid."""
-    t = viseme_table()
-    spans, names = [], []
-    for p in utterance.phones:
-        glide = t["glides"].get(p.name)
-        cut = p.start + t["glide_from"] * (p.end - p.start) if glide else p.end
-        spans.append((p.start, cut)), names.append(p.name)
-        if glide:
-            spans.append((cut, p.end)), names.append(glide)
-    end = spans[-1][1] if spans else 0.0
-    spans.append((end, times[-1] + 1.0)), names.append("pau")
-    spans, half = np.array(spans), 0.5 / t["rate_hz"]
-    # Share of every cell [t - half, t + half) that each phone fills: no rounding of phone times.
-    first = np.maximum(times - half, 0.0)
-    cover = np.minimum(times[:, None] + half, spans[:, 1]) - np.maximum(first[:, None], spans[:, 0])
-    cover = np.clip(cover, 0, None) / (times + half - first)[:, None]
-    v = np.array([t["shapes"][p] for p in names])
-    d = np.array([t["dominance"][p] for p in names])
-    sigma = t["sigma_ms"] / 1000 * t["rate_hz"]
-    a = _smooth(cover @ (d * v), sigma) / _smooth(cover @ d, sigma)
-
-    rms = loudness(utterance.pcm, times)
-    speaking = (cover * np.array([p != "pau" for p in names])).sum(1)
-    voiced = rms[speaking > 0.5]
-    if len(voiced):
-        reference = np.percentile(voiced, 75) + 1e-9
-        lo, hi = t["loudness"]
-        scale = np.clip(lo + (1.1 - lo) * _smooth(rms, 2.5) / reference, lo, hi)
-        a[:, [JAW, UPPER, LOWER]] *= scale[:, None]
-    gains = rng.uniform(*t["speaker_gain"], 8)
-    gains[CLOSE] = 1.0  # everybody's lips meet
-    a *= gains
-    return np.clip(a, 0, 1)
-
-
-def arkit(articulators: np.ndarray) -> np.ndarray:
-    """Articulators [T, 8] to units [T, 52]; lips that seal stay sealed while the jaw hangs."""
-    t = viseme_table()
-    units = np.zeros((len(articulators), len(ARKIT_UNITS)), np.float64)
-
-    def add(name, x):
-        for n in (name[:-1] + "Left", name[:-1] + "Right") if name.endswith("+") else (name,):
-            units[:, ARKIT_UNITS.index(n)] += x
-
-    seal = _ramp(articulators[:, CLOSE], t["seal"]["from"], t["seal"]["to"])
-    for k, name in enumerate(ARTICULATORS):
-        x = articulators[:, k]
-        if k in (UPPER, LOWER):
-            x = x * (1 - seal)
-        if k == CLOSE:  # a resting mouth does not press
-            x = x * seal
-        for unit, gain in t["arkit"][name].items():
-            add(unit, gain * x)
-    jaw = units[:, ARKIT_UNITS.index("jawOpen")]
-    rest = _ramp(articulators[:, CLOSE], 0.2, 0.34) * _ramp(articulators[:, JAW], 0.10, 0.04)
-    add("mouthClose", jaw * np.maximum(seal, rest))
-    return np.clip(units, 0, 1)
-
-
-def lip_gap(units: np.ndarray) -> np.ndarray:
-    """A scalar for tests: how far the lips are apart, about 0..1."""
-    def u(name):
-        return units[:, ARKIT_UNITS.index(name)]
-    return np.clip(u("jawOpen") - u("mouthClose"), 0, 1) + 0.25 * u("mouthLowerDownLeft") + 0.1 * u("mouthUpperUpLeft")
+    return np.where(strong & (ac[:, 0] > 0.02), SAMPLE_RATE / best, 0.0)
 
 
 def _ou(rng, n, dt, sigma, tau):
@@ -186,7 +72,7 @@ def _ou(rng, n, dt, sigma, tau):
     for k in range(1, len(x)):
         x[k] = a * x[k - 1] + e[k]
     width = 0.16
-    x = _smooth(x, width / dt)[warm // 2:warm // 2 + n]
+    x = smooth(x, width / dt)[warm // 2:warm // 2 + n]
     # OU variance kept by the Gaussian: exp((w/tau)^2) * erfc(w/tau), with erfc expanded for small w/tau
     r = width / tau
     return x * np.asarray(sigma) / np.sqrt(max(1 - 2 * r / np.sqrt(np.pi) + r * r, 0.3))
@@ -208,7 +94,7 @@ def _lids(rng, times, fps, b):
         t = np.round(t * fps) / fps  # the closed moment falls on a frame and is seen
         down, up = 0.32 * length, 0.68 * length
         x = times - t
-        shape = np.where(x < 0, _ramp(x, -down, 0), 1 - _ramp(x, 0, up))
+        shape = np.where(x < 0, ramp(x, -down, 0), 1 - ramp(x, 0, up))
         lid = np.maximum(lid, shape)
     return lid
 
@@ -224,16 +110,13 @@ def _saccades(rng, times, b):
             return gaze
         there = rng.normal(size=2) * b.gaze_sigma * (0.25 if rng.random() < 0.65 else 1.5)
         length = 0.025 + 0.0025 * np.hypot(*(there - here))
-        gaze += _ramp(times, at, at + length)[:, None] * (there - here)
+        gaze += ramp(times, at, at + length)[:, None] * (there - here)
         here = there
-
-
-_VOWELS = frozenset("aa ae ah ao aw ax ay eh er ey ih iy ow oy uh uw".split())
 
 
 def _stresses(utterance: Utterance) -> list[tuple[float, float]]:
     """(time, strength 0..1) of stressed syllables: long loud vowels, 0.35 s apart or more."""
-    vowels = [p for p in utterance.phones if p.name in _VOWELS]
+    vowels = [p for p in utterance.phones if p.name in VOWELS]
     if not vowels:
         return []
     mid = np.array([(p.start + p.end) / 2 for p in vowels])
@@ -264,7 +147,7 @@ def direct(utterance: Utterance, frames: int, seed: int, fps: int = 25,
         cols = x.reshape(len(x), -1).T
         return np.stack([np.interp(frame_times, times, c) for c in cols], -1).reshape((frames,) + x.shape[1:])
 
-    art = at_frames(articulate(utterance, times, mouth))
+    art = at_frames(articulate(utterance, times, mouth.uniform(*viseme_table()["speaker_gain"], 8)))
     units = arkit(art)
 
     pose = _ou(head, len(times), 1 / rate, b.head_sigma, b.head_tau)
@@ -286,9 +169,9 @@ def direct(utterance: Utterance, frames: int, seed: int, fps: int = 25,
     raised = np.zeros(len(times))
     if voiced.sum() > 5:
         octaves = np.where(voiced, np.log2(np.maximum(f0, 1) / np.median(f0[voiced])), 0.0)
-        soft = _smooth(np.where(voiced, np.clip(octaves, -0.5, 0.5), 0), 9) / np.maximum(_smooth(voiced.astype(float), 9), 0.15)
+        soft = smooth(np.where(voiced, np.clip(octaves, -0.5, 0.5), 0), 9) / np.maximum(smooth(voiced.astype(float), 9), 0.15)
         raised = b.brow * 1.6 * soft
-    raised = _smooth(raised, 6) + _ou(brows, len(times), 1 / rate, (0.05,), 2.0)[:, 0]
+    raised = smooth(raised, 6) + _ou(brows, len(times), 1 / rate, (0.05,), 2.0)[:, 0]
     smile = brows.uniform(*b.idle_smile)
 
     def put(name, x):

@@ -1,7 +1,7 @@
 """Speech whose phones are known in time.
 
 Two sources: `synthesize` (the `flite` program, which prints every phone with its end time under
-`-psdur`) and `align` (pocketsphinx with its bundled English model, phone level, 10 ms).
+`-psdur`) and recordings with their text (conditioning/phones.py).
 All audio is 16 kHz mono float32 in -1..1; times are seconds from the first sample.
 """
 
@@ -12,53 +12,22 @@ import shutil
 import subprocess
 import tempfile
 import wave
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from liveavatar.core import LiveAvatarError
+from liveavatar.conditioning.phones import PHONES, Phone, SpeechError, Utterance, align, merge_pauses
+from liveavatar.core import SAMPLE_RATE
 
-RATE = 16000
+RATE = SAMPLE_RATE
 TRAIN_VOICES = ("slt", "rms", "kal16")
 HELD_OUT_VOICE = "awb"
 TEXTS = Path("/usr/share/pocketsphinx/test/data/librivox")
 
-PHONES = frozenset(
-    "aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p pau r s sh t th uh "
-    "uw v w y z zh".split()
-)
-
-
-class SpeechError(LiveAvatarError):
-    """Speech could not be made or aligned."""
-
 
 class FliteMissing(SpeechError):
     """The `flite` program is not installed (Debian: apt install flite)."""
-
-
-class AlignmentError(SpeechError):
-    """The recording and its text do not fit together, or a word is unknown."""
-
-
-@dataclass(frozen=True)
-class Phone:
-    name: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Utterance:
-    pcm: np.ndarray
-    phones: tuple[Phone, ...]
-    text: str
-    voice: str
-
-    @property
-    def seconds(self) -> float:
-        return len(self.pcm) / RATE
 
 
 def have_flite() -> bool:
@@ -159,16 +128,6 @@ def _cut(u: Utterance, a: float, b: float) -> Utterance:
     return replace(u, pcm=u.pcm[i:j], phones=kept)
 
 
-def _merge(phones: list[Phone]) -> tuple[Phone, ...]:
-    out: list[Phone] = []
-    for p in phones:
-        if out and out[-1].name == "pau" == p.name:
-            out[-1] = replace(out[-1], end=p.end)
-        else:
-            out.append(p)
-    return tuple(out)
-
-
 def silence(seconds: float, seed: int = 0) -> Utterance:
     """A listening clip: faint noise and one long pause."""
     n = round(seconds * RATE)
@@ -214,76 +173,7 @@ def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES) -> Utterance:
             pcm.append(parts[k].pcm)
             phones += [Phone(p.name, p.start + at / RATE, p.end + at / RATE) for p in parts[k].phones]
             at += len(parts[k].pcm)
-    return Utterance(np.concatenate(pcm)[:n], _merge(phones), " ".join(p.text for p in parts), voice)
-
-
-# --------------------------------------------------------------------------- alignment
-
-def _decoder():
-    """A new decoder for every recording: it adapts to what it hears, and times must not depend on that."""
-    try:
-        from pocketsphinx import Decoder
-    except ImportError as e:
-        raise SpeechError("pocketsphinx is not installed") from e
-    return Decoder(samprate=RATE, lm=None, loglevel="FATAL")
-
-
-def _phone_times(raw: bytes, words: list[str]) -> list[tuple[str, int, int]]:
-    """(name, first frame, frames) of every phone. A second pass that fails is retried on two parts."""
-    dec = _decoder()
-
-    def listen():
-        dec.start_utt()
-        dec.process_raw(raw, full_utt=True)
-        dec.end_utt()
-
-    dec.set_align_text(" ".join(words))
-    listen()
-    seg = [(s.word, s.start_frame, s.end_frame) for s in dec.seg() or ()]
-    try:
-        dec.set_alignment()
-        listen()
-        return [(p.name, p.start, p.duration) for w in dec.get_alignment() for p in w]
-    except RuntimeError:
-        spoken = [k for k, s in enumerate(seg) if not s[0].startswith(("<", "["))]
-        if len(spoken) != len(words) or len(words) < 2:
-            raise
-        # Cut at the longest silence between two words.
-        gap, n = max((seg[spoken[i]][1] - seg[spoken[i - 1]][2], i) for i in range(1, len(words)))
-        if gap < 4:
-            raise
-        cut = (seg[spoken[n]][1] + seg[spoken[n - 1]][2]) // 2
-        at = cut * RATE // 100 * 2
-        right = _phone_times(raw[at:], words[n:])
-        return _phone_times(raw[:at], words[:n]) + [(p, k + cut, d) for p, k, d in right]
-
-
-def align(pcm16k: np.ndarray, text: str, voice: str = "recording") -> Utterance:
-    """Phone times of a recording with known words, on pocketsphinx's 10 ms grid."""
-    pcm = np.asarray(pcm16k)
-    pcm = pcm.astype(np.float32) / 32768.0 if pcm.dtype == np.int16 else pcm.astype(np.float32)
-    raw = np.clip(np.round(pcm * 32768), -32768, 32767).astype("<i2").tobytes()
-    words = re.findall(r"[a-z']+", text.lower())
-    dec = _decoder()
-    unknown = [w for w in words if dec.lookup_word(w) is None]
-    if unknown or not words:
-        raise AlignmentError(f"not in the dictionary: {', '.join(unknown) or '(no words)'}")
-    try:
-        found = _phone_times(raw, words)
-    except (RuntimeError, TypeError) as e:
-        raise AlignmentError(f"no alignment of {text!r}: {e}") from e
-    total, at, phones = len(pcm) / RATE, 0.0, []
-    for name, start, duration in found:
-        start, end = start / 100, min((start + duration) / 100, total)
-        if start > at + 1e-6:
-            phones.append(Phone("pau", at, start))
-        name = name.lower()
-        if end > start:
-            phones.append(Phone(name if name in PHONES else "pau", start, end))
-            at = end
-    if total > at:
-        phones.append(Phone("pau", at, total))
-    return Utterance(pcm, _merge(phones), " ".join(words), voice)
+    return Utterance(np.concatenate(pcm)[:n], merge_pauses(phones), " ".join(p.text for p in parts), voice)
 
 
 def real_recordings() -> list[Utterance]:

@@ -1,0 +1,80 @@
+"""Do the lips meet at p, b and m, and stay apart at open vowels? Needs no reference video (evaluation.md 2.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from liveavatar.conditioning.phones import Utterance
+from liveavatar.evaluation.landmarks import Track
+from liveavatar.evaluation.report import Measure, absent, bootstrap
+
+CLOSED_PHONES, OPEN_PHONES = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
+WINDOW = 0.06  # seconds to either side of a phone's middle
+OPENED = 0.023  # IOD above rest from which lips count as apart: .03 on a mesh that reads .007 on closed lips
+REST_QUANTILE, MAX_REST = 5, 0.035  # of the video's own gap, per cent; no higher, or a mouth that never closes would be its own rest
+MIN_EVENTS = 3
+Z = 1.96
+NAMES = {"closure": ("", "higher"), "false_closure": ("", "lower"), "closure_minus_false": ("", "higher"), "closure_lag_ms": ("ms", "target")}
+
+
+def closure(track: Track, utterance: Utterance, source: str = "", language: str = "en") -> list[Measure]:
+    """closure, false_closure, their difference, and the median lag of the narrowest moment behind the phone's middle.
+
+    The tracker reads closed lips of small faces as .003 to .03 IOD apart, another value for each face: what it reads
+    at this video's narrowest moments is taken off first.
+    """
+    backend = f"{source or 'given phones'}; tracked gap"
+    if language != "en":
+        return _absent(f"no phone map for language {language}", backend)
+    if not track.seen.any():
+        return _absent("no face", backend)
+    limit = min(float(np.nanpercentile(track.gap, REST_QUANTILE)), MAX_REST) + OPENED
+    shut, lags = _events(track, utterance, CLOSED_PHONES, limit)
+    falsely, _ = _events(track, utterance, OPEN_PHONES, limit)
+    if len(shut) < MIN_EVENTS or len(falsely) < MIN_EVENTS:
+        return _absent(f"too few phones: {len(shut)} of p b m, {len(falsely)} open vowels, {MIN_EVENTS} of each needed", backend)
+    values = {"closure": shut.mean(), "false_closure": falsely.mean(), "closure_minus_false": shut.mean() - falsely.mean(),
+              "closure_lag_ms": np.median(lags)}  # fmt: skip
+    spread = {"closure": wilson(shut.mean(), len(shut)), "false_closure": wilson(falsely.mean(), len(falsely)), "closure_minus_false": _difference(shut, falsely),
+              "closure_lag_ms": bootstrap(lags, np.median)}  # fmt: skip
+    counts = {"closure": len(shut), "false_closure": len(falsely), "closure_minus_false": len(shut) + len(falsely), "closure_lag_ms": len(lags)}
+    return [Measure(name=name, value=float(values[name]), unit=unit, better=better, n=counts[name], interval=_floats(spread[name]), backend=backend)
+            for name, (unit, better) in NAMES.items()]  # fmt: skip
+
+
+def _absent(reason: str, backend: str) -> list[Measure]:
+    return [absent(name, reason, unit=unit, better=better, backend=backend) for name, (unit, better) in NAMES.items()]
+
+
+def _events(track: Track, utterance: Utterance, names: Iterable[str], limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """(closed float [n] 0 or 1, lag of the narrowest moment [n] ms) of every phone of `names` that is seen."""
+    closed, lags = [], []
+    for phone in utterance.phones:
+        if phone.name not in names:
+            continue
+        middle = (phone.start + phone.end) / 2
+        near = np.flatnonzero((np.abs(track.times - middle) <= WINDOW) & track.seen)
+        if len(near):
+            narrowest = near[np.argmin(track.gap[near])]
+            closed.append(track.gap[narrowest] < limit)
+            lags.append(1000 * (track.times[narrowest] - middle))
+    return np.array(closed, float), np.array(lags, float)
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share p of n events; unlike a bootstrap it does not claim certainty where all went well."""
+    middle, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return (middle - half) / (1 + Z * Z / n), (middle + half) / (1 + Z * Z / n)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """95 % of mean(a) - mean(b) of two independent shares, from their Wilson intervals (Newcombe 1998, method 10)."""
+    (p, q), (low_p, high_p), (low_q, high_q) = (a.mean(), b.mean()), wilson(a.mean(), len(a)), wilson(b.mean(), len(b))
+    return p - q - math.hypot(p - low_p, high_q - q), p - q + math.hypot(high_p - p, q - low_q)
+
+
+def _floats(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    return interval and (float(interval[0]), float(interval[1]))

@@ -1,0 +1,77 @@
+"""`liveavatar evaluate gates`: the command. Registered by __main__; everything heavy is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from liveavatar.evaluation.report import Gate, Measure, Report
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n"
+    "liveavatar evaluate gates --data data/tiny --probe runs/tiny/probe   [dim]the embedded avatar[/dim]\n\n"
+    "liveavatar evaluate gates --data data/tiny --probe runs/tiny/probe --frames 1000 model.path=runs/tiny/default"
+)
+FILE_WIDTH = 150  # columns of a table that goes into a file
+VERDICTS = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[yellow]not measured[/yellow]"}
+
+
+def gates(
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Clips rendered by `train data`: its splits held and default are judged on.")],
+    probe: Annotated[Path, typer.Option("--probe", metavar="DIR", help="The judge network: the folder that `train probe` wrote.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, e.g. model.path=DIR model.dtype=float32.")] = None,
+    frames: Annotated[int, typer.Option(min=24, help="Length of the drift run in pictures.")] = 10_000,
+    teacher: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Clips like those of --data whose pictures the teacher made.")] = None,
+    full: Annotated[Optional[Path], typer.Option(metavar="DIR", help="The same checkpoint saved in float32.")] = None,
+    clips: Annotated[Optional[int], typer.Option(min=2, help="At most so many clips of each group. Default: all.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help="The report to write; export puts it into the card.")] = Path("gates.json"),
+) -> None:
+    """Judge a checkpoint by every gate of the training recipe. Exit status 1 when one fails; what was not measured says why."""
+    from liveavatar import config as settings
+    from liveavatar.core import InputError
+    from liveavatar.evaluation import gates as judge
+    from liveavatar.evaluation.report import write_json
+
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: the folder {out.absolute().parent} does not exist: create it first")
+    config = settings.load(None, overrides or ())
+    job = judge.GateJob(data=data, probe=probe, frames=frames, teacher=teacher, full=full, clips=clips, seed=config.seed)
+    report = judge.gates(config, job, " ".join(["liveavatar", *sys.argv[1:]]), lambda line: print(line, file=sys.stderr))
+    write_json(report, out)
+    show(report)
+    typer.echo(f"wrote {out}")
+    raise typer.Exit(1 if report.failed else 0)
+
+
+def show(report: Report) -> None:
+    """Tables of the gates and of the other measures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    known = {measure.name: measure for measure in report.metrics}
+    table = Table(title=f"gates of {report.system.name} (synthetic suite {report.origin.name})")
+    for column in ("gate", "value", "demand", "verdict", "n", "note"):
+        table.add_column(column, justify="right" if column == "n" else "left")
+    for gate in report.gates:
+        table.add_row(*_row(gate, known.get(gate.name)))
+    others = Table(title="other measures")
+    for column in ("measure", "value", "n", "note"):
+        others.add_column(column)
+    for measure in report.metrics:
+        if measure.name not in {gate.name for gate in report.gates}:
+            others.add_row(measure.name, str(measure) if measure.measured else "not measured", str(measure.n), measure.reason)
+    console = Console()
+    console = console if console.is_terminal else Console(width=FILE_WIDTH)
+    console.print(table, others)
+    passed, failed = (sum(gate.ok is verdict for gate in report.gates) for verdict in (True, False))
+    console.print(f"{passed} passed, {failed} failed, {len(report.gates) - passed - failed} not measured")
+
+
+def _row(gate: Gate, measure: Measure | None) -> tuple[str, ...]:
+    value = str(measure) if measure is not None and measure.measured else "-"
+    note = measure.reason if measure is not None else gate.reason
+    return gate.name, value, gate.demand, VERDICTS[gate.ok], str(measure.n) if measure is not None else "", note

@@ -1,0 +1,249 @@
+"""What the gates judge: clips that an avatar makes for held-out speech, beside the truth, and one long stream.
+
+Clips come through the roles' own conditioning and the cached rollout, the stream through the Engine: there is no
+third way of generating.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
+from liveavatar.config import Config
+from liveavatar.core import FPS, SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
+from liveavatar.diffusion.rollout import cached_rollout
+from liveavatar.models.probe import Probe, Seen
+from liveavatar.models.vae import StreamingVAE
+from liveavatar.runtime.engine import Engine
+from liveavatar.runtime.placement import local_devices
+from liveavatar.runtime.roles import PRIMING_LATENTS, build_stage, to_bytes
+from liveavatar.runtime.sources import open_source
+
+SESSION = "gates"  # part of the noise's seed
+SAMPLES_PER_PICTURE = SAMPLE_RATE // FPS
+GROUPS = ("held", "default", "readings")  # unseen people; the avatar that ships; the same with people's recorded voices
+
+
+def float_pcm(clip: Clip) -> np.ndarray:
+    """float32 [n] of a clip's int16 sound."""
+    return clip.pcm.astype(np.float32) / 32768.0
+
+
+# ---------------------------------------------------------------- making
+
+
+class Avatar:
+    """A checkpoint as the config has it run, block after block in the caller's thread."""
+
+    def __init__(self, config: Config):
+        """Raises ConfigError, WeightsError."""
+        self.source = open_source(config)
+        device = torch.device(local_devices(config.model.device, 1)[0].kind)
+        dtype = self.source.dtype(device)
+        if self.source.sink_policy == "random":
+            raise ConfigError("sampler.sink_distance=random: the trainer's rollout has one distance; gates need a number")
+        self.geometry = self.source.geometry
+        self.conditioner = build_stage(config, ("condition",), device)[0]
+        self.model, self.vae = self.source.transformer(dtype, device), self.source.vae(dtype, device)
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the type it computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def make(self, portrait: np.ndarray, pcm: np.ndarray, prompt: str, blocks: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+        """portrait uint8 [S,S,3], pcm float32 [n] -> latents float32 [z,F,h,w] and pictures uint8 [T,S,S,3] of so many blocks."""
+        opened = self._asked(Open(SESSION, seed=seed, prompt=prompt, picture=torch.from_numpy(portrait).permute(2, 0, 1)))
+        asked = [self._asked(audio) for audio in audio_messages(pcm, blocks, self.geometry.samples_per_block, self.source.lookahead_samples)]
+        state, latents, pictures = self.vae.new_state(), [], []
+        self.vae.decode(opened.motion[:, :PRIMING_LATENTS], state)
+        for x in cached_rollout(self.model, self.source.sigmas, [b.latents for b in asked], [b.features for b in asked], opened.context,
+                                opened.reference, opened.motion, ring_blocks=self.geometry.ring_blocks,
+                                sink_distance=int(self.source.sink_policy), refresh_block=self.source.refresh_block):
+            latents.append(x.float().cpu())
+            pictures.append(to_bytes(self.vae.decode(x, state)).numpy())
+        return torch.cat(latents, dim=1), np.concatenate(pictures)
+
+    def _asked(self, message):
+        (answer,) = self.conditioner(message)
+        if isinstance(answer, Failed):
+            raise InputError(answer.reason)
+        return answer
+
+
+def audio_messages(pcm: np.ndarray, blocks: int, size: int, lookahead: int) -> Iterator[Audio]:
+    """What the head would send for pcm float32 [n]: the first block with its look-ahead, then as much again each time."""
+    whole = np.zeros(blocks * size + lookahead, np.float32)
+    whole[: len(pcm)] = pcm[: len(whole)]
+    cuts = [0, *(size * (b + 1) + lookahead for b in range(blocks))]
+    for index, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+        yield Audio(SESSION, index=index, start=start, pcm=torch.from_numpy(whole[start:stop].copy()))
+
+
+def stream(config: Config, portrait: np.ndarray, prompt: str, seed: int, pcm: Iterator[np.ndarray], take: Callable[[np.ndarray], None]) -> None:
+    """Play float32 chunks of pcm through the Engine; `take` gets each block's pictures uint8 [T,S,S,3]. Flat memory.
+
+    Raises what the Engine raises.
+    """
+    asyncio.run(_play(replace(config, runtime=replace(config.runtime, sessions=1)), portrait, prompt, seed, pcm, take))
+
+
+async def _play(config, portrait, prompt, seed, pcm, take) -> None:
+    engine = await Engine.start(config)
+    try:
+        picture = torch.from_numpy(portrait).permute(2, 0, 1)
+        session = await engine.open(picture, prompt=prompt, seed=seed, name=SESSION)
+        feeding = asyncio.create_task(_feed(session, pcm))
+        async for out in session:
+            take(out.pictures)
+        await feeding
+    finally:
+        await engine.aclose()
+
+
+async def _feed(session, pcm: Iterator[np.ndarray]) -> None:
+    for chunk in pcm:
+        await session.push_audio(chunk)
+    await session.end_audio()
+
+
+# ---------------------------------------------------------------- beside the truth
+
+
+@dataclass(frozen=True)
+class Take:
+    """One held-out clip and what an avatar made of its portrait and its sound, both [T,...] from picture 0 on.
+
+    clip: cut to T pictures. coded: the truth through the codec, uint8 [T,S,S,3]; made: uint8 [T,S,S,3]. latents,
+    made_latents: float32 [z,F,h,w] of the truth (without the first, which covers one picture) and as generated. real,
+    through, seen: what the probe reads off truth, coded truth and made. portrait: identity embedding of clip.reference.
+    """
+
+    group: str
+    clip: Clip
+    coded: np.ndarray
+    made: np.ndarray
+    latents: torch.Tensor
+    made_latents: torch.Tensor
+    real: Seen
+    through: Seen
+    seen: Seen
+    portrait: np.ndarray
+
+
+def take_clip(avatar: Avatar, probe: Probe, group: str, clip: Clip, seed: int) -> Take:
+    """Generate what the clip shows and read all three versions."""
+    blocks = len(clip.frames) // avatar.geometry.frames_per_block
+    if not blocks:
+        raise InputError(f"a clip of {len(clip.frames)} pictures is shorter than a block of {avatar.geometry.frames_per_block}")
+    if clip.frames.shape[1:3] != (avatar.geometry.height, avatar.geometry.width):
+        raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {avatar.geometry.height}: render the held-out clips in its size")
+    made_latents, made = avatar.make(clip.reference, float_pcm(clip), clip.caption, blocks, seed)
+    latents, coded = round_trip(avatar.vae, clip.frames)
+    count = len(made)
+    return Take(group, clip.cut(count), coded[:count], made, latents[:, 1:], made_latents, probe.look(clip.frames[:count]),
+                probe.look(coded[:count]), probe.look(made), probe.look(clip.reference[None]).identity[0])
+
+
+@torch.inference_mode()
+def round_trip(vae: StreamingVAE, frames: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """uint8 [1+4n,S,S,3] -> latents float32 [z,1+n,h,w] and the decoded uint8 pictures."""
+    pictures = torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+    latents = vae.encode(pictures)
+    return latents.cpu(), to_bytes(vae.decode(latents, vae.new_state())).numpy()
+
+
+def grouped_clips(folder: Path) -> list[tuple[str, Clip]]:
+    """(group, clip) of the splits held and default of a corpus. Raises InputError when there is no held split.
+
+    A clip of the default split is a reading when its voice is none of the held split's.
+    """
+    held = [read_clip(path) for path in clip_paths(folder, "held")]
+    if not held:
+        raise InputError(f"{folder}: holds no held/clip_*.npz; render them: liveavatar train data --config configs/train_tiny.yaml")
+    own = [read_clip(path) for path in clip_paths(folder, "default")]
+    if any(clip.pose is None for clip in (*held, *own)):
+        raise InputError(f"{folder}: holds clips without true labels; gates judge on rendered clips")
+    voices = {clip.card["voice"] for clip in held}
+    return [("held", clip) for clip in held] + [("default" if clip.card["voice"] in voices else "readings", clip) for clip in own]
+
+
+# ---------------------------------------------------------------- the long stream
+
+
+@dataclass
+class Watch:
+    """What is kept of a stream: numbers per picture, features of its first and last window only.
+
+    identity_error, lid, yaw, pitch, roll float32 [T] in blocks; change: mean |difference| to the picture before, one per
+    picture but the first. first, last: Seen of `window` pictures each, the last one ending at a multiple of `period`.
+    """
+
+    probe: Probe
+    portrait: np.ndarray
+    window: int
+    period: int
+
+    def __post_init__(self):
+        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("identity_error", "lid", "yaw", "pitch", "roll", "change")}
+        self.pictures, self._before = 0, None
+        self._first: list[Seen] = []
+        self._recent: list[Seen] = []
+        self._last: list[Seen] = []
+
+    def __call__(self, pictures: np.ndarray) -> None:
+        """The next pictures uint8 [n,S,S,3]."""
+        seen = self.probe.look(pictures)
+        self.rows["identity_error"].append(1.0 - seen.identity @ self.portrait)
+        for name in ("lid", "yaw", "pitch", "roll"):
+            self.rows[name].append(getattr(seen, name))
+        joined = pictures if self._before is None else np.concatenate([self._before, pictures])
+        self.rows["change"].append(np.abs(np.diff(joined.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)))
+        self._before = pictures[-1:]
+        self._keep(seen)
+
+    def _keep(self, seen: Seen) -> None:
+        if self.pictures < self.window:
+            self._first.append(seen)
+        self._recent.append(seen)
+        self.pictures += len(seen)
+        while sum(map(len, self._recent)) - len(self._recent[0]) >= self.window:
+            del self._recent[0]
+        if self.pictures % self.period == 0 and self.pictures >= self.window:
+            self._last = list(self._recent)
+
+    def series(self, name: str) -> np.ndarray:
+        """One number per picture."""
+        return np.concatenate(self.rows[name])
+
+    @property
+    def first(self) -> Seen:
+        return Seen.join(self._first)[: self.window]
+
+    @property
+    def last(self) -> Seen:
+        return Seen.join(self._last or self._recent)[-self.window :]
+
+
+def looped(clips: list[Clip], pictures: int, per_block: int) -> tuple[int, Iterator[np.ndarray]]:
+    """(period in pictures, chunks of pcm for so many pictures): the clips' sound again and again, so that windows one
+    period apart say the same words; a period is a whole number of blocks."""
+    sound = [float_pcm(clip)[: len(clip.frames) * SAMPLES_PER_PICTURE] for clip in clips]
+    period = sum(len(clip.frames) for clip in clips) // per_block * per_block
+    once = np.concatenate(sound)[: period * SAMPLES_PER_PICTURE]
+
+    def chunks() -> Iterator[np.ndarray]:
+        left = pictures * SAMPLES_PER_PICTURE
+        while left > 0:
+            for start in range(0, min(left, len(once)), SAMPLE_RATE):
+                yield once[start : min(start + SAMPLE_RATE, left)]
+            left -= len(once)
+
+    return period, chunks()

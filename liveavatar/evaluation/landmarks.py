@@ -1,0 +1,201 @@
+"""What the tracker saw of a face over time, and how it compares with a reference or with commanded motion.
+
+Lengths are shares of the distance between the outer eye corners (IOD), so that neither picture size nor distance counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from liveavatar.conditioning import face
+from liveavatar.conditioning.face import Face
+from liveavatar.evaluation import series
+from liveavatar.evaluation.report import Measure, absent
+
+BACKEND = "mediapipe-0.10.21 468 mesh + eye rim"
+LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 267, 269, 270, 409,
+        78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 191, 80, 81, 82, 13, 312, 311, 310, 415)  # fmt: skip
+STABLE = (33, 133, 362, 263, 168, 6, 197, 195)  # eye corners and nose bridge: skull, not expression
+NOSE_BASE, FOREHEAD = 2, 10
+GAP_FLOOR, WIDTH_FLOOR, LID_FLOOR = 0.004, 0.003, 0.004  # IOD: standard deviations on a still face in an mp4, see tests/test_eval_landmarks.py
+MIN_PAIRS = 25  # pictures with a face in both videos
+CHANNELS = ("gap", "width", "blink", "yaw", "pitch", "roll")  # of a commanded motion
+
+
+@dataclass(frozen=True)
+class Track:
+    """One face through a video. times float64 [T] seconds; points float32 [T, 468, 3] pixels, NaN where there is no face;
+    faces int [T], how many were seen: the largest is followed."""
+
+    times: np.ndarray
+    points: np.ndarray
+    faces: np.ndarray
+
+    @staticmethod
+    def of(times: Sequence[float], found: Iterable[Sequence[Face]]) -> Track:
+        """From what FaceTracker saw at each time."""
+        found = list(found)
+        nothing = np.full((468, 3), np.nan, np.float32)
+        points = [faces[0].landmarks if faces else nothing for faces in found]
+        return Track(np.asarray(times, float), np.stack(points) if points else nothing[None][:0], np.array([len(f) for f in found], int))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """bool [T]: there is a face."""
+        return self.faces > 0
+
+    @cached_property
+    def eye_distance(self) -> np.ndarray:
+        """[T] pixels."""
+        return self._distance(face.EYE_RIGHT, face.EYE_LEFT)
+
+    @cached_property
+    def gap(self) -> np.ndarray:
+        """[T] between the inner lips."""
+        return self._distance(*face.INNER_LIPS) / self.eye_distance
+
+    @cached_property
+    def width(self) -> np.ndarray:
+        """[T] between the mouth's corners."""
+        return self._distance(*face.MOUTH_CORNERS) / self.eye_distance
+
+    @cached_property
+    def lids(self) -> np.ndarray:
+        """[T] mean opening of the eyes."""
+        return (self._distance(*face.LIDS_RIGHT) + self._distance(*face.LIDS_LEFT)) / 2 / self.eye_distance
+
+    @cached_property
+    def pose(self) -> np.ndarray:
+        """[T, 3] degrees: yaw towards the picture's right, pitch up, roll clockwise; from the mesh's depth, an estimate."""
+        across = self.points[:, face.EYE_LEFT] - self.points[:, face.EYE_RIGHT]
+        down = self.points[:, NOSE_BASE] - self.points[:, FOREHEAD]
+        yaw = np.arctan2(across[:, 2], across[:, 0])
+        pitch = -np.arctan2(down[:, 2], down[:, 1])
+        roll = np.arctan2(across[:, 1], across[:, 0])
+        return np.degrees(np.stack([yaw, pitch, roll], axis=1))
+
+    def _distance(self, a: int, b: int) -> np.ndarray:
+        return np.linalg.norm(self.points[:, a, :2] - self.points[:, b, :2], axis=-1).astype(float)
+
+    def channel(self, name: str) -> np.ndarray:
+        """[T] of one of CHANNELS. A blink is how far the lids are closed."""
+        if name in ("yaw", "pitch", "roll"):
+            return self.pose[:, ("yaw", "pitch", "roll").index(name)]
+        return {"gap": self.gap, "width": self.width, "blink": -self.lids}[name]
+
+
+def steady(points: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """Points [T, 468, 2] moved, turned and scaled so that their STABLE points lie on shape [8, 2]: the head held still."""
+    at = points[:, list(STABLE)].astype(float)
+    middle, goal = at.mean(1, keepdims=True), shape.mean(0)
+    z = _complex(at - middle)
+    turn = (_complex(shape - goal)[None] * z.conj()).sum(1) / (np.abs(z) ** 2).sum(1)
+    moved = _complex(points.astype(float) - middle) * turn[:, None]
+    return np.stack([moved.real, moved.imag], axis=-1) + goal
+
+
+def _complex(points: np.ndarray) -> np.ndarray:
+    return points[..., 0] + 1j * points[..., 1]
+
+
+# ---------------------------------------------------------------- against a reference video
+
+
+def paired(track: Track, reference: Track) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of pictures of both shown at the same time (within half a picture), with a face in both."""
+    if not len(track.times) or len(reference.times) < 2:
+        return np.zeros(0, int), np.zeros(0, int)
+    near = np.clip(np.searchsorted(reference.times, track.times), 1, len(reference.times) - 1)
+    near -= track.times - reference.times[near - 1] < reference.times[near] - track.times
+    half = np.median(np.diff(reference.times)) / 2
+    ok = (np.abs(reference.times[near] - track.times) <= half + 1e-6) & track.seen & reference.seen[near]
+    return np.flatnonzero(ok), near[ok]
+
+
+def distances(track: Track, reference: Track) -> list[Measure]:
+    """LMD (lips), F-LMD (all points), LVD (velocity of the lips) against a paired reference video (evaluation.md 2.3)."""
+    units = {"lmd": "IOD", "f_lmd": "IOD", "lvd": "IOD/s"}
+    a, b = paired(track, reference)
+    if len(a) < MIN_PAIRS:
+        return [absent(name, f"too short: {len(a)} paired pictures with a face, {MIN_PAIRS} needed", unit=unit, better="lower", backend=BACKEND)
+                for name, unit in units.items()]  # fmt: skip
+    shape = reference.points[b][:, list(STABLE), :2].mean(0)
+    unit = float(np.median(reference.eye_distance[b]))
+    one, two = (steady(points, shape) / unit for points in (track.points[a, :, :2], reference.points[b, :, :2]))
+    apart = np.linalg.norm(one - two, axis=-1)
+    times = track.times[a]
+    speed = np.linalg.norm(np.diff(one[:, LIPS], axis=0) - np.diff(two[:, LIPS], axis=0), axis=-1).mean(1) / np.diff(times)
+    errors = {"lmd": (times, apart[:, LIPS].mean(1)), "f_lmd": (times, apart.mean(1)), "lvd": (times[1:], speed)}
+    return [Measure(name=name, value=float(np.mean(v)), unit=units[name], better="lower", n=len(v), backend=BACKEND,
+                    interval=series.mean_interval(t, v)) for name, (t, v) in errors.items()]  # fmt: skip
+
+
+# ---------------------------------------------------------------- against commanded motion
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a face was told to do. times [T] seconds; channels: some of CHANNELS -> [T], any unit, larger = more."""
+
+    times: np.ndarray
+    channels: Mapping[str, np.ndarray]
+
+    def at(self, name: str, times: np.ndarray) -> np.ndarray:
+        """The channel at other times; NaN outside."""
+        return np.interp(times, self.times, self.channels[name], left=np.nan, right=np.nan)
+
+
+def response(track: Track, truth: Truth, reference: Track | None) -> list[Measure]:
+    """r and slope of tracked on commanded motion per channel. The slope is divided by that of the reference, the exact render:
+    a tracker sees only a share of what small mouths and lids do, and that share must not be laid to the judged video."""
+    made = []
+    for name in CHANNELS:
+        if name in truth.channels:
+            made += _response(name, track, truth, reference)
+    return made
+
+
+def _response(name: str, track: Track, truth: Truth, reference: Track | None) -> list[Measure]:
+    r_name, slope_name = f"response_{name}_r", f"response_{name}_slope"
+    m = _moments(track, truth, name)
+    if m is None:
+        reason = f"the commanded {name} does not move, or fewer than {MIN_PAIRS} pictures show a face"
+        return [absent(r_name, reason, backend=BACKEND), absent(slope_name, reason, better="target", backend=BACKEND)]
+    drawn = series.resampled(m)
+    # a face that stands still follows nothing
+    r = float(np.nan_to_num(series.correlation(m.sum(0))))
+    first = Measure(name=r_name, value=r, unit="", better="higher", n=int(m[:, 0].sum()), backend=BACKEND,
+                    interval=series.interval(np.nan_to_num(series.correlation(drawn))))  # fmt: skip
+    other = None if reference is None else _moments(reference, truth, name)
+    gain = float("nan") if other is None else float(series.slope(other.sum(0)))
+    if not abs(gain) > 0:
+        return [first, absent(slope_name, "needs the reference video: the tracker's own gain is unknown", better="target", backend=BACKEND)]
+    # the same seconds of both, where they go together: what a second asks for is then no source of doubt
+    gains = series.slope(series.resampled(other)) if len(other) == len(m) else gain
+    return [first, Measure(name=slope_name, value=float(series.slope(m.sum(0))) / gain, unit="", better="target", n=first.n, backend=BACKEND,
+                           interval=series.interval(series.slope(drawn) / gains))]  # fmt: skip
+
+
+def _moments(track: Track, truth: Truth, name: str) -> np.ndarray | None:
+    """Moments [B, 6] of commanded (x) and tracked (y) motion; None where there is too little to compare."""
+    commanded = truth.at(name, track.times)
+    block, count = series.block_of(track.times)
+    m = series.moments(commanded, track.channel(name), block, count)
+    enough = count > 1 and m[:, 0].sum() >= MIN_PAIRS and np.nanstd(commanded) > 1e-6
+    return m if enough else None
+
+
+def tracking(track: Track) -> list[Measure]:
+    """Share of pictures with a face, with more than one, and what the tracker itself cannot tell apart."""
+    if not len(track.times):
+        return [absent("faces", "the file holds no pictures", backend=BACKEND)]
+    return [
+        Measure(name="face_share", value=float(np.mean(track.faces > 0)), unit="", better="higher", n=len(track.times), backend=BACKEND),
+        Measure(name="several_faces_share", value=float(np.mean(track.faces > 1)), unit="", better="lower", n=len(track.times), backend=BACKEND),
+        Measure(name="tracker_noise_gap", value=GAP_FLOOR, unit="IOD", better="lower", n=0, backend=BACKEND,
+                reason="standard deviation on a still face at 128 pixels"),
+    ]  # fmt: skip

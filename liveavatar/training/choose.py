@@ -1,0 +1,86 @@
+"""Which checkpoint is the best, judged by the probe: Stage 2 has a peak and then degrades (training.md 2.5).
+
+People the model does not know say a held-out voice's words; the score multiplies how well the mouth follows, how close
+articulation and head motion come to the truth's, and how close the pictures' features are. It also keeps Stage 2 from
+starting under a teacher that is worse than its student.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from liveavatar.core import ConfigError, InputError
+from liveavatar.models.probe import frechet
+from liveavatar.training import data as corpus
+from liveavatar.training import preview
+from liveavatar.training.ablations import AblationConfig, Arm, Bench
+from liveavatar.training.checkpoints import checkpoint_path, copy_average
+from liveavatar.training.forcing import ForcingConfig
+from liveavatar.training.teacher import TeacherConfig
+
+CLIP_BLOCKS = 7  # as many as a training clip has: a teacher makes no more at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseConfig:
+    """people: identity seeds; blocks: 0.48 s each; probe: folder of the judge, "" for RUN/probe."""
+
+    people: tuple[int, ...] = (1_000_000, 1_000_001)
+    blocks: int = 14
+    probe: str = ""
+
+    def bench(self, blocks: int) -> AblationConfig:
+        """The same for ablations' Bench."""
+        return AblationConfig(people=self.people, blocks=max(blocks, 10), probe=self.probe)
+
+
+def score(row: dict[str, float]) -> float:
+    """0..1 from a row of ablations.figures: r x closeness of slopes x closeness of head motion / (1 + probe_fd)."""
+    def near(ratio: float) -> float:
+        return max(0.0, min(ratio, 1 / ratio)) if ratio > 0 else 0.0
+
+    return max(0.0, row["sync r"]) * near(row["aperture slope"]) * near(row["head motion ratio"]) / (1 + max(0.0, row["probe_fd"]))
+
+
+def candidates(run: str | Path, stage: str, start: str) -> list[str]:
+    """Names of what can be chosen from: where Stage 2 began, what it kept on the way, its end."""
+    kept = sorted(p.stem for p in Path(run).glob(f"{stage}_[0-9]*.pt"))
+    return [name for name in (start, *kept, stage) if checkpoint_path(run, name).exists()]
+
+
+def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, stage: str, start: str,
+           sigmas: Sequence[float]) -> list[dict]:
+    """Judge every candidate, copy the best to RUN/chosen.pt and write all rows to RUN/choice.json, best first.
+    Raises InputError without any, WeightsError without probe."""
+    run = Path(run)
+    names = candidates(run, stage, start)
+    if not names:
+        raise InputError(f"{run}: no checkpoint of {start} or {stage} to choose from")
+    bench = Bench.build(config.bench(config.blocks), forcing, data, run, seed)
+    rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
+    ranked = sorted(({**row, "score": score(row)} for row in rows), key=lambda row: -row["score"])
+    copy_average(checkpoint_path(run, ranked[0]["stage"]), checkpoint_path(run, "chosen"))
+    (run / "choice.json").write_text(json.dumps(ranked, indent=1))
+    return ranked
+
+
+def check_teacher(config: ChooseConfig, teach: TeacherConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int,
+                  start: str, sigmas: Sequence[float]) -> dict[str, float]:
+    """probe_fd of the teacher's own clips and of the student's before Stage 2; written to RUN/teacher_check.json.
+    Raises ConfigError where the student is the better one."""
+    run = Path(run)
+    bench = Bench.build(config.bench(CLIP_BLOCKS), forcing, data, run, seed)
+    scenes = [scene.cut(12 * CLIP_BLOCKS) for scene in bench.scenes]
+    models = {"teacher": preview.load_model(forcing, run, seed, "teacher")[0], "student": preview.load_model(forcing, run, seed, start)[0]}
+    made = {"teacher": [preview.generate_whole(models["teacher"], bench.vae, bench.text, forcing, teach, scene, seed) for scene in scenes],
+            "student": [preview.generate(models["student"], bench.vae, rows, forcing, scene, sigmas, seed) for scene, rows in zip(scenes, bench.captions)]}
+    truth = bench.features([scene.truth for scene in scenes])
+    found = {name: frechet(bench.features(pictures), truth) for name, pictures in made.items()}
+    (run / "teacher_check.json").write_text(json.dumps({"probe_fd": found, "start": start}, indent=1))
+    if found["student"] < found["teacher"]:
+        raise ConfigError(f"dmd: the student ({start}) is better than its teacher, probe_fd {found['student']:.3f} against {found['teacher']:.3f}: "
+                          "train the teacher longer, or take dmd.teacher=forcing")
+    return found
