@@ -41,7 +41,8 @@ def drawn_clip(split: str, index: int, *, size: int = 64, pictures: int = 25, pe
     card = {"generator": 1, "seed": index, "split": split, "index": index, "caption": f"drawn person {person}", "voice": voice,
             "identity": {"seed": person}, "phones": phones}
     return Clip(frames=np.stack([draw(size, person, a, e, w) for a, e, w in zip(aperture, lid, yaw)]), reference=draw(size, person, 0, 0.2, 0),
-                pcm=np.round(np.clip(sound, -1, 1) * 8000).astype(np.int16), mouth=np.tile(np.array([0.36, 0.58, 0.64, 0.78], np.float32) * size, (pictures, 1)),
+                pcm=np.round(np.clip(sound, -1, 1) * 8000).astype(np.int16),
+                mouth=np.tile(np.array([0.36, 0.58, 0.64, 0.78], np.float32) * size, (pictures, 1)),
                 eyes=np.repeat(eyes, pictures, axis=0), aperture=aperture, width=np.full(pictures, 0.8, np.float32) + 0.3 * aperture, lid=lid,
                 units=np.zeros((pictures, 52), np.float32), pose=np.stack([yaw, 0 * yaw, 0 * yaw], axis=1), card=card)
 

@@ -170,8 +170,9 @@ def test_every_measure_says_what_it_rests_on(judged, place):
 
 
 def test_demands_are_those_of_the_specification():
-    wanted = {"vae_psnr": (32, None), "vae_mouth_psnr": (30, None), "vae_aperture_slope": (0.97, None), "vae_blink_slope": (0.95, None), "sync_ratio": (0.95, None),
-              "sync_shuffled": (None, 0.15), "aperture_slope": (0.9, 1.1), "width_slope": (0.85, 1.15), "closure": (0.9, None), "id_dlib": (None, 0.35),
+    wanted = {"vae_psnr": (32, None), "vae_mouth_psnr": (30, None), "vae_aperture_slope": (0.97, None), "vae_blink_slope": (0.95, None),
+              "sync_ratio": (0.95, None), "sync_shuffled": (None, 0.15), "aperture_slope": (0.9, 1.1), "width_slope": (0.85, 1.15),
+              "closure": (0.9, None), "id_dlib": (None, 0.35),
               "drift_probe_fd_ratio": (None, 1.1), "latent_std_ratio": (0.95, 1.08), "seam_ratio": (None, 1.05), "background_flicker": (None, 1.5),
               "streaming_difference": (None, 0), "size_mb": (None, 25)}  # fmt: skip
     for name, limits in wanted.items():
@@ -206,7 +207,8 @@ def test_media_list_and_files_must_agree(tmp_path):
 def test_refusals(place, tiny_folder, tmp_path):
     config = load(None, settings(tiny_folder))
     job = gates.GateJob(data=place / "data", probe=place / "probe", frames=48)
-    for change, error, words in (({"data": tmp_path}, InputError, "holds no held/clip"), ({"probe": tmp_path / "none"}, WeightsError, "no probe here")):
+    for change, error, words in (({"data": tmp_path}, InputError, "holds no held/clip"),
+                                 ({"probe": tmp_path / "none"}, WeightsError, "no probe here")):
         with pytest.raises(error, match=words):
             gates.gates(config, replace(job, **change), "test")
     with pytest.raises(ConfigError, match="frames=12"):

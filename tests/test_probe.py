@@ -1,5 +1,6 @@
 """The judge network: it learns what drawn faces show, resumes, survives its file; its distances have known answers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ SIZES = ProbeSizes(size=32, widths=(16, 24), blocks=(1, 1), code=8, hidden=32, i
 
 def config(iterations: int, **changes) -> probing.ProbeConfig:
     loop = LoopConfig(iterations=iterations, batch=24, lr=4e-3, muon=True, warmup=5, ema=0.9, cooldown=0.6, threads=1, bf16=False)
-    return probing.ProbeConfig(**{"loop": loop, "sizes": SIZES, "codec_clips": 0, "turn": 1.0, "scale": 0.01, "shift": 0.01, "hidden_share": 0.0, "light": 0.1, "noise": 0.01, **changes})
+    gentle = {"turn": 1.0, "scale": 0.01, "shift": 0.01, "hidden_share": 0.0, "light": 0.1, "noise": 0.01}
+    return probing.ProbeConfig(**{"loop": loop, "sizes": SIZES, "codec_clips": 0, "strangers": 0, **gentle, **changes})
+
+
+def every(clip: shards.Clip, step: int) -> shards.Clip:
+    """Each step-th picture of a clip."""
+    timed = ("frames", "mouth", "eyes", "aperture", "width", "lid", "units", "pose")
+    return replace(clip, **{name: getattr(clip, name)[::step] for name in timed})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,8 @@ def test_pictures_of_any_kind_and_cut_read_the_same(trained):
     pictures = np.stack([draw(32, 2, gap, 0.2, 0.0) for gap in np.linspace(0, 0.2, 70)])
     whole = probe.look(pictures)
     as_float = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    for other in (probe.look(torch.from_numpy(pictures).permute(0, 3, 1, 2)), probe.look(as_float), Seen.join([probe.look(pictures[:7]), probe.look(pictures[7:])])):
+    pieces = Seen.join([probe.look(pictures[:7]), probe.look(pictures[7:])])
+    for other in (probe.look(torch.from_numpy(pictures).permute(0, 3, 1, 2)), probe.look(as_float), pieces):
         assert len(other) == 70 and np.allclose(whole.aperture, other.aperture, atol=1e-5)
         assert np.allclose(whole.features, other.features, atol=1e-4)
 
@@ -69,6 +78,21 @@ def test_a_resumed_run_repeats_the_losses(corpus, tmp_path):
     whole = probing.train_probe(config(8), str(corpus), tmp_path / "a", 3)
     first = probing.train_probe(config(8), str(corpus), tmp_path / "b", 3, stop_after=5)
     assert first + probing.train_probe(config(8), str(corpus), tmp_path / "b", 3) == whole
+
+
+def test_calibration_makes_slopes_one_and_asks_for_strangers(corpus, trained, tmp_path):
+    probe = Probe(SIZES)
+    probe.load_state_dict(load_probe(trained[0] / "probe")[0].state_dict())
+    with torch.no_grad():
+        probe.readings.weight.mul_(0.25)
+    paths = shards.clip_paths(corpus, "train")
+    gains = probing.calibrate(probe.requires_grad_(False), paths)
+    assert gains["aperture"] > 2 and gains["pitch"] == 1  # nothing is known of what stands still
+    clips = [shards.read_clip(path) for path in paths]
+    slope = probing.check(probe, [every(c, probing.CALIBRATION_STEP) for c in clips])["aperture"]["slope within"]
+    assert slope == pytest.approx(1, abs=0.02)
+    with pytest.raises(ConfigError, match="people that were not trained on"):
+        probing.finish_probe(config(130, strangers=3), str(corpus), trained[0], 3, "abc")
 
 
 def test_labels_follow_mirror_and_turn():

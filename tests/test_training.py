@@ -139,6 +139,10 @@ def test_the_teacher_learns_and_makes_a_whole_scene(micro):
                           np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "a man")
     pictures = preview.generate_whole(model, StreamingVAE.from_folder(Path(r.run) / "vae"), export.text_encoder_of(r.forcing.model, r.seed), r.forcing, r.teacher, scene, 0)
     assert iteration == 12 and pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
+    recipe.run("teacher_clips", MICRO, overrides)
+    truth, taught = (shards.read_clip(shards.clip_path(folder, "held", 0)) for folder in (r.data.folder, Path(r.run) / "teacher_clips"))
+    assert taught.frames.shape == (24, 64, 64, 3) and taught.card == truth.card and np.array_equal(taught.aperture, truth.aperture[:24])
+    assert not np.array_equal(taught.frames, truth.frames[:24])
 
 
 def test_portraits_dressed_otherwise_are_encoded(micro):

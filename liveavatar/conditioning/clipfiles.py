@@ -89,6 +89,11 @@ def clip_path(folder: str | Path, split: str, index: int) -> Path:
     return Path(folder) / split / f"clip_{index:06d}.npz"
 
 
+def number_of(path: Path) -> int:
+    """Index of a clip file in its split."""
+    return int(path.stem.removeprefix("clip_"))
+
+
 def clip_paths(folder: str | Path, split: str) -> list[Path]:
     """Finished clips of a split, in order of index; more may appear while a renderer runs."""
     return sorted((Path(folder) / split).glob("clip_*.npz"))

@@ -23,12 +23,12 @@ VERDICTS = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[yello
 def gates(
     data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Clips rendered by `train data`: its splits held and default are judged on.")],
     probe: Annotated[Path, typer.Option("--probe", metavar="DIR", help="The judge network: the folder that `train probe` wrote.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, e.g. model.path=DIR model.dtype=float32.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, e.g. model.path=DIR.")] = None,
     frames: Annotated[int, typer.Option(min=24, help="Length of the drift run in pictures.")] = 10_000,
     teacher: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Clips like those of --data whose pictures the teacher made.")] = None,
     full: Annotated[Optional[Path], typer.Option(metavar="DIR", help="The same checkpoint saved in float32.")] = None,
     clips: Annotated[Optional[int], typer.Option(min=2, help="At most so many clips of each group. Default: all.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help="The report to write; export puts it into the card.")] = Path("gates.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help="Report; export puts it into the card.")] = Path("gates.json"),
 ) -> None:
     """Judge a checkpoint by every gate of the training recipe. Exit status 1 when one fails; what was not measured says why."""
     from liveavatar import config as settings

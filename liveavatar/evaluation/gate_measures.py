@@ -12,7 +12,6 @@ import numpy as np
 
 from liveavatar.conditioning.clipfiles import Clip
 from liveavatar.core import FPS
-from liveavatar.evaluation.report import bootstrap
 
 LAGS = range(-10, 11)  # pictures: +-400 ms
 CLOSED = 0.03  # lips' gap in eye distances below which a mouth is shut (evaluation.md 2.4)
@@ -170,8 +169,3 @@ def seam_ratio(change: np.ndarray, per_block: int) -> float:
     """Change [T-1] across borders of blocks over change inside them; element t is picture t to t + 1."""
     border = np.arange(len(change)) % per_block == per_block - 1
     return float(change[border].mean() / max(change[~border].mean(), 1e-9))
-
-
-def interval(rows: np.ndarray, statistic) -> tuple[float, float] | None:
-    """95 % bootstrap over clips."""
-    return bootstrap(rows, statistic)

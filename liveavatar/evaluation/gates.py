@@ -103,7 +103,8 @@ class Judgement:
         metrics = rejected(metrics, [replace(c, metric=name) for c in checks for name in ("sync_ratio", "sync_ratio_default")])
         return Report(kind="gates", system=self.system(), origin=self.origin(), command=command, date=datetime.date.today().isoformat(),
                       host=provenance.host(), seeds={"noise": self.job.seed}, metrics=tuple(metrics), gates=judge_gates(metrics, DEMANDS),
-                      sanity=tuple(checks), limits=LIMITS, details={"probe": self.probe_card, "dtype": self.avatar.dtype, "drift_frames": self.job.frames})
+                      sanity=tuple(checks), limits=LIMITS,
+                      details={"probe": self.probe_card, "dtype": self.avatar.dtype, "drift_frames": self.job.frames})
 
     # ------------------------------------------------------------ what is made once
 
@@ -181,7 +182,7 @@ class Judgement:
         for group, tail in (("held", ""), ("default", "_default"), ("readings", "_readings")):
             takes = self.of(group)
             if not takes:
-                measures += [absent(f"{name}{tail}", f"no clips of group {group}", backend="probe") for name in ("sync_ratio", "sync_lag", "sync_shuffled")]
+                measures += [absent(f"{name}{tail}", f"no clips of group {group}") for name in ("sync_ratio", "sync_lag", "sync_shuffled")]
                 continue
             truth, made = [t.clip.aperture for t in takes], [t.seen.aperture for t in takes]
             real = gm.correlation(gm.moments([t.through.aperture for t in takes], truth))
@@ -204,11 +205,18 @@ class Judgement:
                 measures += [absent(f"{name}{tail}", f"no clips of group {group}") for name in ("aperture_slope", "width_slope", "closure")]
                 continue
             for reading in ("aperture", "width"):
-                truth = [getattr(t.clip, reading) for t in takes]
-                for name, seen in ((f"{reading}_slope{tail}", "seen"), (f"{reading}_slope_real{tail}", "through")):
-                    rows = gm.moments([getattr(getattr(t, seen), reading) for t in takes], truth)
-                    measures.append(self.probed(name, gm.slope(rows), "", len(rows), "target", bootstrap(rows, gm.slope)))
+                measures += self._slopes(takes, reading, tail)
             measures += self._closures(takes, tail)
+        return measures
+
+    def _slopes(self, takes: Sequence[Take], reading: str, tail: str) -> list[Measure]:
+        """Slope on the truth of what is made, in units of the probe's own slope on the true pictures, which a perfect copy would have."""
+        truth = [getattr(t.clip, reading) for t in takes]
+        rows = {name: gm.moments([getattr(getattr(t, name), reading) for t in takes], truth) for name in ("real", "through", "seen")}
+        own, measures = gm.slope(rows["real"]), []
+        for name, seen in ((f"{reading}_slope{tail}", "seen"), (f"{reading}_slope_coded{tail}", "through")):
+            spread = bootstrap(rows[seen], lambda picked: ratio(gm.slope(picked), own))
+            measures.append(self.probed(name, ratio(gm.slope(rows[seen]), own), "", len(takes), "target", spread, f"over {own:.3g}, the probe's own"))
         return measures
 
     def _closures(self, takes: Sequence[Take], tail: str) -> list[Measure]:
@@ -260,14 +268,15 @@ class Judgement:
         takes = self.of(*GROUPS)
         found, there = sum(gm.blinks(t.through.lid) for t in takes), sum(gm.blinks(t.clip.lid) for t in takes)
         measures = [self.probed("blink_rate", rate, "per minute", count),
-                    self.probed("blink_recall", ratio(found, there), "", there, "higher", reason="blinks the probe counts in coded truth over those that are there"),
+                    self.probed("blink_recall", ratio(found, there), "", there, "higher", reason="counted in coded truth over those that are there"),
                     self.probed("blink_rate_ratio", ratio(rate, usual), "", count, reason=f"data: {usual:.3g} per minute, n {known}"),
                     self.count("seam_ratio", gm.seam_ratio(watch.series("change"), per_block), "", pictures // per_block - 1, "lower")]
         length = min(map(len, self.usual))
         for axis in ("yaw", "pitch", "roll"):
             usual = gm.spread_within([getattr(seen, axis)[:length] for seen in self.usual])
             pieces = gm.windows(watch.series(axis), length)
-            measures.append(self.probed(f"head_{axis}_ratio", ratio(gm.spread_within(pieces), usual), "", len(pieces), reason=f"data: {usual:.3g} degrees"))
+            moved = ratio(gm.spread_within(pieces), usual)
+            measures.append(self.probed(f"head_{axis}_ratio", moved, "", len(pieces), reason=f"data: {usual:.3g} degrees"))
         return measures + self._drift(watch)
 
     def _drift(self, watch: Watch) -> list[Measure]:
@@ -277,11 +286,13 @@ class Judgement:
         start, end = (frechet(seen.features, real) for seen in (watch.first, watch.last))
         enough = "" if watch.pictures >= 2 * watch.period else f"only {watch.pictures} frames: start and end do not say the same words"
         measures = [self.probed("drift_identity_slope", slope[0], "per 1000 frames", watch.pictures, "target", slope[1]),
-                    self.probed("drift_probe_fd_start", start, "", watch.window, "lower"), self.probed("drift_probe_fd_end", end, "", watch.window, "lower"),
+                    self.probed("drift_probe_fd_start", start, "", watch.window, "lower"),
+                    self.probed("drift_probe_fd_end", end, "", watch.window, "lower"),
                     self.probed("drift_probe_fd_ratio", ratio(end, start), "", watch.window, "lower", reason=enough)]
         if len(self.memory) > 1:
             early = self.memory[len(self.memory) // 10][1]
-            measures.append(self.count("drift_memory_growth", self.memory[-1][1] - early, "MB", watch.pictures, reason="resident set, from a tenth of the run to its end"))
+            measures.append(self.count("drift_memory_growth", self.memory[-1][1] - early, "MB", watch.pictures,
+                                       reason="resident set, from a tenth of the run to its end"))
         return measures
 
     def teacher(self) -> list[Measure]:
@@ -348,7 +359,8 @@ class Judgement:
 
     def system(self) -> System:
         weights = {p.relative_to(self.folder).as_posix(): provenance.sha256(p) for p in sorted(self.folder.rglob("*.safetensors"))}
-        return System(name=self.folder.name, engine="diffusion", commit=provenance.commit(), weights=weights, driver="log-mel features of the checkpoint")
+        return System(name=self.folder.name, engine="diffusion", commit=provenance.commit(), weights=weights,
+                      driver="log-mel features of the checkpoint")
 
     def origin(self) -> Origin:
         cards = [read_arrays(p, "lid")[0] for split in ("held", "default") for p in clip_paths(self.job.data, split)]

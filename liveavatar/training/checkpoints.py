@@ -146,15 +146,6 @@ def load_average(module: nn.Module, path: str | Path) -> int:
     return stored.iteration
 
 
-def copy_average(source: Path, target: Path) -> None:
-    """The averages of one checkpoint, and its iteration, as another. In one process."""
-    stored = Stored(source)
-    state = {key: stored.empty(key) for key in stored.shapes if key.startswith("ema/") or key == "iteration"}
-    stored.read(state)
-    target.unlink(missing_ok=True)  # or another checkpoint of that iteration would pass for this one
-    save_checkpoint(target, state)
-
-
 # ---------------------------------------------------------------- one file, as runs had it before
 
 
@@ -171,10 +162,12 @@ def _read_file(path: Path) -> State:
 
 
 def _flat_learner(state: Mapping, prefix: str) -> State:
-    """Its optimiser numbered parameters: matrices first, as groups_of has them, then the rest."""
-    model = state.get("model", {})  # what Stage 2 kept on its way has averages only
+    """Its optimiser numbered parameters: matrices first, as groups_of has them, then the rest. Averages may be all there is."""
+    if "model" not in state:
+        return {f"{prefix}ema/{name}": t for name, t in state["ema"].items()}
+    model = state["model"]
     names = sorted(model, key=lambda name: not is_matrix(model[name]))
-    flat = {f"{prefix}{part}/{name}": t for part in ("model", "ema") for name, t in state.get(part, {}).items()}
-    for index, slots in state.get("optimiser", {"state": {}})["state"].items():
+    flat = {f"{prefix}{part}/{name}": t for part in ("model", "ema") for name, t in state[part].items()}
+    for index, slots in state["optimiser"]["state"].items():
         flat |= {f"{prefix}optimiser/{names[index]}/{key}": torch.as_tensor(t) for key, t in slots.items()}
     return flat

@@ -54,9 +54,9 @@ class DataConfig:
             raise ConfigError(f"data.size={self.size}: must be a positive multiple of 16 pixels")
         if self.portraits < 0 or not 0 <= self.dress_share <= 1:
             raise ConfigError(f"data.portraits={self.portraits}, dress_share={self.dress_share}: must be at least 0, and in 0..1")
-        for name in ("clips", "identities", "held_clips", "held_identities"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("clips", 1), ("identities", 1), ("held_clips", 0), ("held_identities", 1), ("default_clips", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
         if heard := set(self.readings) & set(self.default_readings):
             raise ConfigError(f"data.default_readings: {sorted(heard)[0]!r} is trained on (data.readings)")
 

@@ -22,6 +22,7 @@ from liveavatar.diffusion.rollout import ClipCondition, HistoryMode, cached_clip
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import losses
 from liveavatar.training.casting import Copies, Transformer, cast_of
+from liveavatar.training.checkpoints import checkpoint_path, save_checkpoint
 from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, clip_loss, draw_position, forcing_levels
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import score_levels
@@ -154,7 +155,8 @@ class Distillation:
 
     def _keep(self, steps: int) -> None:
         if steps % self.config.keep_steps == 0:
-            self.trainer.keep(f"dmd_{steps:06d}")
+            averages = {f"ema/{name}": value for name, value in self.student.ema.values.items()}
+            save_checkpoint(checkpoint_path(self.trainer.folder, f"dmd_{steps:06d}"), averages | {"iteration": torch.tensor(self.trainer.iteration + 1)})
 
     def _rate(self, iteration: int) -> float:
         return learning_rate(self.config.loop, iteration) * self.config.rate_factor

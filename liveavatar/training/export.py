@@ -100,21 +100,6 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
     return folder
 
 
-def export_adapter(config: ExportConfig, training: forcing.ForcingConfig, run: str | Path, seed: int) -> Path:
-    """Write the averaged adapter as FOLDER/liveavatar.safetensors, in the layout of the public Live-Avatar LoRA, and
-    FOLDER/card.json with its SHA-256 and how it is to be sampled; returns the file. Raises WeightsError without a checkpoint."""
-    stored = Stored(checkpoint_path(run, config.stage))
-    weights = {f"ema/{name}": stored.empty(f"ema/{name}") for name in stored.below("ema/")}
-    stored.read(weights)
-    base, path = training.base, Path(config.folder) / "liveavatar.safetensors"
-    save_adapter(path, {name.removeprefix("ema/"): t for name, t in weights.items()}, base.rank, base.alpha, DTYPES[config.dtype])
-    card = {"base": base.folder, "rank": base.rank, "alpha": base.alpha, "stage": config.stage, "iterations": stored.iteration, "seed": seed,
-            "sampler": {"sigmas": list(config.sigmas), "sink_distance": config.sink_distance, "refresh_block": config.refresh_block},
-            "history": config.history, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    path.with_name("card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
 def add_gates(folder: Path, path: Path) -> None:
     """Put a report of gates into the card of `folder`. Raises ConfigError when it was made about other weights."""
     try:
@@ -133,6 +118,21 @@ def add_gates(folder: Path, path: Path) -> None:
     part = folder / (SETTINGS_FILE + ".part")
     part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     part.replace(folder / SETTINGS_FILE)
+
+
+def export_adapter(config: ExportConfig, training: forcing.ForcingConfig, run: str | Path, seed: int) -> Path:
+    """Write the averaged adapter as FOLDER/liveavatar.safetensors, in the layout of the public Live-Avatar LoRA, and
+    FOLDER/card.json with its SHA-256 and how it is to be sampled; returns the file. Raises WeightsError without a checkpoint."""
+    stored = Stored(checkpoint_path(run, config.stage))
+    weights = {f"ema/{name}": stored.empty(f"ema/{name}") for name in stored.below("ema/")}
+    stored.read(weights)
+    base, path = training.base, Path(config.folder) / "liveavatar.safetensors"
+    save_adapter(path, {name.removeprefix("ema/"): t for name, t in weights.items()}, base.rank, base.alpha, DTYPES[config.dtype])
+    card = {"base": base.folder, "rank": base.rank, "alpha": base.alpha, "stage": config.stage, "iterations": stored.iteration, "seed": seed,
+            "sampler": {"sigmas": list(config.sigmas), "sink_distance": config.sink_distance, "refresh_block": config.refresh_block},
+            "history": config.history, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_name("card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def last_preview(run: str | Path, stage: str) -> dict | str:

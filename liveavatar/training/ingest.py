@@ -118,7 +118,8 @@ def write_report(config: VideosConfig, data: DataConfig, paths: list[Path], judg
     """Counts over all files, and per file."""
     outcomes = [json.loads(record_path(data, path, config).read_text()) for path in paths]
     dropped = sum((Counter(outcome["dropped"]) for outcome in outcomes), Counter())
-    report = {"config": asdict(config), "sync judged": judged, "kept": sum(outcome["kept"] for outcome in outcomes), "dropped": dict(dropped), "files": outcomes}
+    report = {"config": asdict(config), "sync judged": judged, "kept": sum(outcome["kept"] for outcome in outcomes),
+              "dropped": dict(dropped), "files": outcomes}
     Path(data.folder, "ingest.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report
 
@@ -129,7 +130,7 @@ def ingest_file(path: Path, number: int, config: VideosConfig, data: DataConfig,
     split = "held" if int(hashlib.sha256(outcome.file.encode()).hexdigest()[:8], 16) / 2**32 < config.held_share else "train"
     try:
         for at, clip in clips_of(path, config, data, judge, tracker, outcome):
-            index = 1 + max((int(p.stem.removeprefix("clip_")) for p in shards.clip_paths(data.folder, split)), default=-1)
+            index = 1 + max(map(shards.number_of, shards.clip_paths(data.folder, split)), default=-1)
             card = card_of(path, outcome.file, config) | {"split": split, "index": index, "seed": FIRST_PERSON + index, "start": at / FPS,
                                                           "identity": {"seed": FIRST_PERSON + number}}
             shards.write_clip(shards.clip_path(data.folder, split, index), shards.Clip(**clip, card=card))
@@ -187,7 +188,8 @@ def sound_at(pcm: np.ndarray, first: int, pictures: int) -> np.ndarray:
     return np.concatenate([piece, np.zeros(count - len(piece), np.float32)])
 
 
-def take_piece(frames: list[np.ndarray], pcm: np.ndarray, first: int, config: VideosConfig, data: DataConfig, tracker: Callable[[], Tracker]) -> Piece:
+def take_piece(frames: list[np.ndarray], pcm: np.ndarray, first: int, config: VideosConfig, data: DataConfig,
+               tracker: Callable[[], Tracker]) -> Piece:
     """Judge and crop one clip. The cheap questions come first."""
     nobody: list[list[face.Face]] = [[] for _ in frames]
     if 20 * np.log10(np.sqrt(np.mean(pcm**2)) + 1e-9) < config.loudness:
@@ -250,7 +252,8 @@ def crop_box(points: np.ndarray, shape: tuple[int, ...], margin: float) -> tuple
 def arrays_of(frames: list[np.ndarray], points: np.ndarray, box: tuple[float, float, float], pcm: np.ndarray, size: int) -> dict[str, np.ndarray]:
     """The arrays of a Clip: cropped and scaled, with tracked boxes, gap, width and lids; the portrait has the most closed mouth."""
     left, top, side = box
-    cropped = np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))) for f in frames])
+    part = {"box": (left, top, left + side, top + side), "resample": Image.Resampling.LANCZOS}
+    cropped = np.stack([np.asarray(Image.fromarray(frame).resize((size, size), **part)) for frame in frames])
     points = (points - (left, top)) * (size / side)
     rims = [points[:, rim] for rim in (face.CONTOUR_RIGHT, face.CONTOUR_LEFT)]  # [T,n,2] each
     apart = np.linalg.norm(rims[0].mean(1) - rims[1].mean(1), axis=1)

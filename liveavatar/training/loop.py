@@ -193,11 +193,6 @@ class Trainer:
             state |= other.state(f"{name}/")
         save_checkpoint(self.path, state | {"iteration": torch.tensor(self.iteration), "seed": torch.tensor(self.seed)})
 
-    def keep(self, name: str) -> None:
-        """The averages as they are now, as RUN/NAME.pt, while an iteration is being done. All ranks call it."""
-        averages = {f"ema/{key}": value for key, value in self.learner.ema.values.items()}
-        save_checkpoint(checkpoint_path(self.folder, name), averages | {"iteration": torch.tensor(self.iteration + 1)})
-
     def autocast(self, **how) -> torch.autocast:
         """The precision of forwards."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, **how)

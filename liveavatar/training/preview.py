@@ -92,6 +92,24 @@ def generate_whole(model: CausalS2V, vae: StreamingVAE, text: TextEncoder, confi
     return to_bytes(vae.decode(latents, state))
 
 
+@torch.no_grad()
+def teacher_clips(config: forcing.ForcingConfig, teach: TeacherConfig, data_folder: str, run: str | Path, seed: int, text: TextEncoder) -> int:
+    """What the teacher makes of the held-out clips, as clip files under RUN/teacher_clips: same labels and card, its own pictures.
+    Those that are there stay; returns how many were made."""
+    paths = [p for split in ("held", "default") for p in shards.clip_paths(data_folder, split)]
+    todo = [p for p in paths if not shards.clip_path(Path(run) / "teacher_clips", p.parent.name, shards.number_of(p)).exists()]
+    if not todo:
+        return 0
+    model, vae = load_model(config, run, seed, "teacher")[0], StreamingVAE.from_folder(Path(run) / "vae")
+    for path in todo:
+        clip = shards.read_clip(path)
+        clip = clip.cut(len(clip.frames) // 12 * 12)
+        scene = Scene(clip.reference, clip.frames, clip.aperture, clip.pcm.astype(np.float32) / 32768.0, clip.caption)
+        frames = generate_whole(model, vae, text, config, teach, scene, seed)
+        shards.write_clip(shards.clip_path(Path(run) / "teacher_clips", path.parent.name, shards.number_of(path)), replace(clip, frames=frames))
+    return len(todo)
+
+
 # ---------------------------------------------------------------- the judge
 
 

@@ -8,7 +8,7 @@ are painted over, or identity would be read off the backdrop.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +21,26 @@ from liveavatar.models.probe import READINGS, Probe, ProbeSizes, Seen, identity_
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import shards
 from liveavatar.training.codec import to_bytes, to_float
-from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
+from liveavatar.training.data import DataConfig, render_corpus
+from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average, meet, rank_and_world
 
 EXTREME = 0.1  # the share of a clip's pictures that counts as a blink, or as a wide mouth
 FACE = (1.9, 2.6)  # half axes of the face, in eye distances, around a point .55 below the eyes
+FIRST_STRANGER = 500_000  # identities between those of the corpus and the held-out ones
 LAGS = range(-5, 6)  # pictures
 CALIBRATION_CLIPS, CALIBRATION_STEP = 64, 6  # clips, and every so many of their pictures
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """also: corpora beside data.folder to train on. codec: folder of the codec whose handwriting shall not matter, "": RUN/vae;
-    codec_clips: so many clips pass through it (0: none), codec_share of the pictures are taken from them."""
+    """also: corpora beside data.folder to train on. strangers: clips of people nothing is trained on that are rendered to set the
+    gains of the readings; 0: the clips it was trained on, which flatter it. codec: folder of the codec whose handwriting shall not
+    matter, "": RUN/vae; codec_clips: so many clips pass through it (0: none), codec_share of the pictures are taken from them."""
 
     loop: LoopConfig
     sizes: ProbeSizes = ProbeSizes()
     also: tuple[str, ...] = ()
+    strangers: int = 24
     codec: str = ""
     codec_clips: int = 96
     codec_share: float = 0.35
@@ -203,15 +207,18 @@ def decoded_path(folder: Path, clip: Path) -> Path:
 
 
 def decode_clips(config: ProbeConfig, folders: list[str], run: str | Path, decoded: Path) -> int:
-    """Send `codec_clips` clips, evenly spread over the corpora, through the codec, those that are not there yet; returns how many."""
-    paths = rendered_clips(folders)
-    todo = [p for p in paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips] if not decoded_path(decoded, p).exists()]
+    """Send `codec_clips` clips, evenly spread over the corpora, through the codec, those that are not there yet; ranks share
+    them. Returns how many this one did."""
+    paths, (rank, world) = rendered_clips(folders), rank_and_world()
+    chosen = paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips]
+    todo = [p for p in chosen[rank::world] if not decoded_path(decoded, p).exists()]
     if todo:
         vae = StreamingVAE.from_folder(config.codec or Path(run) / "vae")
         with torch.autocast("cpu", torch.bfloat16, enabled=config.loop.bf16):
             for path in todo:
                 clip = shards.read_clip(path)
                 shards.write_arrays(decoded_path(decoded, path), clip.card, frames=round_trip(vae, clip.frames))
+    meet()
     return len(todo)
 
 
@@ -221,6 +228,21 @@ def round_trip(vae: StreamingVAE, frames: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- the stage
+
+
+def strangers_folder(run: str | Path) -> Path:
+    """Corpus of the people that only the gains are set on."""
+    return Path(run) / "probe" / "strangers"
+
+
+def render_strangers(config: ProbeConfig, data: DataConfig, run: str | Path, seed: int) -> int:
+    """Render what is missing of the strangers' clips, in the size and length of `data`; returns how many were made."""
+    if not config.strangers:
+        return 0
+    corpus = replace(data, folder=str(strangers_folder(run)), clips=config.strangers, identities=-(-config.strangers // 2), keep_identities=None,
+                     first_identity=FIRST_STRANGER, default_share=0.0, silent_share=0.0, real_share=0.0, readings=(), held_clips=0, default_clips=0,
+                     default_readings=())
+    return render_corpus(corpus, seed)
 
 
 class Learning(nn.Module):
@@ -269,9 +291,13 @@ def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: i
     module = new_module(config, len(people), seed)
     iterations = load_average(module, Path(run) / "probe.pt")
     probe = module.probe.eval().requires_grad_(False)
-    gains = calibrate(probe, paths[:: max(1, len(paths) // CALIBRATION_CLIPS)][:CALIBRATION_CLIPS])
+    strangers = rendered_clips([str(strangers_folder(run))])
+    if config.strangers and (not strangers or people & {person_of(p) for p in strangers}):
+        raise ConfigError(f"{strangers_folder(run)}: needs clips of people that were not trained on; the probe stage renders them")
+    known = strangers if config.strangers else paths
+    gains = calibrate(probe, known[:: -(-len(known) // CALIBRATION_CLIPS)])
     card = {"generator": shards.GENERATOR_VERSION, "recipe_sha256": recipe_sha256, "iterations": iterations, "seed": seed,
-            "people": len(people), "clips": len(paths), "gains": gains}
+            "people": len(people), "clips": len(paths), "strangers": config.strangers, "gains": gains}
     held = [shards.read_clip(path) for path in shards.clip_paths(data_folder, "held")]
     if held:
         card["held"] = check(probe, held)
@@ -284,9 +310,9 @@ def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: i
 
 @torch.no_grad()
 def calibrate(probe: Probe, paths: list[Path]) -> dict[str, float]:
-    """Scale the last layer so that on clean training clips readings have slope 1 on the truth within a clip; returns the gains.
+    """Scale the last layer so that on these clean clips readings have slope 1 on the truth within a clip; returns the gains.
 
-    Trained on blurred and noisy pictures the probe hedges: it reads every motion as smaller than it is.
+    Trained on blurred and noisy pictures, and judging strangers, the probe hedges: it reads a motion as smaller than it is.
     """
     clips = [shards.read_clip(path) for path in paths]
     told = [units_of(**{name: getattr(seen, name) for name in READINGS}) for seen in (probe.look(clip.frames[::CALIBRATION_STEP]) for clip in clips)]
@@ -307,7 +333,8 @@ def calibrate(probe: Probe, paths: list[Path]) -> dict[str, float]:
 
 def check(probe: Probe, clips: list[shards.Clip], pictures: list[np.ndarray] | None = None) -> dict:
     """Per reading: correlation, slope and mean error of what is read against the labels, over all pictures, and within clips
-    (each around its own mean, which is how the gates use it); the lag of the aperture; identity errors to the same person's portrait and to others'. pictures: to read instead of the clips' own."""
+    (each around its own mean, which is how the gates use it); the lag of the aperture; identity errors to the same person's
+    portrait and to others'. pictures: to read instead of the clips' own."""
     seen = [probe.look(frames) for frames in (pictures or [clip.frames for clip in clips])]
     report = {"clips": len(clips), "pictures": sum(map(len, seen))}
     for name in READINGS:

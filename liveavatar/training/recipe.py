@@ -18,22 +18,8 @@ from liveavatar import config as settings
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import (
-    ablations,
-    choose,
-    codec,
-    consistency,
-    data,
-    dmd,
-    export,
-    forcing,
-    ingest,
-    ode,
-    planning,
-    preview,
-    probing,
-    shards,
-    teacher,
-)
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, planning, preview, probing, shards, teacher,
+)  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.groups import device_of, join, launched, meet
 from liveavatar.training.memory import ClipConfig
@@ -48,10 +34,10 @@ class Recipe:
     run: str
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
+    videos: ingest.VideosConfig | None = None  # clips come from these instead of the generator
     data: data.DataConfig | None = None
     vae: codec.CodecConfig | None = None
     clip: ClipConfig | None = None  # size of encoded clips that no data section describes, for the plan of memory
-    videos: ingest.VideosConfig | None = None  # clips come from these instead of the generator
     teacher: teacher.TeacherConfig | None = None
     probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
@@ -162,6 +148,7 @@ def run_probe(recipe: Recipe) -> None:
     """Train the judge network and write RUN/probe, with what it is worth on the held-out clips."""
     probing.train_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed)
     if first_rank():
+        probing.render_strangers(recipe.probe, recipe.data, recipe.run, recipe.seed)
         probing.finish_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed, recipe_sha256(recipe))
 
 
@@ -180,6 +167,11 @@ def run_pack(recipe: Recipe) -> None:
 def run_teacher(recipe: Recipe) -> None:
     """Train the bidirectional transformer."""
     teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+
+
+def run_teacher_clips(recipe: Recipe) -> None:
+    """The held-out clips as the teacher makes them, for the gates that compare with it."""
+    preview.teacher_clips(recipe.forcing, recipe.teacher, recipe.data.folder, recipe.run, recipe.seed, recipe.texts())
 
 
 def run_forcing(recipe: Recipe) -> None:
@@ -235,10 +227,10 @@ STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
           "choose": run_choose, "export": run_export}
 # The sections that ask for them.
-OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "latents": "data", "teacher": "teacher", "ode": "ode",
-            "consistency": "consistency", "dmd": "dmd", "choose": "choose"}
-SIDE_STAGES = {"pack": run_pack, "preview": run_preview, "ablations": run_ablations}  # only by name
-ALONE = ("data", "pack", "choose", "export", "preview", "ablations")  # these run in one process
+OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "latents": "data", "teacher": "teacher",
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose"}
+SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
+ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from liveavatar.conditioning.clipfiles import Clip, clip_path, clip_paths, read_arrays, read_clip, write_arrays, write_clip
+from liveavatar.conditioning.clipfiles import Clip, clip_path, clip_paths, number_of, read_arrays, read_clip, write_arrays, write_clip
 from liveavatar.core import ConfigError, InputError
 
-__all__ = ["GENERATOR_VERSION", "Clip", "Packed", "clip_path", "clip_paths", "pack", "read_arrays", "read_clip", "write_arrays", "write_clip"]
+__all__ = ["GENERATOR_VERSION", "Clip", "Packed", "clip_path", "clip_paths", "number_of", "pack", "read_arrays", "read_clip", "write_arrays",
+           "write_clip"]  # fmt: skip
 
 GENERATOR_VERSION = 1  # raise when the same seed would give other bytes
 CARD, ARRAY = ".json", ".npy"
