@@ -2,11 +2,10 @@
 
     python launch/train_ray.py dmd --config configs/train_s2v14b.yaml --workers 64 [--cpu] [KEY=VALUE ...]
 """
-
 import argparse
 import os
-from pathlib import Path
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -25,6 +24,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cpu", action="store_true")
     args, overrides = parser.parse_known_args()
+    ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False)  # a cluster where one is named
     job = {"folder": os.getcwd(), "stage": args.stage, "config": args.config, "overrides": overrides}
     TorchTrainer(work, train_loop_config=job, scaling_config=ScalingConfig(num_workers=args.workers, use_gpu=not args.cpu),
-                 run_config=RunConfig(storage_path=str(Path("runs/ray").resolve()), failure_config=FailureConfig(max_failures=3))).fit()
+                 run_config=RunConfig(storage_path=os.path.abspath("runs/ray"), failure_config=FailureConfig(max_failures=3))).fit()
