@@ -12,7 +12,7 @@ from test_cli import error_of, run
 
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone, Utterance
-from liveavatar.core import ConfigError
+from liveavatar.core import Audio, ConfigError
 from liveavatar.evaluation import closeup, jobs, plots, suite
 from liveavatar.evaluation.backends import fingerprint
 from liveavatar.evaluation.commands import _gates
@@ -83,7 +83,7 @@ def trace(tmp_path):
     writer = Trace(path, lambda: time, started=9.0, sample_rate=16000, fps=25, samples_per_block=7680, frames_per_block=12, lookahead=0, facts={})
     writer.open("s", "offline")
     for block in range(6):
-        writer.admitted("s", 0, block, 0.48, 0.0)
+        writer.admitted([Audio("s", index=block)], 0.48, 0.0)
         time += 0.3
         writer.note("ready", session="s", epoch=0, block=block, count=12)
         writer.note("sent", session="s", epoch=0, block=block, count=12, pts=0.48 * block, due=None)
@@ -196,7 +196,7 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
 
     made = []
 
-    def generate(config, portrait, audio, out, prompt, seed):
+    def generate(config, portrait, audio, out, prompt, seed, trace):
         assert portrait.is_file() and audio.is_file() and prompt == "a square"
         made.append(out.name)
         shutil.copy(small_suite.folder / out.name.replace(".mp4", ".gt.mp4"), out)
@@ -259,7 +259,7 @@ def test_a_plan_for_another_system_and_its_video(tmp_path, monkeypatch):
     result = run("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4")
     assert result.exit_code == 1 and "gate colour change <= 2: FAILED" in result.output, result.output + str(result.exception)
     found = read_report(tmp_path / "out/report.json")
-    assert len(found.details["windows"]) == 3 and found.measure("luma.change").value > 5 and "nothing is said about minutes" in " ".join(found.limits)
+    assert len(found.details["windows"]) == 3 and "| picture_luma |" in (tmp_path / "out/report.md").read_text() and found.measure("picture_luma.change").value > 5 and "nothing is said about minutes" in " ".join(found.limits)
     assert "another plan" in error_of("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4", "drift.seed=9")
 
 
