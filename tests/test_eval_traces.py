@@ -160,7 +160,8 @@ def test_a_leak_is_a_slope_of_the_rank_that_holds_most(scene):
         for rank, size in ((0, 5e8), (1, 1e9 + 1e6 * k)):
             scene.at(100 + k).span(Span("s", what="Block", index=k, role="Decoder", rank=rank, start=99.9 + k, end=100.0 + k, rss=round(size), gpu=0))
     found = scene.judged()
-    assert found["memory_rss.slope"].value == pytest.approx(3600) and found["memory_rss.start"].value == 1000 and found["memory_rss.peak"].value == 1099
+    assert found["memory_rss.slope"].value == pytest.approx(3600)
+    assert (found["memory_rss.start"].value, found["memory_rss.peak"].value) == (1000, 1099)
     assert found["memory_gpu.peak"].reason == "no GPU was used"
 
 

@@ -165,7 +165,8 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         setting.say("ranking the measures")
         checks = sanity.ranking(suite)
         metrics = report.rejected(metrics, checks)
-    synthetic, limits = suite.manifest.synthetic, () if ranked else ("No sanity ranking: " + ("the suite has no true pictures." if what.sanity else "not asked for."),)
+    synthetic = suite.manifest.synthetic
+    limits = () if ranked else ("No sanity ranking: the suite has no true pictures." if what.sanity else "No sanity ranking: not asked for.",)
     drawn = closeup.draw(suite, videos, items, out / "plots")
     origin = Origin(name=suite.manifest.name, version=suite.manifest.version, sha256=suite.sha256, synthetic=synthetic)
     return finish(setting.begin(
@@ -229,7 +230,8 @@ def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSetting
 
 def _asked(own: str, options: dict) -> str:
     """What a video was judged against, so that two systems' videos of the same task compare; its own hash when that was nothing."""
-    task = {name: value if isinstance(value, str) else provenance.sha256(value) for name, value in options.items() if value is not None and name != "language"}
+    said = {name: value for name, value in options.items() if value is not None and name != "language"}
+    task = {name: value if isinstance(value, str) else provenance.sha256(value) for name, value in said.items()}
     return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest() if task else own
 
 
@@ -306,8 +308,9 @@ def _draw_drift(video, plan, found, marks, out: Path, synthetic: bool) -> tuple[
     from liveavatar.evaluation import drift, plots
 
     plots.drift(out / "plots" / "drift.svg", plan, found, marks, synthetic)
-    near = {p.start: next(picture for _, picture in drift.Window(video, p.start + plan.window / 2, 1.0).frames()) for p in (found[0], drift.worst(found), found[-1])}
-    plots.contacts(out / "plots" / "windows.svg", {f"{start:g} s": picture for start, picture in near.items()}, "First, worst and last window", synthetic)
+    starts = dict.fromkeys(p.start for p in (found[0], drift.worst(found), found[-1]))
+    near = {f"{start:g} s": next(picture for _, picture in drift.Window(video, start + plan.window / 2, 1.0).frames()) for start in starts}
+    plots.contacts(out / "plots" / "windows.svg", near, "First, worst and last window", synthetic)
     return "plots/drift.svg", "plots/windows.svg"
 
 
@@ -357,5 +360,6 @@ def score_people(key_path: Path, files: Sequence[Path], out: Path, setting: Sett
     key = human.read_key(key_path)
     found = ratings.collect(key, files)
     origin = Origin(name=f"study {key.study}", sha256=provenance.sha256(key_path))
-    return finish(setting.begin("human", System(name=" and ".join(key.systems)), origin, metrics=tuple(ratings.score(key, found)), exclusions=found.excluded,
-                                seeds={"study": key.seed}, limits=(f"Rule of exclusion: {key.exclusion}.", f"{len(found.raters)} raters counted.")), out)
+    limits = (f"Rule of exclusion: {key.exclusion}.", f"{len(found.raters)} raters counted.")
+    return finish(setting.begin("human", System(name=" and ".join(key.systems)), origin, metrics=tuple(ratings.score(key, found)), limits=limits,
+                                exclusions=found.excluded, seeds={"study": key.seed}), out)

@@ -19,7 +19,8 @@ CHANNELS = ("gap", "width", "blink", "yaw", "pitch", "roll")
 
 
 @contextlib.contextmanager
-def sheet(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (8.0, 3.2), title: str = "", synthetic: bool = False) -> Iterator:
+def sheet(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (8.0, 3.2), title: str = "",
+          synthetic: bool = False) -> Iterator:
     """Axes [rows][columns] to draw on, written to `path` afterwards. Raises ConfigError without matplotlib."""
     try:
         import matplotlib

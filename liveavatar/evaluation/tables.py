@@ -12,7 +12,7 @@ from liveavatar.evaluation.report import Check, Difference, Gate, Item, Measure,
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 SYNTHETIC = "synthetic suite"
-STEADY = ("warp_error", "idle_var_face", "idle_var_background", "jerk", "flicker_mae", "tLPIPS")  # stability by these means nothing beside a frozen face
+STEADY = ("warp_error", "idle_var_face", "idle_var_background", "jerk", "flicker_mae", "tLPIPS")  # a frozen face is best at these
 SYNCED = ("peak", "r0", "conf", "sync_index", "Sync-C", "Sync-D")  # a mouth of mean shape correlates too
 ARROWS = {"higher": "up", "lower": "down", "target": "target"}
 
@@ -62,7 +62,8 @@ def _step(d: Difference) -> str:
 def _summary(report: Report) -> list[str]:
     judged, met = [g for g in report.gates if g.ok is not None], [g for g in report.gates if g.ok]
     missing = [m for m in report.metrics if not m.measured]
-    lines = [f"{len(report.metrics) - len(missing)} measures taken, {len(missing)} not; {len(report.items)} {'item' if len(report.items) == 1 else 'items'} judged."]
+    items = f"{len(report.items)} item{'' if len(report.items) == 1 else 's'}"
+    lines = [f"{len(report.metrics) - len(missing)} measures taken, {len(missing)} not; {items} judged."]
     if report.gates:
         unjudged = len(report.gates) - len(judged)
         lines.append(f"Gates: {len(met)} met, {len(judged) - len(met)} FAILED, {unjudged} could not be judged.")
@@ -111,8 +112,11 @@ def _by_reason(measures: Iterable[Measure]) -> list[tuple[str, str]]:
     reasons: dict[str, list[str]] = {}
     for m in measures:
         reasons.setdefault(m.reason, []).append(m.name)
-    short = {reason: "every slope" if len(names) > 3 and all(n.endswith(".slope") for n in names) else ", ".join(names) for reason, names in reasons.items()}
-    return list(short.items())
+    return [(reason, _listed(names)) for reason, names in reasons.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "every slope" if len(names) > 3 and all(name.endswith(".slope") for name in names) else ", ".join(names)
 
 
 def _value(measure: Measure) -> tuple[str, str]:
