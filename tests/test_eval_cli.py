@@ -265,7 +265,7 @@ def test_a_plan_for_another_system_and_its_video(tmp_path, monkeypatch):
     found = read_report(tmp_path / "out/report.json")
     assert len(found.details["windows"]) == 3 and found.measure("picture_luma.change").value > 5
     text = (tmp_path / "out/report.md").read_text()
-    assert "| picture_luma |" in text and "nothing is said about minutes" in text
+    assert "needs the trace of the run" in text and "| picture_luma |" in text and "nothing is said about minutes" in text
     assert "another plan" in error_of("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4", "drift.seed=9")
 
 

@@ -239,7 +239,7 @@ def test_an_empty_run_measures_nothing_and_breaks_nothing(scene):
 
 
 def settings(tiny_folder, path) -> Config:
-    return Config(model=ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu"), sampler=SamplerConfig(steps=2),
+    return Config(model=ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu"), sampler=SamplerConfig(steps=2, refresh_block=2),
                   runtime=RuntimeConfig(threads=1, trace=str(path)), stages=(("condition", "step0"), ("step1", "decode")), seed=7)
 
 
@@ -259,6 +259,7 @@ def test_an_engine_writes_what_the_judge_reads(tmp_path, tiny_folder, portrait):
     run = read_trace(tmp_path / "trace.jsonl")
     (stream,) = run.streams
     assert [(line["start"], line["stop"]) for line in stream["admitted"]] == [(7680 * k, min(7680 * (k + 1), 32000)) for k in range(5)]
+    assert stream.steps() == [(0.96, "refresh")]
     assert {span["rank"] for span in stream["span"]} == {0, 1} and len(stream["closed"]) == 1
     assert {"Conditioner", "Denoiser0", "Denoiser1", "Decoder"} <= {span["role"] for span in stream["span"]}
     found = {m.name: m for m in judge_trace(run, warmup=1)}

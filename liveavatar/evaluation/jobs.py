@@ -254,7 +254,7 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
         return judge_video(window, portrait=portrait, text=plan.text or None, language=order.language, backends=backends)
 
     found, marks = drift.probes(video, plan, judge), _marks(trace)
-    slopes = [*drift.trends(found), *_seams(video, marks)]
+    slopes = [*drift.trends(found), _seam(video, marks, trace)]
     synthetic = what.portrait is None  # the embedded portrait is a render
     measures = (*found[0].measures.values(), *slopes)
     made_by = None if what.video is not None else setting.ours
@@ -286,14 +286,15 @@ def _marks(trace: Path | None) -> list[tuple[float, str]]:
     return [] if trace is None else [step for stream in read_trace(trace).streams[:1] for step in stream.steps()]
 
 
-def _seams(video, marks: Sequence[tuple[float, str]]) -> list[Measure]:
+def _seam(video, marks: Sequence[tuple[float, str]], trace: Path | None) -> Measure:
     """How far the picture jumps at each mark, in usual changes from picture to picture: the largest."""
     from liveavatar.evaluation import drift
 
     jumps = [drift.seam(video, at) for at, _ in marks]
     if not jumps:
-        return [report.absent("seam", "nothing changed on the way, by the trace", unit="x", better="lower", backend=drift.BACKEND)]
-    return [Measure(name="seam", value=max(jumps), unit="x", better="lower", n=len(jumps), interval=None, backend=drift.BACKEND)]
+        reason = "needs the trace of the run" if trace is None else "nothing changed on the way, by the trace"
+        return report.absent("seam", reason, unit="x", better="lower", backend=drift.BACKEND)
+    return Measure(name="seam", value=max(jumps), unit="x", better="lower", n=len(jumps), interval=None, backend=drift.BACKEND)
 
 
 def _drift_limits(plan, found) -> tuple[str, ...]:
