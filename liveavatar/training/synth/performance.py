@@ -18,7 +18,7 @@ MUMBLE = 0.5  # share of the lips' parting that is left
 LOOKAHEAD_SECONDS = 0.16
 TRIES = 200  # sentences looked at for one that has something of everything
 LIPS_MEET, WIDE_OPEN = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
-ENOUGH = 3  # phones of either kind
+ENOUGH = 4  # phones of either kind
 LONG_PAUSE, MOST_PAUSE = 0.3, 0.06  # seconds; share of the time that such pauses may take
 
 
