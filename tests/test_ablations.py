@@ -12,7 +12,7 @@ from liveavatar.diffusion.denoise import noise
 from liveavatar.diffusion.rollout import cached_rollout
 from liveavatar.models.probe import Seen
 from liveavatar.training import ablations, choose, preview
-from liveavatar.training.loop import save_checkpoint
+from liveavatar.training.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
 
 SIGMAS = (1.0, 0.9, 0.6, 0.0)
 
@@ -69,7 +69,8 @@ def test_the_score_falls_with_every_fault():
 def test_the_best_candidate_is_chosen(tmp_path, monkeypatch):
     slopes = {"consistency": 0.4, "dmd_000050": 0.9, "dmd": 1.6}
     for name in slopes:
-        save_checkpoint(tmp_path / f"{name}.pt", ema={"w": torch.tensor(slopes[name])}, iteration=1)
+        state = {"ema/w": torch.tensor(slopes[name]), "model/w": torch.zeros(()), "iteration": torch.tensor(1)}
+        save_checkpoint(checkpoint_path(tmp_path, name), state)
 
     class Bench:
         """Gives every checkpoint the slope it stands for."""
@@ -80,7 +81,8 @@ def test_the_best_candidate_is_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(choose.Bench, "build", lambda *a: Bench())
     rows = choose.choose(choose.ChooseConfig(), None, None, tmp_path, 0, "dmd", "consistency", SIGMAS)
     assert [row["stage"] for row in rows] == ["dmd_000050", "dmd", "consistency"] == [row["stage"] for row in json.loads((tmp_path / "choice.json").read_text())]
-    assert float(torch.load(tmp_path / "chosen.pt", weights_only=True)["ema"]["w"]) == pytest.approx(0.9)
+    chosen = load_checkpoint(checkpoint_path(tmp_path, "chosen"))
+    assert float(chosen["ema"]["w"]) == pytest.approx(0.9) and "model" not in chosen
     with pytest.raises(InputError, match="no checkpoint"):
         choose.choose(choose.ChooseConfig(), None, None, tmp_path / "none", 0, "dmd", "ode", SIGMAS)
 

@@ -15,11 +15,12 @@ from liveavatar.__main__ import app
 from liveavatar.runtime import placement
 
 VERBS = {
-    "generate": ("--image", "--audio", "--prompt", "--config", "--out", "--seed", "--ranks", "--launcher", "--length", "Ctrl-C"),
+    "generate": ("--image", "--audio", "--prompt", "--config", "--out", "--seed", "--ranks", "--launcher", "--length", "--trace", "Ctrl-C"),
     "parity": ("FIXTURE", "--ranks", "--launcher", "tests/golden"),
     "inspect": ("PATH", "--lora", "default"),
     "plan": ("--official", "--memory", "--tflops", "--ranks", "--config"),
     "train": ("STAGE", "--config", "forcing", "export"),
+    "evaluate": ("suite", "video", "drift", "trace", "human", "sanity", "compare", "doctor"),
 }
 
 

@@ -319,7 +319,7 @@ def test_student_and_critic_move_and_the_teacher_stays(micro):
         idle = name.startswith(("cond_encoder.weight", "casual_audio_encoder.weights", "frame_packer")) or name.endswith("k.bias")
         assert torch.isfinite(after).all() and (idle or not torch.equal(before, after)), name
     assert not torch.equal(state["model"]["head.head.weight"], state["critic"]["model"]["head.head.weight"])
-    assert state["critic"]["ema"] == {} and state["iteration"] == 14
+    assert "ema" not in state["critic"] and state["iteration"] == 14
     drift = [float((state["ema"][n] - start["ema"][n]).abs().max()) for n in ("head.head.weight", "patch_embedding.weight")]
     assert min(drift) > 0, "the average moves with the student"
 
@@ -385,7 +385,7 @@ def test_two_ranks_stay_one_student(micro, tmp_path, monkeypatch):
     for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
     torch.multiprocessing.start_processes(distil_as_rank, args=(every_turn(micro), tmp_path), nprocs=2, start_method="fork")
-    one, two = (load_checkpoint(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["loss"] != two["loss"], "each rank has clips of its own"
     assert same(one["student"], two["student"]) and same(one["critic"], two["critic"])
 

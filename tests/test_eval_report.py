@@ -107,7 +107,7 @@ def test_markdown_spells_out_what_is_missing_and_labels_rendered_heads():
 def test_published_rows_stand_apart_and_are_whole():
     text = markdown(report())
     ours, theirs = text.split("## Published by others")
-    assert "45.2" in theirs and "arXiv 2512.04677 v5" in theirs and "Ditto" not in ours
+    assert "45.2" in theirs and "| 3.00 |" in theirs and "arXiv 2512.04677 v5" in theirs and "Ditto" not in ours
     for table in yaml.safe_load(PUBLISHED.read_text()):
         assert {"heading", "source", "kinds", "columns", "rows"} <= set(table) <= {"heading", "source", "kinds", "columns", "rows", "note"}
         assert all(len(row) == len(table["columns"]) for row in table["rows"].values()), table["heading"]
@@ -116,7 +116,7 @@ def test_published_rows_stand_apart_and_are_whole():
 def test_stability_and_sync_never_stand_alone():
     lonely = markdown(report(metrics=(measure("warp_error", 0.1), measure("r0", 0.5))))
     assert "frozen face" in lonely and "mean shape" in lonely
-    together = markdown(report(metrics=(measure("warp_error", 0.1), measure("motion_energy", 1.0), measure("r0", 0.5), measure("closure", 0.9))))
+    together = markdown(report(metrics=(measure("warp_error", 0.1), measure("motion_speech", 1.0), measure("r0", 0.5), measure("closure", 0.9))))
     assert "frozen face" not in together and "mean shape" not in together
 
 

@@ -126,7 +126,8 @@ def test_history_levels_follow_their_mode():
 
 def gradient(model) -> torch.Tensor:
     out = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
-    model.zero_grad(set_to_none=True)
+    for p in model.parameters():
+        p.grad = None
     return out
 
 

@@ -18,7 +18,7 @@ from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
 from liveavatar.training import codec, data, export, forcing, levels, losses, preview, recipe, shards
-from liveavatar.training.loop import LoopConfig, draws_of, learning_rate
+from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
 from liveavatar.training.synth.head import HeadRenderer
@@ -52,7 +52,7 @@ def logged(run, stage):
 
 def test_the_decoder_trained_alone_leaves_latents_as_they_are(micro):
     run = Path(micro[0].run)
-    whole, alone = torch.load(run / "vae.pt", weights_only=True)["ema"], torch.load(run / "decoder.pt", weights_only=True)["ema"]
+    whole, alone = (load_checkpoint(run / name)["ema"] for name in ("vae.pt", "decoder.pt"))
     assert set(alone) == {name for name in whole if name.startswith(("decoder.", "post_quant_conv."))}
     assert any(not torch.equal(alone[name], whole[name]) for name in alone)
     shipped = load_file(run / "vae" / "diffusion_pytorch_model.safetensors")

@@ -12,7 +12,7 @@ step to 0 gives x - sigma v, the clean estimate. Only the last step of a table e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -165,6 +165,10 @@ class ClipCondition:
     first_block: int = 0
     refresh_block: int = 0
     causal: bool = True
+
+    def to(self, device: torch.device) -> ClipCondition:
+        """The same on another device; text rows stay, they are copied where they are read."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("features", "reference", "motion")})
 
     def velocity(self, model: CausalS2V, history_grad: bool = True) -> Velocity:
         """The model under this condition, all blocks at once."""

@@ -11,6 +11,7 @@ from liveavatar.conditioning.phones import Utterance
 from liveavatar.evaluation.landmarks import Track
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
+BACKEND = "pocketsphinx phones; tracked gap"
 CLOSED_PHONES, OPEN_PHONES = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
 WINDOW = 0.06  # seconds to either side of a phone's middle
 OPENED = 0.023  # IOD above rest from which lips count as apart: .03 on a mesh that reads .007 on closed lips
@@ -26,27 +27,26 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
     The tracker reads closed lips of small faces as .003 to .03 IOD apart, another value for each face: what it reads
     at this video's narrowest moments is taken off first.
     """
-    backend = f"{source or 'given phones'}; tracked gap"
     if language != "en":
-        return _absent(f"no phone map for language {language}", backend)
+        return _absent(f"no phone map for language {language}")
     if not track.seen.any():
-        return _absent("no face", backend)
+        return _absent("no face")
     limit = min(float(np.nanpercentile(track.gap, REST_QUANTILE)), MAX_REST) + OPENED
     shut, lags = _events(track, utterance, CLOSED_PHONES, limit)
     falsely, _ = _events(track, utterance, OPEN_PHONES, limit)
     if len(shut) < MIN_EVENTS or len(falsely) < MIN_EVENTS:
-        return _absent(f"too few phones: {len(shut)} of p b m, {len(falsely)} open vowels, {MIN_EVENTS} of each needed", backend)
+        return _absent(f"too few phones: {len(shut)} of p b m, {len(falsely)} open vowels, {MIN_EVENTS} of each needed")
     values = {"closure": shut.mean(), "false_closure": falsely.mean(), "closure_minus_false": shut.mean() - falsely.mean(),
               "closure_lag_ms": np.median(lags)}  # fmt: skip
     spread = {"closure": wilson(shut.mean(), len(shut)), "false_closure": wilson(falsely.mean(), len(falsely)), "closure_minus_false": _difference(shut, falsely),
               "closure_lag_ms": bootstrap(lags, np.median)}  # fmt: skip
     counts = {"closure": len(shut), "false_closure": len(falsely), "closure_minus_false": len(shut) + len(falsely), "closure_lag_ms": len(lags)}
-    return [Measure(name=name, value=float(values[name]), unit=unit, better=better, n=counts[name], interval=_floats(spread[name]), backend=backend)
+    return [Measure(name=name, value=float(values[name]), unit=unit, better=better, n=counts[name], interval=_floats(spread[name]), backend=BACKEND, reason=source)
             for name, (unit, better) in NAMES.items()]  # fmt: skip
 
 
-def _absent(reason: str, backend: str) -> list[Measure]:
-    return [absent(name, reason, unit=unit, better=better, backend=backend) for name, (unit, better) in NAMES.items()]
+def _absent(reason: str) -> list[Measure]:
+    return [absent(name, reason, unit=unit, better=better, backend=BACKEND) for name, (unit, better) in NAMES.items()]
 
 
 def _events(track: Track, utterance: Utterance, names: Iterable[str], limit: float) -> tuple[np.ndarray, np.ndarray]:

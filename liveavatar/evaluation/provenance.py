@@ -24,8 +24,8 @@ def sha256(path: Path) -> str:
 
 
 def host() -> dict:
-    """CPU, cores, GPU, its driver, and the libraries of this machine."""
-    facts = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu(), "python": platform.python_version()}
+    """Commit of what judges, CPU, cores, GPU, its driver, and the libraries of this machine."""
+    facts = {"judge": commit(), "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu(), "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             facts[name] = version(name)

@@ -232,7 +232,8 @@ def _over(measures: Sequence[Measure]) -> Measure:
         return next((m for m in lost if m.status == "failed"), lost[0])
     first = done[0]
     assert all((m.unit, m.backend, m.weights_sha256) == (first.unit, first.backend, first.weights_sha256) for m in done), first.name
-    missing = f"{len(lost)} of {len(measures)} items {lost[0].status.replace('_', ' ')}: {lost[0].reason}" if lost else first.reason
+    shared = first.reason if len({m.reason for m in done}) == 1 else ""  # what is said of one item alone is not said of all
+    missing = f"{len(lost)} of {len(measures)} items {lost[0].status.replace('_', ' ')}: {lost[0].reason}" if lost else shared
     if len(done) == 1:
         return replace(first, reason=missing)
     values = [m.value for m in done]

@@ -14,7 +14,7 @@ from liveavatar.evaluation.landmarks import BACKEND, STABLE, Track, steady
 from liveavatar.evaluation.report import Measure, absent
 
 REPEATED = 0.05  # of 255: mean change below which a picture shows the last one again,
-REPEATED_SHARE = 0.2  # and so it does below this share of the usual change around it: an encoder leaves traces of its own
+REPEATED_SHARE = 0.1  # and so it does below this share of the usual change around it: an encoder leaves traces of its own
 AROUND = 12  # pictures to either side
 AGREE = 1.0  # pixels: flow forward and back must meet within this, else something was hidden
 MIN_FRAMES = 25

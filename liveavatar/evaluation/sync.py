@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from liveavatar.conditioning.phones import PAUSE, Phone, Utterance, align, recognise
+from liveavatar.conditioning.phones import PAUSE, AlignmentError, Phone, Utterance, align, recognise
 from liveavatar.conditioning.visemes import expected_mouth
 from liveavatar.core import SAMPLE_RATE
 from liveavatar.evaluation import series
 from liveavatar.evaluation.landmarks import GAP_FLOOR, Track
 from liveavatar.evaluation.report import Measure, absent
 
+BACKEND = "AVCorr: pocketsphinx phones, visemes.yaml; tracked gap and width"
 LAGS = np.arange(-30, 31) * 0.04  # seconds; positive: the sound is late, the picture early
 NATURAL_LAG = 0.04  # seconds that sound trails a natural face by; the index is full there
 LAG_SCALE = 0.2  # seconds off NATURAL_LAG at which the index is halved; never to zero, so that wrong speech stays above a still face
 BESIDE_PEAK = 0.2  # seconds: a second peak farther away than this makes the first one doubtful
 GRID_RATE = 100  # Hz of the expected motion
+PADDING = 0.2  # seconds
 MIN_SPEECH = 5.0  # seconds
 PAUSE_IS_SILENCE = 0.3  # seconds; a shorter pause belongs to the speech around it
 FIELDS = {"sync_index": ("", "higher"), "r0": ("", "higher"), "peak": ("", "higher"), "conf": ("", "higher"), "margin": ("", "higher"),
@@ -27,15 +29,28 @@ FIELDS = {"sync_index": ("", "higher"), "r0": ("", "higher"), "peak": ("", "high
 
 
 def heard(pcm: np.ndarray, text: str | None = None, phones: tuple[Phone, ...] | None = None) -> tuple[Utterance, str]:
-    """What is said in pcm float32 [n] 16 kHz, and how that is known: given phones, given words, or recognised (English).
+    """What is said in pcm float32 [n] 16 kHz, and how that is known: given phones; else given words, aligned; else recognised.
 
-    Raises SpeechError where the words do not fit the sound.
+    Words that do not fit, as where a file was cut, leave recognition too, and that is said. English only. Raises SpeechError
+    without pocketsphinx.
     """
     if phones is not None:
-        return Utterance(pcm, tuple(phones), text or "", "given"), "given phones"
+        return Utterance(pcm, tuple(phones), text or "", "given"), "phones given"
     if text:
-        return align(pcm, text), "pocketsphinx alignment"
-    return recognise(pcm), "pocketsphinx phone recogniser"
+        try:
+            return _aligned(pcm, text), "phones aligned to the words"
+        except AlignmentError:
+            return recognise(pcm), "phones recognised: the words do not fit the sound"
+    return recognise(pcm), "phones recognised"
+
+
+def _aligned(pcm: np.ndarray, text: str) -> Utterance:
+    """Alignment with silence around: without it the aligner loses speech that fills its recording."""
+    silence = np.zeros(round(PADDING * SAMPLE_RATE), np.float32)
+    found = align(np.concatenate([silence, pcm, silence]), text)
+    seconds = len(pcm) / SAMPLE_RATE
+    moved = [(p.name, max(0.0, p.start - PADDING), min(seconds, p.end - PADDING)) for p in found.phones]
+    return Utterance(pcm, tuple(Phone(*row) for row in moved if row[2] > row[1]), found.text, "aligned")
 
 
 def silences(utterance: Utterance) -> list[tuple[float, float]]:
@@ -57,30 +72,29 @@ def speech_seconds(utterance: Utterance) -> float:
 
 def av_corr(track: Track, utterance: Utterance, source: str = "") -> list[Measure]:
     """The fields of AVCorr for one face and one utterance on the same clock, each with its 95 % interval."""
-    backend = f"AVCorr: {source or 'given phones'} + visemes.yaml; tracked gap and width"
     spoken = speech_seconds(utterance)
     if spoken < MIN_SPEECH:
-        return _absent(f"too short: {spoken:.1f} s of speech, {MIN_SPEECH:.0f} needed", backend)
+        return _absent(f"too short: {spoken:.1f} s of speech, {MIN_SPEECH:.0f} needed")
     if track.seen.sum() < MIN_SPEECH * 5:
-        return _absent(f"a face in {track.seen.sum()} pictures only", backend)
+        return _absent(f"a face in {track.seen.sum()} pictures only")
     if np.nanstd(track.gap) < GAP_FLOOR:
-        return _still(int(track.seen.sum()), backend)
+        return _still(int(track.seen.sum()))
     curves = _moments(track, utterance)  # [2, B, L, 6]
     values = fields(curve(curves.sum(1)))
     drawn = fields(curve(np.stack([series.resampled(m) for m in curves])))
     return [Measure(name=name, value=float(values[name]), unit=FIELDS[name][0], better=FIELDS[name][1], n=int(track.seen.sum()),
-                    interval=series.interval(drawn[name]), backend=backend) for name in FIELDS]  # fmt: skip
+                    interval=series.interval(drawn[name]), backend=BACKEND, reason=source) for name in FIELDS]  # fmt: skip
 
 
-def _absent(reason: str, backend: str) -> list[Measure]:
-    return [absent(name, reason, unit=unit, better=better, backend=backend) for name, (unit, better) in FIELDS.items()]
+def _absent(reason: str) -> list[Measure]:
+    return [absent(name, reason, unit=unit, better=better, backend=BACKEND) for name, (unit, better) in FIELDS.items()]
 
 
-def _still(n: int, backend: str) -> list[Measure]:
+def _still(n: int) -> list[Measure]:
     """A mouth that does not move: correlation of the tracker's jitter is no sync."""
-    made = [Measure(name=name, value=0.0, unit=unit, better=better, n=n, backend=backend, reason="no motion")
+    made = [Measure(name=name, value=0.0, unit=unit, better=better, n=n, backend=BACKEND, reason="no motion")
             for name, (unit, better) in FIELDS.items() if name != "lag_ms"]  # fmt: skip
-    return made + [absent("lag_ms", "no motion", unit="ms", better="target", backend=backend)]
+    return made + [absent("lag_ms", "no motion", unit="ms", better="target", backend=BACKEND)]
 
 
 def _moments(track: Track, utterance: Utterance) -> np.ndarray:

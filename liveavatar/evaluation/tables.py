@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -11,7 +11,7 @@ from liveavatar.evaluation.report import Check, Difference, Gate, Item, Measure,
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 SYNTHETIC = "synthetic suite"
-STEADY = ("warp_error", "idle_var", "jerk", "flicker_mae", "tLPIPS")  # stability by these means nothing beside a frozen face
+STEADY = ("warp_error", "idle_var_face", "idle_var_background", "jerk", "flicker_mae", "tLPIPS")  # stability by these means nothing beside a frozen face
 SYNCED = ("peak", "r0", "conf", "sync_index", "Sync-C", "Sync-D")  # a mouth of mean shape correlates too
 ARROWS = {"higher": "up", "lower": "down", "target": "target"}
 
@@ -23,7 +23,7 @@ def markdown(report: Report) -> str:
         [f"# {report.system.name} on {report.origin.name}{label}", "", *_summary(report)],
         [f"## Measures{label}", "", *_measures(report), *_plots(report)],
         ["## Gates", "", *_gates(report.gates)] if report.gates else [],
-        ["## Sanity ranking of the measures", "", *_sanity(report.sanity)] if report.sanity else [],
+        ["## Sanity ranking of the measures", "", *sanity_table(report.sanity)] if report.sanity else [],
         [f"## Items{label}", "", *_items(report.items)] if report.items else [],
         _limits(report),
         _published(report.kind),
@@ -71,16 +71,26 @@ def _summary(report: Report) -> list[str]:
 
 
 def _measures(report: Report) -> list[str]:
-    if not report.metrics:
-        return ["None."]
-    rows = [[m.name, *_value(m), m.unit, ARROWS[m.better], str(m.n) if m.measured else "-", _by(m, report)] for m in report.metrics]
-    notes = [f"- {m.name}: {m.reason}" for m in report.metrics if m.measured and m.reason]
-    return [*table(["measure", "value", "95 % interval", "unit", "better", "n", "by"], rows), *([""] if notes else []), *notes]
+    """The table; below it, by reason, what is not in it."""
+    shown = [m for m in report.metrics if m.status != "not_measured"]
+    rows = [[m.name, *_value(m), m.unit, ARROWS[m.better], str(m.n) if m.measured else "-", _by(m, report)] for m in shown]
+    lines = table(["measure", "value", "95 % interval", "unit", "better", "n", "by"], rows) if rows else ["None."]
+    notes = [f"- {names}: {reason}" for reason, names in _by_reason(m for m in shown if m.measured and m.reason)]
+    missing = [[names, f"**not measured** ({reason})"] for reason, names in _by_reason(m for m in report.metrics if m.status == "not_measured")]
+    return [*lines, *(["", *notes] if notes else []), *(["", *table(["measure", "why there is none"], missing)] if missing else [])]
+
+
+def _by_reason(measures: Iterable[Measure]) -> list[tuple[str, str]]:
+    """(reason, names that share it), in order of first appearance."""
+    reasons: dict[str, list[str]] = {}
+    for m in measures:
+        reasons.setdefault(m.reason, []).append(m.name)
+    return [(reason, ", ".join(names)) for reason, names in reasons.items()]
 
 
 def _value(measure: Measure) -> tuple[str, str]:
     if not measure.measured:
-        return f"**{measure.status.replace('_', ' ')}** ({measure.reason})", "-"
+        return f"**{measure.status}** ({measure.reason})", "-"
     interval = measure.interval
     return number(measure.value), "-" if interval is None else f"{number(interval[0])} to {number(interval[1])}"
 
@@ -101,7 +111,8 @@ def _gates(gates: Sequence[Gate]) -> list[str]:
     return table(["measure", "wanted", "value", "verdict"], rows)
 
 
-def _sanity(checks: Sequence[Check]) -> list[str]:
+def sanity_table(checks: Sequence[Check]) -> list[str]:
+    """Lines of the ranking's table."""
     verdict = {True: "holds", False: "**does not hold: rejected**", None: "not judged"}
     return table(["measure", "must rank", "verdict", "found"], [[c.metric, c.needs, verdict[c.ok], c.detail] for c in checks])
 
@@ -119,7 +130,7 @@ def _plain(value) -> str:
 def _limits(report: Report) -> list[str]:
     names = {m.name for m in report.metrics if m.measured}
     lines = [*report.exclusions, *report.limits]
-    if names & set(STEADY) and not any(n.startswith("motion_energy") for n in names):
+    if names & set(STEADY) and not any(n.startswith("motion_") for n in names):
         lines.append("Stability stands here without motion energy: a frozen face is perfectly stable.")
     if names & set(SYNCED) and not any(n.startswith("closure") for n in names):
         lines.append("Sync stands here without closure: a mouth of mean shape correlates too.")
@@ -128,12 +139,13 @@ def _limits(report: Report) -> list[str]:
 
 def _published(kind: str) -> list[str]:
     """Other people's figures, under their own heading; never a column beside ours."""
-    tables = [t for t in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")) if kind in t["kinds"]]
+    quoted = yaml.load(PUBLISHED.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # as text: 3.00 is not 3
+    tables = [t for t in quoted if kind in t["kinds"]]
     if not tables:
         return []
     lines = ["## Published by others", "", "Quoted, not measured here: other test sets, crops and machines. No column compares with ours."]
     for entry in tables:
-        rows = [[name, *(_plain(v) if v is not None else "-" for v in values)] for name, values in entry["rows"].items()]
+        rows = [[name, *("-" if v == "null" else v for v in values)] for name, values in entry["rows"].items()]
         lines += ["", f"### {entry['heading']}", "", f"Source: {entry['source']}. {entry.get('note', '')}".rstrip(), "",
                   *table(["system", *entry["columns"]], rows)]
     return lines

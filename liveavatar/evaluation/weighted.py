@@ -175,7 +175,7 @@ class Distribution:
     def _measures(self, name: str, kernel: str, backend: str) -> list[Measure]:
         if not self.backends.has(backend) or self.real is None:
             missing = self.backends.needs(backend) if not self.backends.has(backend) else ""
-            reason = " and ".join(part for part in (missing, "" if self.real is not None else "needs features of a real set (real)") if part)
+            reason = " and ".join(part for part in (missing, "" if self.real is not None else f"{'' if missing else 'needs '}features of a real set (suite.real)") if part)
             return [absent(label, reason, better="lower", backend=backend) for label in (name, kernel)]
         sha = self.backends.sha256(backend)
         mine, theirs = np.concatenate(self.found[backend]), real_features(self.real, backend, sha)

@@ -176,6 +176,10 @@ class TransformerBlock(nn.Module):
         """e0: fp32 [B, G, 6, D] from time_projection -> six rows [B, G, D]."""
         return BlockModulation(*(self.modulation.float()[:, None] + e0).unbind(2))
 
+    def text_keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """text: [B, T, D] -> what `forward` takes as text. A method of the block, so that a sharded block gathers its weights for it."""
+        return self.cross_attn.keys_values(text)
+
     def forward(self, x: torch.Tensor, m: BlockModulation, attend: Attend, text: tuple[torch.Tensor, torch.Tensor]):
         """x: [B, T, D]; attend(q, k, v) gets un-rotated heads and returns [B, T, heads, d]; text: k, v.
 
@@ -189,6 +193,20 @@ class TransformerBlock(nn.Module):
         x = x + self.cross_attn.cross(h.to(dtype), *text)
         h = modulated(x, m.shift2, m.scale2, self.eps).to(dtype)
         return gated(x, self.ffn(h), m.gate2).to(dtype)
+
+    def prefill(self, x: torch.Tensor, m: BlockModulation, angles: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor]):
+        """The sink's way through the layer, its tokens x [B, S, D] among themselves: (x, k un-rotated, v [B, S, heads, d]).
+
+        All that gradients come back to is returned: what left by a side door would not be seen by the hooks of a sharded
+        block. For the same reason `forward` is called as it stands here, inside a method that has been announced.
+        """
+        kept = []
+
+        def attend(q, k, v):
+            kept[:] = k, v  # written over, not added to, where a backward pass computes the layer again
+            return ops.attention(rotate(q, angles), rotate(k, angles), v)
+
+        return self.forward(x, m, attend, text), *kept
 
 
 class Head(nn.Module):

@@ -207,7 +207,7 @@ class CausalS2V(nn.Module):
                 raise ConfigError(f"text rows {list(rows.shape)}: at most {c.text_len} rows of width {c.text_dim}")
             row[: rows.shape[0]] = rows.to(row)
         text = self.text_embedding(padded)
-        return TextCache(tuple(block.cross_attn.keys_values(text) for block in self.blocks))
+        return TextCache(tuple(block.text_keys_values(text) for block in self.blocks))
 
     def encode_audio(self, features: torch.Tensor) -> AudioTokens:
         """[layers, Ca, 4F] or [B, layers, Ca, 4F] features of one block -> AudioTokens, fp32, batched."""
@@ -327,13 +327,9 @@ class CausalS2V(nn.Module):
         angles = self.sink_angles(*reference.shape[-2:])
         modulation = self.modulation(0.0)
         keys, values = [], []
-
-        def attend(q, k, v):
-            keys.append(k), values.append(v)
-            return ops.attention(L.rotate(q, angles), L.rotate(k, angles), v)
-
         for i, layer in enumerate(self.blocks):
-            tokens = layer(tokens, modulation.blocks[i], attend, text.layers[i])
+            tokens, k, v = layer.prefill(tokens, modulation.blocks[i], angles, text.layers[i])
+            keys.append(k), values.append(v)
         return keys, values
 
     def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,

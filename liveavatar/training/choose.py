@@ -8,7 +8,6 @@ starting under a teacher that is worse than its student.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from liveavatar.models.probe import frechet
 from liveavatar.training import data as corpus
 from liveavatar.training import preview
 from liveavatar.training.ablations import AblationConfig, Arm, Bench
+from liveavatar.training.checkpoints import State, Stored, checkpoint_path, save_checkpoint
 from liveavatar.training.forcing import ForcingConfig
-from liveavatar.training.loop import checkpoint_path
 from liveavatar.training.teacher import TeacherConfig
 
 CLIP_BLOCKS = 7  # as many as a training clip has: a teacher makes no more at once
@@ -52,6 +51,14 @@ def candidates(run: str | Path, stage: str, start: str) -> list[str]:
     return [name for name in (start, *kept, stage) if checkpoint_path(run, name).exists()]
 
 
+def averages_of(path: Path) -> State:
+    """What export needs of a checkpoint: averages and iteration. Raises WeightsError."""
+    stored = Stored(path)
+    kept = {key: stored.empty(key) for key in stored.shapes if key.startswith("ema/") or key == "iteration"}
+    stored.read(kept)
+    return kept
+
+
 def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, stage: str, start: str,
            sigmas: Sequence[float]) -> list[dict]:
     """Judge every candidate, copy the best to RUN/chosen.pt and write all rows to RUN/choice.json, best first.
@@ -63,7 +70,7 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
     bench = Bench.build(config.bench(config.blocks), forcing, data, run, seed)
     rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
     ranked = sorted(({**row, "score": score(row)} for row in rows), key=lambda row: -row["score"])
-    shutil.copyfile(checkpoint_path(run, ranked[0]["stage"]), checkpoint_path(run, "chosen"))
+    save_checkpoint(checkpoint_path(run, "chosen"), averages_of(checkpoint_path(run, ranked[0]["stage"])))
     (run / "choice.json").write_text(json.dumps(ranked, indent=1))
     return ranked
 

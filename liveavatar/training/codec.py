@@ -45,11 +45,16 @@ class CodecConfig:
     def __post_init__(self):
         if self.pictures % 4 != 1 or self.pictures < 5:
             raise ConfigError(f"vae.pictures={self.pictures}: must be 1 + 4n, at least 5")
-        if self.crop % (2 ** (len(self.dim_mult) - 1) * self.patch):
+        if self.crop % self.spatial_stride:
             raise ConfigError(f"vae.crop={self.crop}: must be a multiple of the codec's spatial stride")
         for name, loop in (("loop", self.loop), ("decoder", self.decoder)):
             if loop is not None and loop.batch % self.pieces_per_clip:
                 raise ConfigError(f"vae.{name}.batch={loop.batch}: must be a multiple of pieces_per_clip")
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.dim_mult) - 1) * self.patch
 
 
 def module_config(config: CodecConfig) -> dict:

@@ -17,11 +17,13 @@ import torch
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import ClipCondition, Velocity
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.training.forcing import EncodedReader, ForcingConfig, averaged_model, draw_position
+from liveavatar.training.casting import cast_of
+from liveavatar.training.forcing import EncodedReader, ForcingConfig, draw_position
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import mix, per_latent, teacher_grid
 from liveavatar.training.losses import clean_estimate
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.strategy import strategy_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,12 @@ def consistency_loss(student: Velocity, average: Velocity, teacher: Velocity, la
 def train_consistency(config: ConsistencyConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int,
                       text: TextEncoder, default_identity: int, stop_after: int | None = None) -> list[float]:
     """Train (or go on training) RUN/consistency.pt from RUN/forcing.pt; returns the losses of this call."""
-    teacher, model, average = (averaged_model(forcing, run, "forcing", seed)[0].eval() for _ in range(3))
+    if config.loop.strategy == "fsdp2":
+        raise ConfigError("consistency with strategy fsdp2: the average is run as a model here, which its shards are not; use single or deepspeed")
+    cast = cast_of(forcing, run, seed)
+    teacher, model, average = (cast.averaged("forcing", role)[0] for role in ("guide", "student", "average"))
     teacher.requires_grad_(False), average.requires_grad_(False)
+    strategy_of(config.loop).wrap(teacher)
     trainer = Trainer("consistency", model, config.loop, run, seed)
     for name, p in average.named_parameters():
         p.data = trainer.learner.ema.values[name]  # the same numbers, as they move
@@ -70,10 +76,10 @@ def train_consistency(config: ConsistencyConfig, forcing: ForcingConfig, sigmas:
     grid = teacher_grid(sigmas, config.pieces, config.shift)
 
     def loss_of(draws: Draws):
-        batch = reader.batch(draws, config.loop.batch)
+        batch = reader.batch(draws, config.loop.batch).to(trainer.device)
         condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks,
                                   *draw_position(forcing, draws.numpy))
-        noise = torch.randn(batch.latents.shape, generator=draws.torch)
+        noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
         drawn = draw_intervals(draws.numpy, len(noise), noise.shape[2] // forcing.block_latents, len(grid) - 1, config.same_share)
         guided = config.guidance.velocity(teacher, condition, reader.silence, reader.rows_of(""))
         return consistency_loss(condition.velocity(model), condition.velocity(average), guided, batch.latents, noise, grid, drawn), {}

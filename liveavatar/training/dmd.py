@@ -1,9 +1,10 @@
 """Stage `dmd` (Stage 2): the student's own rollouts pulled to the teacher's distribution (training.md 2.5).
 
-Three copies of the transformer: the teacher (averages of the bidirectional `teacher` or of `forcing`, frozen),
-the critic (starts as the teacher and sees what it sees, learns the student's distribution by flow matching at
-every iteration) and the student (every `ratio`-th iteration). The student learns on the rollouts it is run with: same step function, same levels
-as the exported sampler, same transitions (Euler), same history.
+Three roles, as copies of the transformer or adapters over one (casting.py): the teacher (averages of the
+bidirectional `teacher` or of `forcing`, frozen), the critic (starts as the teacher and sees what it sees, learns the
+student's distribution by flow matching at every iteration) and the student (every `ratio`-th iteration). The student
+learns on the rollouts it is run with: same step function, same levels as the exported sampler, same transitions
+(Euler), same history.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from liveavatar.config import one_of
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import ClipCondition, HistoryMode, cached_clips, exit_table, level_parallel
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.models.s2v import CausalS2V
 from liveavatar.training import losses
-from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, averaged_model, clip_loss, draw_position, forcing_levels
+from liveavatar.training.casting import Copies, Transformer, cast_of
+from liveavatar.training.checkpoints import checkpoint_path, save_checkpoint
+from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, clip_loss, draw_position, forcing_levels
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import score_levels
-from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, checkpoint_path, draws_of, learning_rate, save_checkpoint, shared_draws
+from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, draws_of, learning_rate, shared_draws
 from liveavatar.training.replay import replay
+from liveavatar.training.strategy import strategy_of
 
 
 AGGRESSIVE = Guidance(text=6.0, audio=6.0)  # conventional; LiveTalk's file says 5
@@ -103,7 +106,7 @@ class Plan:
 Backward = Callable[[torch.Tensor], None]
 
 
-def roll(model: CausalS2V, condition: ClipCondition, sigmas: Sequence[float], noise: torch.Tensor, blocks: int, history: HistoryMode,
+def roll(model: Transformer, condition: ClipCondition, sigmas: Sequence[float], noise: torch.Tensor, blocks: int, history: HistoryMode,
          seed: int, through: bool) -> tuple[torch.Tensor, Backward]:
     """Clips [B,C,F,h,w] from noise, and what carries a gradient at them back to the parameters.
 
@@ -120,12 +123,12 @@ class Distillation:
     """The iteration of Stage 2 over its three models."""
 
     def __init__(self, config: DmdConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int,
-                 reader: EncodedReader):
+                 reader: EncodedReader, cast: Copies | None = None):
         self.config, self.forcing, self.sigmas, self.reader = config, forcing, tuple(sigmas), reader
         self.history = HistoryMode.parse(config.history)
-        stages = config.teacher, config.teacher, config.start
-        self.teacher, critic, student = (averaged_model(forcing, run, stage, seed)[0].eval() for stage in stages)
-        self.teacher.requires_grad_(False)
+        cast = cast or cast_of(forcing, run, seed)
+        self.teacher, critic, student = cast.teacher(config.teacher), cast.critic(config.teacher), cast.averaged(config.start, "student")[0]
+        strategy_of(config.loop).wrap(self.teacher)
         self.critic = Learner(critic, config.loop, average=False)
         self.trainer = Trainer("dmd", student, config.loop, run, seed, {"critic": self.critic})
         self.student = self.trainer.learner
@@ -136,9 +139,9 @@ class Distillation:
         draws = draws_of(seed, "dmd", i, self.trainer.rank)
         plan = Plan.draw(self.config, self.forcing, len(self.sigmas) - 1, shared_draws(seed, "dmd", i))
         agreed(steps=plan.steps, sink_distance=plan.sink_distance, first_block=plan.first_block, refresh=int(plan.refresh))
-        batch, turn = self.reader.batch(draws, self.config.loop.batch), self.config.student_turn(i)
+        batch, turn = self.reader.batch(draws, self.config.loop.batch).to(self.trainer.device), self.config.student_turn(i)
         # Without the cache of casts: one made under no_grad would cut the graph of the step that learns.
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.loop.bf16, cache_enabled=False):
+        with self.trainer.autocast(cache_enabled=False):
             condition = self._condition(batch, plan)
             with torch.set_grad_enabled(turn):
                 made, backward = self._roll(condition, batch, plan, draws)
@@ -151,8 +154,9 @@ class Distillation:
         return metrics
 
     def _keep(self, steps: int) -> None:
-        if steps % self.config.keep_steps == 0 and not self.trainer.rank:
-            save_checkpoint(checkpoint_path(self.trainer.folder, f"dmd_{steps:06d}"), ema=self.student.ema.values, iteration=self.trainer.iteration + 1)
+        if steps % self.config.keep_steps == 0:
+            averages = {f"ema/{name}": value for name, value in self.student.ema.values.items()}
+            save_checkpoint(checkpoint_path(self.trainer.folder, f"dmd_{steps:06d}"), averages | {"iteration": torch.tensor(self.trainer.iteration + 1)})
 
     def _rate(self, iteration: int) -> float:
         return learning_rate(self.config.loop, iteration) * self.config.rate_factor
@@ -165,13 +169,13 @@ class Distillation:
                              plan.sink_distance, plan.first_block, int(plan.refresh))
 
     def _roll(self, condition: ClipCondition, batch: Batch, plan: Plan, draws: Draws) -> tuple[torch.Tensor, Backward]:
-        noise = torch.randn(batch.latents.shape, generator=draws.torch)
+        noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
         return roll(self.student.module, condition, exit_table(self.sigmas, plan.steps), noise, self._blocks(noise), self.history,
                     plan.seed, self.config.history_grad == "through")
 
     def _noised(self, made: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         tau = score_levels(draws.numpy, len(made), self._blocks(made), self.config.shift)
-        return tau, torch.randn(made.shape, generator=draws.torch)
+        return tau, torch.randn(made.shape, generator=draws.torch).to(made)
 
     def _learn_critic(self, condition: ClipCondition, made: torch.Tensor, draws: Draws, iteration: int) -> dict[str, float]:
         loss = losses.critic_loss(condition.velocity(self.critic.module), made, *self._noised(made, draws))

@@ -22,6 +22,9 @@ from liveavatar.models.folders import SETTINGS_FILE
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import save_folder
 from liveavatar.training import forcing
+from liveavatar.training.adapters import save_adapter
+from liveavatar.training.casting import averaged_model
+from liveavatar.training.checkpoints import Stored, checkpoint_path
 from liveavatar.training.data import DataConfig, neutral_picture
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -77,7 +80,7 @@ def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
 
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. Raises WeightsError without checkpoints."""
-    model, iteration = forcing.averaged_model(training, run, config.stage, seed)
+    model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
@@ -115,6 +118,21 @@ def add_gates(folder: Path, path: Path) -> None:
     part = folder / (SETTINGS_FILE + ".part")
     part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     part.replace(folder / SETTINGS_FILE)
+
+
+def export_adapter(config: ExportConfig, training: forcing.ForcingConfig, run: str | Path, seed: int) -> Path:
+    """Write the averaged adapter as FOLDER/liveavatar.safetensors, in the layout of the public Live-Avatar LoRA, and
+    FOLDER/card.json with its SHA-256 and how it is to be sampled; returns the file. Raises WeightsError without a checkpoint."""
+    stored = Stored(checkpoint_path(run, config.stage))
+    weights = {f"ema/{name}": stored.empty(f"ema/{name}") for name in stored.below("ema/")}
+    stored.read(weights)
+    base, path = training.base, Path(config.folder) / "liveavatar.safetensors"
+    save_adapter(path, {name.removeprefix("ema/"): t for name, t in weights.items()}, base.rank, base.alpha, DTYPES[config.dtype])
+    card = {"base": base.folder, "rank": base.rank, "alpha": base.alpha, "stage": config.stage, "iterations": stored.iteration, "seed": seed,
+            "sampler": {"sigmas": list(config.sigmas), "sink_distance": config.sink_distance, "refresh_block": config.refresh_block},
+            "history": config.history, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_name("card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def last_preview(run: str | Path, stage: str) -> dict | str:

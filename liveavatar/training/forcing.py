@@ -6,30 +6,33 @@ noisy as it is at inference, and the loss is the plain velocity error, heavier o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from liveavatar.conditioning.audio_features import LogMelFrontEnd
+from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.models.vae import StreamingVAE
-from liveavatar.training import data, losses, shards
+from liveavatar.models.weights import load_vae
+from liveavatar.training import data, losses, shards, stored
+from liveavatar.training.adapters import BaseConfig
+from liveavatar.training.casting import Transformer, cast_of
 from liveavatar.training.codec import to_float
 from liveavatar.training.levels import clip_levels, mix
-from liveavatar.training.loop import Draws, LoopConfig, Trainer, checkpoint_path, load_average
+from liveavatar.training.loop import Draws, LoopConfig, Trainer
 from liveavatar.training.synth import speech
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForcingConfig:
-    """Training of the transformer. model: an S2VConfig mapping."""
+    """Training of the transformer. model: an S2VConfig mapping; or base: a frozen one that adapters are trained on."""
 
     loop: LoopConfig
-    model: dict
+    model: dict | None = None
+    base: BaseConfig | None = None
     block_latents: int = 3
     context_latents: int = 3  # of a clip, in front: history of the codec only, not trained on
     window_blocks: int = 4
@@ -51,6 +54,8 @@ class ForcingConfig:
     start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
 
     def __post_init__(self):
+        if (self.model is None) == (self.base is None):
+            raise ConfigError("forcing: give either model (sizes, trained from nothing) or base (a folder, with adapters)")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
         if not self.levels or not all(0 < s <= 1 for s in self.levels):
@@ -75,16 +80,17 @@ class Encoded:
     card: dict
 
 
-def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: np.ndarray | None = None) -> Encoded:
+def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: np.ndarray | None = None,
+                front_end: AudioFrontEnd | None = None) -> Encoded:
     """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
-    others: uint8 [n,S,S,3], portraits of its person dressed otherwise."""
+    others: uint8 [n,S,S,3], portraits of its person dressed otherwise. front_end: None for the embedded avatar's."""
     def hold(picture: np.ndarray) -> torch.Tensor:
         return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
 
     latents, held = vae.encode(to_float(clip.frames)), hold(clip.reference)
     portraits = [hold(picture) for picture in (() if others is None else others)]
     pcm = clip.pcm.astype(np.float32) / 32768.0
-    front_end, count = LogMelFrontEnd(), len(clip.frames)
+    front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
     voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
@@ -98,14 +104,18 @@ def encoded_path(run: str | Path, clip: Path) -> Path:
 
 
 def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part: int = 0, parts: int = 1) -> int:
-    """Encode every clip that is not yet encoded (this part of them); returns how many were."""
-    vae = StreamingVAE.from_folder(Path(run) / "vae")
+    """Encode every clip that is not yet encoded (this part of them); returns how many were. Over a base by its codec and
+    its speech encoder, and its text encoder reads the captions."""
+    base = config.base.folder if config.base else None
+    vae, front_end = (load_vae(base), stored.front_end_of(base)) if base else (StreamingVAE.from_folder(Path(run) / "vae"), None)
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
     todo = [p for p in paths[part::parts] if not encoded_path(run, p).exists()]
     for path in todo:
-        made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path))
+        made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
         arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)
+    if base and part == 0:
+        stored.store_conditions(base, run, (shards.read_arrays(p)[0]["caption"] for p in paths), front_end)
     return len(todo)
 
 
@@ -129,6 +139,11 @@ class Batch:
     reference: torch.Tensor
     motion: torch.Tensor
     weight: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; text rows stay, they are copied where they are read."""
+        moved = ("latents", "features", "reference", "motion", "weight")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
 
 def curated(clips: dict[Path, Encoded], share: float) -> list[Path]:
@@ -154,8 +169,7 @@ class EncodedReader:
         self.order: list[Path] = []
         self.shipped: list[Path] = []
         self.rows: dict[str, torch.Tensor] = {}
-        front_end = LogMelFrontEnd()
-        self.silence = front_end.features_of(np.zeros(0, np.float32), 1)  # [L,Ca,1]
+        self.silence = stored.silence_of(text)  # [L,Ca,1]
 
     def refresh(self) -> None:
         """Look for clips that were encoded since."""
@@ -210,28 +224,6 @@ class EncodedReader:
 # ---------------------------------------------------------------- the stage
 
 
-def new_model(config: ForcingConfig, seed: int) -> CausalS2V:
-    """The transformer, randomly started."""
-    model = CausalS2V(S2VConfig.from_dict(config.model))
-    model.init_weights(seed)
-    return model
-
-
-def started_model(config: ForcingConfig, run: str | Path, stage: str, start: str, seed: int) -> CausalS2V:
-    """The transformer a stage begins with: the averages of RUN/START.pt, or random where `start` is "". A stage that
-    has a checkpoint of its own goes on from that."""
-    model = new_model(config, seed)
-    if start and not checkpoint_path(run, stage).exists():
-        load_average(model, checkpoint_path(run, start))
-    return model
-
-
-def averaged_model(config: ForcingConfig, run: str | Path, stage: str, seed: int) -> tuple[CausalS2V, int]:
-    """The averaged transformer of a stage's last checkpoint, and its iteration. Raises WeightsError without one."""
-    model = new_model(config, seed)
-    return model, load_average(model, checkpoint_path(run, stage))
-
-
 def draw_position(config: ForcingConfig, rng: np.random.Generator) -> tuple[int, int]:
     """(sink distance 4..30, number of the clip's first block): half of the batches stand deep in a stream,
     so that the distance to the motion tokens, which never move, is nothing new after a minute."""
@@ -245,10 +237,10 @@ def forcing_levels(config: ForcingConfig, batch: Batch, draws: Draws) -> torch.T
                        same_share=config.same_share, table_share=config.table_share, shift=config.shift)
 
 
-def clip_loss(model: CausalS2V, config: ForcingConfig, batch: Batch, draws: Draws, sigma: torch.Tensor,
+def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws, sigma: torch.Tensor,
               causal: bool = True) -> tuple[torch.Tensor, dict[str, float]]:
     """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher."""
-    noise = torch.randn(batch.latents.shape, generator=draws.torch)
+    noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
     velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
                                   batch.reference, batch.motion, window_blocks=config.window_blocks,
@@ -263,12 +255,12 @@ def clip_loss(model: CausalS2V, config: ForcingConfig, batch: Batch, draws: Draw
 def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextEncoder, default_identity: int,
                   stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the transformer; returns the losses of this call."""
-    model = started_model(config, run, "forcing", config.start, seed)
+    model = cast_of(config, run, seed).started("forcing", config.start)
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
 
     def loss_of(draws: Draws):
-        batch = reader.batch(draws, config.loop.batch)
+        batch = reader.batch(draws, config.loop.batch).to(trainer.device)
         return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws))
 
     return trainer.run(loss_of, stop_after)

@@ -10,7 +10,7 @@ import torch
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import ClipCondition, Velocity
-from liveavatar.models.s2v import CausalS2V
+from liveavatar.training.casting import Transformer
 
 # What to add to a number of another project to get ours: s of u + s (c - u), where s = 1 is no guidance.
 GUIDANCE_CONVENTIONS = {"conventional": 0.0, "fastvideo": 0.0, "fastvideo_legacy": 1.0, "self_forcing": 1.0, "livetalk": 1.0}
@@ -60,9 +60,9 @@ class Guidance:
         """(text, audio) in our convention."""
         return conventional_guidance(self.text, self.convention), conventional_guidance(self.audio, self.convention)
 
-    def velocity(self, model: CausalS2V, condition: ClipCondition, silence: torch.Tensor, empty: torch.Tensor) -> Velocity:
+    def velocity(self, model: Transformer, condition: ClipCondition, silence: torch.Tensor, empty: torch.Tensor) -> Velocity:
         """The guided model. Unconditional is silence [L,Ca,1] and the rows [n,text_dim] of an empty prompt, then
         text comes, then speech; portrait and motion are always given."""
-        with_text = replace(condition, features=silence.expand_as(condition.features))
+        with_text = replace(condition, features=silence.to(condition.features).expand_as(condition.features))
         nothing = replace(with_text, context=[empty] * len(condition.context))
         return guided([c.velocity(model) for c in (nothing, with_text, condition)], self.scales)

@@ -52,7 +52,7 @@ def teacher_grid(table: Sequence[float], pieces: int, shift: float) -> tuple[flo
 
 def per_latent(sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """sigma [B,N] of blocks as [B,1,F,1,1], to go with latents [B,C,F,h,w]."""
-    return sigma.repeat_interleave(latents.shape[2] // sigma.shape[1], dim=1)[:, None, :, None, None]
+    return sigma.to(latents.device).repeat_interleave(latents.shape[2] // sigma.shape[1], dim=1)[:, None, :, None, None]
 
 
 def mix(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

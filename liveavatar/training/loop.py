@@ -1,4 +1,4 @@
-"""One plain training loop for every stage: AdamW, warm-up, flat, cool-down, EMA, JSONL, exact resume.
+"""One plain training loop for every stage and scale: AdamW, warm-up, flat, cool-down, EMA, JSONL, exact resume.
 
 Every draw of iteration i comes from generators seeded with (seed, stage, i), so nothing but weights,
 optimiser, EMA and the iteration number has to be stored, and a killed run that resumes gives the same
@@ -8,7 +8,6 @@ losses. Batches are functions of the iteration too; they change only when the co
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from liveavatar.core import ConfigError, WeightsError
+from liveavatar.config import one_of
+from liveavatar.core import ConfigError
 from liveavatar.diffusion.denoise import draw_seed
-from liveavatar.training.optimiser import Optimiser, groups_of
+from liveavatar.training import strategy
+from liveavatar.training.adapters import Role
+from liveavatar.training.checkpoints import State, Stored, checkpoint_path, load_average, load_checkpoint, save_checkpoint
+from liveavatar.training.groups import agreed, decided, meet, rank_and_world
+from liveavatar.training.optimiser import local
+
+__all__ = [
+    "Draws", "Ema", "Learner", "LoopConfig", "Trainer", "agreed", "checkpoint_path", "draws_of", "learning_rate",
+    "load_average", "load_checkpoint", "meet", "rank_and_world", "shared_draws",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,7 @@ class LoopConfig:
     warmup: int = 50
     cooldown: float = 0.5
     floor: float = 0.03
+    audio_factor: float = 1.0  # the audio injectors learn at so much of lr
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
@@ -44,8 +53,15 @@ class LoopConfig:
     log_every: int = 10
     threads: int = 2
     bf16: bool = True
+    device: str = "auto"  # auto | cpu | cuda; auto: the GPU of this process where there is one
+    strategy: str = "single"  # single | fsdp2 | deepspeed, see strategy.py
+    checkpointing: bool = False  # blocks of the transformer are computed again in the backward pass: a third more time, little memory
 
     def __post_init__(self):
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("strategy", self.strategy, strategy.NAMES)
+        if self.muon and self.strategy != "single":
+            raise ConfigError(f"muon with strategy={self.strategy!r}: it needs whole matrices where they are sharded; say muon: false")
         for name in ("iterations", "batch", "lr", "clip", "log_every", "threads"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
@@ -76,18 +92,6 @@ def shared_draws(seed: int, stage: str, iteration: int) -> Draws:
     return Draws(iteration, np.random.default_rng(key), torch.Generator().manual_seed(key))
 
 
-def agreed(**drawn: int) -> None:
-    """Compare what every rank drew. Raises ConfigError, on all ranks, where they differ (another seed or iteration)."""
-    if not dist.is_initialized():
-        return
-    own = torch.tensor(list(drawn.values()))
-    all_ranks = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_ranks, own)
-    different = [name for i, name in enumerate(drawn) if len({int(r[i]) for r in all_ranks}) > 1]
-    if different:
-        raise ConfigError(f"ranks drew different {', '.join(different)}: {[r.tolist() for r in all_ranks]}; same seed and checkpoint everywhere?")
-
-
 LossOf = Callable[[Draws], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -100,117 +104,62 @@ def learning_rate(config: LoopConfig, iteration: int) -> float:
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, fp32."""
+    """Exponential moving average of a module's trained parameters, fp32, sharded as they are."""
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module | Role, decay: float):
         self.decay = decay
         self.values = {name: p.detach().float().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, iteration: int) -> None:
+    def update(self, module: nn.Module | Role, iteration: int) -> None:
         """Move towards the module; young averages forget faster so that the start does not linger."""
         keep = min(self.decay, (1 + iteration) / (10 + iteration))
         for name, p in module.named_parameters():
-            self.values[name].lerp_(p.detach().float(), 1 - keep)
-
-
-def checkpoint_path(folder: str | Path, stage: str) -> Path:
-    """Where a stage keeps its last checkpoint."""
-    return Path(folder) / f"{stage}.pt"
-
-
-def save_checkpoint(path: Path, **state) -> None:
-    """Written whole or not at all."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """State of save_checkpoint. Raises WeightsError when there is none."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path}: cannot read checkpoint: {error}") from None
-
-
-def load_average(module: nn.Module, path: str | Path) -> int:
-    """Put the EMA weights of a checkpoint into `module`; returns its iteration."""
-    state = load_checkpoint(path)
-    own = dict(module.named_parameters())
-    if set(own) != set(state["ema"]):
-        raise WeightsError(f"{path}: tensors differ from the recipe's model")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(state["ema"][name])
-    return int(state["iteration"])
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process' place in the group; (0, 1) without one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def meet() -> None:
-    """Wait for the other ranks of the group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def average_gradients(module: nn.Module, world: int) -> None:
-    """Mean of the gradients over all ranks, as one message. On a few CPU cores two processes of one
-    thread each train faster than one of two: they meet once an iteration, not once an operator."""
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in module.parameters()]
-    flat = torch.cat([g.float().flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world
-    for p, part in zip(module.parameters(), flat.split([g.numel() for g in gradients])):
-        p.grad = part.view(p.shape).to(p.dtype)
+            local(self.values[name]).lerp_(local(p.detach()).float(), 1 - keep)
 
 
 class Learner:
-    """A module with its optimiser and, where one is wanted, its average."""
+    """A module (or an adapter on one) with its optimiser and, where one is wanted, its average."""
 
-    def __init__(self, module: nn.Module, config: LoopConfig, average: bool = True):
+    def __init__(self, module: nn.Module | Role, config: LoopConfig, average: bool = True):
         self.module, self.config = module, config
-        groups = groups_of(module, config.weight_decay, config.muon)
-        self.optimiser = Optimiser(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+        self.strategy = strategy.strategy_of(config)
+        self.strategy.wrap(module)
+        self.strategy.start(module)
         self.ema = Ema(module, config.ema) if average else None
-        self.world = rank_and_world()[1]
 
     def update(self, rate: float, count: int) -> float:
         """Step number `count` (from 1) by the gradients at hand, averaged over ranks; forgets them. Returns their norm."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        if self.world > 1:
-            average_gradients(self.module, self.world)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        norm = self.strategy.update(rate)
         if self.ema:
             self.ema.update(self.module, count)
-        return float(norm)
+        return norm
 
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"model": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "ema": self.ema.values if self.ema else {}}
+    def _tensors(self, prefix: str) -> State:
+        state = {f"{prefix}model/{name}": p.detach() for name, p in self.module.named_parameters()}
+        return state | {f"{prefix}ema/{name}": value for name, value in (self.ema.values if self.ema else {}).items()}
 
-    def load(self, state: dict) -> None:
-        """Go on from `state`."""
-        self.module.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.ema:
-            self.ema.values = {name: value.clone() for name, value in state["ema"].items()}
+    def state(self, prefix: str = "") -> State:
+        """What a checkpoint keeps, each rank its part."""
+        slots = self.strategy.optimiser_state()
+        return self._tensors(prefix) | {f"{prefix}optimiser/{name}/{key}": t for name, of in slots.items() for key, t in of.items()}
+
+    def load(self, stored: Stored, prefix: str = "") -> None:
+        """Go on from a checkpoint, whatever number of ranks wrote it. Raises WeightsError."""
+        into, slots = self._tensors(prefix), {}
+        for name, _ in self.module.named_parameters():
+            keys = stored.below(f"{prefix}optimiser/{name}/")
+            like = {key: f"{prefix}optimiser/{name}/{key}" for key in keys}
+            slots |= {name: {key: self.strategy.slot_like(name, stored.shapes[at], stored.dtypes[at]) for key, at in like.items()}} if keys else {}
+        stored.read(into | {f"{prefix}optimiser/{name}/{key}": t for name, of in slots.items() for key, t in of.items()})
+        self.strategy.load_optimiser_state(slots)
 
 
 class Trainer:
-    """One stage's module with optimiser and EMA, resumable. In a process group every rank holds a
-    whole copy and its own batch; rank 0 writes. others: further learners of the stage, kept in the
-    same checkpoint, so that they cannot part."""
+    """One stage's module with optimiser and EMA, resumable. In a process group every rank has its own batch.
+    others: further learners of the stage, kept in the same checkpoint, so that they cannot part."""
 
-    def __init__(self, stage: str, module: nn.Module, config: LoopConfig, folder: str | Path, seed: int,
+    def __init__(self, stage: str, module: nn.Module | Role, config: LoopConfig, folder: str | Path, seed: int,
                  others: dict[str, Learner] | None = None):
         self.stage, self.config, self.seed = stage, config, seed
         self.learner, self.others = Learner(module, config), others or {}
@@ -225,24 +174,33 @@ class Trainer:
     def path(self) -> Path:
         return checkpoint_path(self.folder, self.stage)
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return self.learner.strategy.device
+
     def _resume(self) -> None:
-        state = load_checkpoint(self.path)
-        self.learner.load(state)
+        stored = Stored(self.path)
+        self.learner.load(stored)
         for name, other in self.others.items():
-            other.load(state[name])
-        self.iteration = int(state["iteration"])
+            other.load(stored, f"{name}/")
+        self.iteration = stored.iteration
 
     def save(self) -> None:
-        """Checkpoint: weights, EMA, optimiser, iteration; of every learner."""
-        if self.rank:
-            return
-        others = {name: other.state() for name, other in self.others.items()}
-        save_checkpoint(self.path, **self.learner.state(), **others, iteration=self.iteration, seed=self.seed)
+        """Checkpoint: weights, EMA, optimiser, iteration; of every learner. All ranks call it."""
+        state = self.learner.state()
+        for name, other in self.others.items():
+            state |= other.state(f"{name}/")
+        save_checkpoint(self.path, state | {"iteration": torch.tensor(self.iteration), "seed": torch.tensor(self.seed)})
+
+    def autocast(self, **how) -> torch.autocast:
+        """The precision of forwards."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, **how)
 
     def step(self, loss_of: LossOf) -> dict[str, float]:
         """One iteration; returns its metrics."""
         rate = learning_rate(self.config, self.iteration)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+        with self.autocast():
             loss, metrics = loss_of(draws_of(self.seed, self.stage, self.iteration, self.rank))
         loss.backward()
         norm = self.learner.update(rate, self.iteration + 1)
@@ -269,7 +227,7 @@ class Trainer:
                     row = {"iteration": self.iteration, "seconds": round(now - started, 1), **metrics}
                     log.write(json.dumps({k: float(f"{v:.5g}") for k, v in row.items()}) + "\n")
                     log.flush()
-                if now - saved > self.config.checkpoint_seconds:
+                if decided(now - saved > self.config.checkpoint_seconds):
                     self.save()
                     saved = now
         self.save()

@@ -18,10 +18,13 @@ from liveavatar.diffusion.denoise import euler
 from liveavatar.diffusion.rollout import ClipCondition, Velocity
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import shards
-from liveavatar.training.forcing import EncodedReader, ForcingConfig, averaged_model, draw_position
+from liveavatar.training.casting import Transformer, cast_of
+from liveavatar.training.forcing import EncodedReader, ForcingConfig, draw_position
+from liveavatar.training.groups import meet, rank_and_world
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import per_latent, teacher_grid
-from liveavatar.training.loop import Draws, LoopConfig, Trainer, draws_of, meet
+from liveavatar.training.loop import Draws, LoopConfig, Trainer, draws_of
+from liveavatar.training.strategy import strategy_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,10 @@ class Trajectories:
     states: torch.Tensor
     condition: ClipCondition
 
+    def to(self, device: torch.device) -> Trajectories:
+        """The same on another device."""
+        return Trajectories(self.states.to(device), self.condition.to(device))
+
 
 @torch.no_grad()
 def integrate(velocity: Velocity, table: Sequence[float], grid: Sequence[float], noise: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -78,7 +85,7 @@ def ode_loss(velocity: Velocity, states: torch.Tensor, table: Sequence[float], s
     count, blocks = shown.shape
     pieces = states.unflatten(3, (blocks, -1)).movedim(3, 2)  # [B,k+1,N,C,F/N,h,w]
     x = pieces[torch.arange(count)[:, None], shown, torch.arange(blocks)[None]].movedim(1, 2).flatten(2, 3)
-    sigma = torch.tensor(list(table), dtype=torch.float32)[shown]
+    sigma = torch.tensor(list(table), dtype=torch.float32)[shown].to(x.device)
     error = (x - per_latent(sigma, x) * velocity(x, sigma).float() - states[:, -1]).square()
     counted = per_latent((shown < len(table) - 1).float(), x).expand_as(error)
     return (error * counted).sum() / counted.sum().clamp_min(1)
@@ -96,9 +103,9 @@ def write_trajectories(path: Path, made: Trajectories, table: Sequence[float]) -
     """States in fp16, conditions in fp32, positions and levels in the card."""
     c = made.condition
     card = {"levels": list(table), "window_blocks": c.window_blocks, "sink_distance": c.sink_distance, "first_block": c.first_block}
-    text = {f"context{i}": rows.numpy() for i, rows in enumerate(c.context)}
-    shards.write_arrays(path, card, states=made.states.half().numpy(), features=c.features.numpy(), reference=c.reference.numpy(),
-                        motion=c.motion.numpy(), **text)
+    text = {f"context{i}": rows.cpu().numpy() for i, rows in enumerate(c.context)}
+    shards.write_arrays(path, card, states=made.states.half().cpu().numpy(), features=c.features.cpu().numpy(), reference=c.reference.cpu().numpy(),
+                        motion=c.motion.cpu().numpy(), **text)
 
 
 def read_trajectories(path: Path, table: Sequence[float]) -> Trajectories:
@@ -114,19 +121,21 @@ def read_trajectories(path: Path, table: Sequence[float]) -> Trajectories:
 
 
 def store_trajectories(config: OdeConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int,
-                       reader: EncodedReader, part: int = 0, parts: int = 1) -> int:
-    """Integrate what is not stored yet (this part of it); returns how many batches were."""
-    todo = [i for i in range(part, config.batches, parts) if not trajectory_path(run, i).exists()]
-    if todo:
-        teacher = averaged_model(forcing, run, "forcing", seed)[0].eval().requires_grad_(False)
-        grid = teacher_grid(sigmas, config.pieces, config.shift)
+                       reader: EncodedReader, teacher: Transformer, device: torch.device) -> int:
+    """Integrate what is not stored yet, shared between ranks; returns how many batches this one did. All do as many, a few
+    twice if need be: where the weights are sharded a forward takes all ranks."""
+    missing = [i for i in range(config.batches) if not trajectory_path(run, i).exists()]
+    meet()
+    rank, world = rank_and_world()
+    todo = [missing[(first + rank) % len(missing)] for first in range(0, len(missing), world)]
+    grid = teacher_grid(sigmas, config.pieces, config.shift)
     for index in todo:
         draws = draws_of(seed, "trajectories", index)
-        batch = reader.batch(draws, config.loop.batch)
+        batch = reader.batch(draws, config.loop.batch).to(device)
         condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks,
                                   *draw_position(forcing, draws.numpy))
         velocity = config.guidance.velocity(teacher, condition, reader.silence, reader.rows_of(""))
-        noise = torch.randn(batch.latents.shape, generator=draws.torch)
+        noise = torch.randn(batch.latents.shape, generator=draws.torch).to(device)
         states = integrate(velocity, sigmas, grid, noise, batch.latents.shape[2] // forcing.block_latents)
         write_trajectories(trajectory_path(run, index), Trajectories(states, condition), sigmas)
     return len(todo)
@@ -139,14 +148,16 @@ def train_ode(config: OdeConfig, forcing: ForcingConfig, sigmas: Sequence[float]
               default_identity: int, stop_after: int | None = None) -> list[float]:
     """Store the trajectories that are missing, then train RUN/ode.pt from RUN/forcing.pt; returns the losses of this call.
     Ranks share the storing and wait for each other before they train."""
-    model = averaged_model(forcing, run, "forcing", seed)[0].eval()
+    cast = cast_of(forcing, run, seed)
+    model, guide = (cast.averaged("forcing", role)[0] for role in ("student", "guide"))
     trainer = Trainer("ode", model, config.loop, run, seed)
+    strategy_of(config.loop).wrap(guide)
     reader = EncodedReader(run, forcing, text, default_identity)
-    store_trajectories(config, forcing, sigmas, run, seed, reader, trainer.rank, trainer.world)
+    store_trajectories(config, forcing, sigmas, run, seed, reader, guide, trainer.device)
     meet()
 
     def loss_of(draws: Draws):
-        stored = read_trajectories(trajectory_path(run, int(draws.numpy.integers(config.batches))), sigmas)
+        stored = read_trajectories(trajectory_path(run, int(draws.numpy.integers(config.batches))), sigmas).to(trainer.device)
         blocks = stored.states.shape[3] // forcing.block_latents
         shown = draw_states(draws.numpy, len(stored.states), blocks, len(sigmas) - 1, config.same_share, config.clean_share)
         return ode_loss(stored.condition.velocity(model), stored.states, sigmas, shown), {}

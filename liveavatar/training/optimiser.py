@@ -6,8 +6,11 @@ root mean square of an AdamW step (Moonlight, arXiv 2502.16982), so one learning
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # Quintic iteration that drives singular values towards 1 (Jordan's coefficients): steep at 0, loose at 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -28,11 +31,20 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return (x.T if tall else x).float()
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that lies here, as a view; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Optimiser(torch.optim.Optimizer):
-    """Groups with "muon": True hold weights of two or more axes, taken as [out, rest]; the others get AdamW."""
+    """Groups with "muon": True hold weights of two or more axes, taken as [out, rest]; the others get AdamW.
+
+    Sharded parameters are updated shard by shard, which AdamW does not notice and Muon, which needs whole
+    matrices, cannot do (strategy.py refuses it). Their state is sharded alike.
+    """
 
     def __init__(self, groups: list[dict], lr: float, beta1: float = 0.95, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
-        super().__init__(groups, {"lr": lr, "beta1": beta1, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False})
+        super().__init__(groups, {"lr": lr, "beta1": beta1, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False, "factor": 1.0})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -42,8 +54,9 @@ class Optimiser(torch.optim.Optimizer):
             update = self._muon if group["muon"] else self._adam
             for p in group["params"]:
                 if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(group["lr"] * update(p, self.state[p], group))
+                    here = local(p)
+                    here.mul_(1 - group["lr"] * group["weight_decay"])
+                    here.sub_(group["lr"] * update(p, self.state[p], group))
 
     def _muon(self, p: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
         momentum = state.setdefault("momentum", torch.zeros_like(p))
@@ -57,16 +70,24 @@ class Optimiser(torch.optim.Optimizer):
             state.update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
         state["step"] += 1
         (one, two), n = group["betas"], float(state["step"])
-        state["first"].lerp_(p.grad, 1 - one)
-        state["second"].lerp_(p.grad.square(), 1 - two)
-        return state["first"] / (1 - one**n) / ((state["second"] / (1 - two**n)).sqrt() + group["eps"])
+        first, second, gradient = local(state["first"]), local(state["second"]), local(p.grad)
+        first.lerp_(gradient, 1 - one)
+        second.lerp_(gradient.square(), 1 - two)
+        return first / (1 - one**n) / ((second / (1 - two**n)).sqrt() + group["eps"])
 
 
-def groups_of(module: nn.Module, weight_decay: float, muon: bool) -> list[dict]:
-    """Parameters in groups: matrices (to Muon when asked for, with decay), then everything of one axis or one row."""
-    def is_matrix(p: torch.Tensor) -> bool:
-        return p.dim() >= 2 and min(p.shape[0], p[0].numel()) > 1
+def is_matrix(p: torch.Tensor) -> bool:
+    """More than one row and more than one column, all axes but the first taken together."""
+    return p.dim() >= 2 and min(p.shape[0], p.shape[1:].numel()) > 1
 
-    every = list(module.parameters())
-    return [{"params": [p for p in every if is_matrix(p)], "weight_decay": weight_decay, "muon": muon},
-            {"params": [p for p in every if not is_matrix(p)]}]
+
+def groups_of(named: Mapping[str, nn.Parameter], weight_decay: float, muon: bool, audio_factor: float = 1.0) -> list[dict]:
+    """Parameters in groups: matrices (to Muon when asked for, with decay), then everything of one axis or one row. Where
+    the audio injectors learn at another rate, theirs follow. "factor": of the learning rate."""
+    audio = {name for name in named if name.startswith("audio_injector.") and audio_factor != 1}
+    groups = []
+    for names, factor in ((named.keys() - audio, 1.0), (audio, audio_factor)):
+        own = [p for name, p in named.items() if name in names]
+        groups += [{"params": [p for p in own if is_matrix(p)], "weight_decay": weight_decay, "muon": muon, "factor": factor},
+                   {"params": [p for p in own if not is_matrix(p)], "factor": factor}]
+    return [group for group in groups if group["params"]]

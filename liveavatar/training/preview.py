@@ -26,6 +26,7 @@ from liveavatar.models.s2v import CausalS2V
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
 from liveavatar.training import export, forcing, shards
+from liveavatar.training.casting import averaged_model
 from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
@@ -165,7 +166,7 @@ def sheet(rows: Sequence[np.ndarray], columns: int) -> Image.Image:
 
 def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int, stage: str = "forcing") -> tuple[CausalS2V, int]:
     """The averaged transformer of a stage's last checkpoint, and its iteration."""
-    model, iteration = forcing.averaged_model(config, run, stage, seed)
+    model, iteration = averaged_model(config, run, stage, seed)
     return model.eval().requires_grad_(False), iteration
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,20 +16,28 @@ import torch.multiprocessing as mp
 
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
-from liveavatar.training import ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, preview, probing, shards, teacher
-from liveavatar.training.loop import checkpoint_path, meet
+from liveavatar.models.encoders import TextEncoder
+from liveavatar.training import (
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, planning, preview, probing, shards, teacher,
+)  # fmt: skip
+from liveavatar.training.checkpoints import checkpoint_path
+from liveavatar.training.groups import device_of, join, launched, meet
+from liveavatar.training.memory import ClipConfig
+from liveavatar.training.stored import StoredConditions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """run: folder for checkpoints and logs. processes: ranks that train together, each on a batch of its own."""
+    """run: folder for checkpoints and logs. processes: ranks that train together, each on a batch of its own. Over a frozen
+    base (forcing.base) there is no vae section, and no data section where RUN/latents holds encoded clips already."""
 
     run: str
-    data: data.DataConfig
-    vae: codec.CodecConfig
     forcing: forcing.ForcingConfig
     export: export.ExportConfig
     videos: ingest.VideosConfig | None = None  # clips come from these instead of the generator
+    data: data.DataConfig | None = None
+    vae: codec.CodecConfig | None = None
+    clip: ClipConfig | None = None  # size of encoded clips that no data section describes, for the plan of memory
     teacher: teacher.TeacherConfig | None = None
     probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
@@ -45,17 +52,55 @@ class Recipe:
     def __post_init__(self):
         if self.processes < 1:
             raise ConfigError(f"processes={self.processes}: must be at least 1")
+        self._check_sections()
+        if self.data:
+            self._check_lengths()
+        for name in ("in_dim", "out_dim") if self.vae else ():
+            if self.forcing.model.get(name, 16) != self.vae.z_dim:
+                raise ConfigError(f"forcing.model.{name}={self.forcing.model.get(name, 16)}: must equal vae.z_dim={self.vae.z_dim}")
+        self._check_strategies()
+        self._check_distillation()
+
+    def _check_strategies(self) -> None:
+        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd") if (section := getattr(self, name))}
+        if self.vae and self.vae.decoder:
+            loops["vae.decoder"] = self.vae.decoder
+        for key, loop in loops.items():
+            if loop.strategy == "single":
+                continue
+            problem = f"{key}.strategy={loop.strategy!r}"
+            if key.startswith("vae"):
+                raise ConfigError(f"{problem}: the codec is trained with single")
+            if loop.strategy == "deepspeed" and not self.forcing.base:
+                raise ConfigError(f"{problem}: only for adapters (forcing.base): ZeRO-2 also decays weights that nothing uses, other "
+                                  "than one process would; whole models are trained with single or fsdp2")
+
+    def _check_sections(self) -> None:
+        lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
+        if lacking:
+            raise ConfigError(f"missing section {lacking[0]!r}")
+        surplus = [name for name in ("vae", "teacher") if self.forcing.base and getattr(self, name)]
+        if surplus:
+            raise ConfigError(f"section {surplus[0]!r}: the base {self.forcing.base.folder} is what that stage would train")
+
+    def _check_lengths(self) -> None:
         clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
         if clip_latents < 1 or clip_latents % self.forcing.block_latents:
             raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
-        for name in ("in_dim", "out_dim"):
-            if self.forcing.model.get(name, 16) != self.vae.z_dim:
-                raise ConfigError(f"forcing.model.{name}={self.forcing.model.get(name, 16)}: must equal vae.z_dim={self.vae.z_dim}")
-        self._check_distillation()
+
+    @property
+    def default_identity(self) -> int:
+        """The avatar that ships; -1, which nobody is, without rendered data."""
+        return self.data.default_identity if self.data else -1
+
+    def texts(self) -> TextEncoder | StoredConditions:
+        """What turns captions into rows."""
+        return StoredConditions(self.run) if self.forcing.base else export.text_encoder_of(self.forcing.model, self.seed)
 
     def _check_distillation(self) -> None:
         for key in ("start", "teacher"):
-            if self.dmd and not getattr(self, getattr(self.dmd, key)):
+            from_base = self.forcing.base and getattr(self.dmd, key, None) == "teacher"
+            if self.dmd and not from_base and not getattr(self, getattr(self.dmd, key)):
                 raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
         if self.forcing.start == "teacher" and not self.teacher:
             raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
@@ -121,33 +166,28 @@ def run_pack(recipe: Recipe) -> None:
 
 def run_teacher(recipe: Recipe) -> None:
     """Train the bidirectional transformer."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    teacher.train_teacher(recipe.teacher, recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_teacher_clips(recipe: Recipe) -> None:
     """The held-out clips as the teacher makes them, for the gates that compare with it."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    preview.teacher_clips(recipe.forcing, recipe.teacher, recipe.data.folder, recipe.run, recipe.seed, text)
+    preview.teacher_clips(recipe.forcing, recipe.teacher, recipe.data.folder, recipe.run, recipe.seed, recipe.texts())
 
 
 def run_forcing(recipe: Recipe) -> None:
     """Train the transformer."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    forcing.train_forcing(recipe.forcing, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    forcing.train_forcing(recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_ode(recipe: Recipe) -> None:
     """Few-step initialisation from the transformer's own trajectories."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    ode.train_ode(recipe.ode, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_consistency(recipe: Recipe) -> None:
     """Few-step initialisation from neighbouring levels of real clips."""
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    consistency.train_consistency(recipe.consistency, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text,
-                                  recipe.data.default_identity)
+    consistency.train_consistency(recipe.consistency, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(),
+                                  recipe.default_identity)
 
 
 def run_dmd(recipe: Recipe) -> None:
@@ -155,8 +195,7 @@ def run_dmd(recipe: Recipe) -> None:
     if recipe.choose and recipe.dmd.teacher == "teacher" and first_rank() and not checkpoint_path(recipe.run, "dmd").exists():
         choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.dmd.start, recipe.export.sigmas)
     meet()
-    text = export.text_encoder_of(recipe.forcing.model, recipe.seed)
-    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, text, recipe.data.default_identity)
+    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_choose(recipe: Recipe) -> None:
@@ -166,7 +205,9 @@ def run_choose(recipe: Recipe) -> None:
 
 def run_export(recipe: Recipe) -> None:
     """Put the averages of the last checkpoints together as a checkpoint folder; training may go on meanwhile."""
-    if first_rank():
+    if first_rank() and recipe.forcing.base:
+        export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
+    elif first_rank():
         export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed)
 
 
@@ -186,8 +227,8 @@ STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
           "choose": run_choose, "export": run_export}
 # The sections that ask for them.
-OPTIONAL = {"decoder": "vae.decoder", "probe": "probe", "teacher": "teacher", "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd",
-            "choose": "choose"}
+OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "latents": "data", "teacher": "teacher",
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose"}
 SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
@@ -204,13 +245,22 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync
     """
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
-    for name in stages_of(recipe) if stage == "all" else (stage,):
+    names = stages_of(recipe) if stage == "all" else [stage]
+    for name in names:
         if not _asked_for(recipe, name):
-            raise ConfigError(f"{config_path}: stage {name}: the recipe has no {OPTIONAL[name]} section")
-        if name == "data" and recipe.videos is not None:
-            ingest.ingest(recipe.videos, recipe.data, sync_judge)
-        else:
-            _run_stage(name, recipe)
+            raise ConfigError(f"{config_path}: stage {name}: {_why_not(recipe, name)}")
+    joined = launched() and not dist.is_initialized()  # Ray Train has joined already
+    if joined:
+        join()
+    try:
+        for name in names:
+            if name == "data" and recipe.videos is not None:
+                ingest.ingest(recipe.videos, recipe.data, sync_judge)
+            else:
+                _run_stage(name, recipe)
+    finally:
+        if joined:
+            dist.destroy_process_group()
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -219,19 +269,29 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def _asked_for(recipe: Recipe, name: str) -> bool:
-    return name not in OPTIONAL or operator.attrgetter(OPTIONAL[name])(recipe) is not None
+    value = recipe
+    for part in OPTIONAL[name].split(".") if name in OPTIONAL else ():
+        value = value and getattr(value, part)
+    return value is not None
+
+
+def _why_not(recipe: Recipe, name: str) -> str:
+    if recipe.forcing.base and name in ("vae", "decoder", "teacher"):
+        return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
+    return f"the recipe has no {OPTIONAL[name]} section"
 
 
 def _run_stage(name: str, recipe: Recipe) -> None:
     if recipe.processes == 1 or name in ALONE or dist.is_initialized():
-        return _work(name, recipe)
+        _work(name, recipe)
+        return meet()
     with tempfile.TemporaryDirectory(prefix="train") as folder:
         mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)
 
 
 def _rank_main(rank: int, name: str, recipe: Recipe, meeting: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.processes)
+    join(rank, recipe.processes, meeting)
     try:
         _work(name, recipe)
     finally:
@@ -242,6 +302,8 @@ def _work(name: str, recipe: Recipe) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, min(threads, recipe.forcing.loop.threads)))
     try:
+        if name in planning.PLANNED:
+            planning.refuse_what_cannot_fit(recipe, name, device_of(getattr(recipe, name).loop.device))
         (STAGES | SIDE_STAGES)[name](recipe)
     finally:
         torch.set_num_threads(threads)

@@ -16,7 +16,8 @@ from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import Velocity
 from liveavatar.diffusion.schedule import TRAIN_TIMESTEPS
 from liveavatar.models.encoders import TextEncoder
-from liveavatar.training.forcing import EncodedReader, ForcingConfig, clip_loss, started_model
+from liveavatar.training.casting import cast_of
+from liveavatar.training.forcing import EncodedReader, ForcingConfig, clip_loss
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import shifted_levels
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
@@ -82,12 +83,12 @@ def train_teacher(config: TeacherConfig, forcing: ForcingConfig, run: str | Path
                   default_identity: int, stop_after: int | None = None) -> list[float]:
     """Train (or go on training) RUN/teacher.pt; returns the losses of this call."""
     own = config.of(forcing)
-    model = started_model(own, run, "teacher", config.start, seed)
+    model = cast_of(own, run, seed).started("teacher", config.start)
     reader = EncodedReader(run, own, text, default_identity)
     trainer = Trainer("teacher", model, config.loop, run, seed)
 
     def loss_of(draws: Draws):
-        batch = reader.batch(draws, config.loop.batch)
+        batch = reader.batch(draws, config.loop.batch).to(trainer.device)
         count, blocks = len(batch.latents), batch.latents.shape[2] // own.block_latents
         sigma = torch.from_numpy(shifted_levels(draws.numpy, (count, 1), config.shift)).float().expand(-1, blocks)
         return clip_loss(model, own, batch, draws, sigma, causal=False)

@@ -1,0 +1,64 @@
+"""The plots of a suite: its worst items from near, because a mean hides them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from liveavatar.conditioning.face import FaceTracker
+from liveavatar.conditioning.visemes import expected_mouth
+from liveavatar.evaluation import plots, sync
+from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.landmarks import CHANNELS, Track
+from liveavatar.evaluation.report import Item
+from liveavatar.evaluation.suite import Suite, read_truth
+
+HEADLINE = "sync_index"
+MOST = 6
+
+
+def draw(suite: Suite, videos: Path, items: Sequence[Item], folder: Path) -> tuple[str, ...]:
+    """Lag curves and a contact sheet of the worst items, the mouth and the response of the very worst; returns plots/NAME.svg of each."""
+    ranked = sorted((item for item in items if item.picture), key=_headline)[:MOST]
+    if not ranked:
+        return ()
+    known = {item.id: item for item in suite.manifest.items}
+    clips = {item.id: VideoFile(videos / f"{item.id}.mp4") for item in ranked}
+    tracks = {name: _track(clip) for name, clip in clips.items()}
+    synthetic = suite.manifest.synthetic
+    said_in = {name: sync.heard(clip.sound(), known[name].text)[0] for name, clip in clips.items()}
+    plots.lag_curves(folder / "lag.svg", {name: sync.lag_curve(track, said_in[name]) for name, track in tracks.items()}, synthetic)
+    plots.contacts(folder / "worst.svg", {_caption(item): _middle(clips[item.id]) for item in ranked}, "Worst items by sync_index", synthetic)
+    worst = ranked[0].id
+    track, said = tracks[worst], said_in[worst]
+    if not track.seen.any():
+        return tuple(f"plots/{name}.svg" for name in ("lag", "worst"))
+    wanted = dict(zip(("gap", "width"), expected_mouth(said, track.times), strict=True))
+    plots.mouth(folder / "mouth.svg", track.times, {"gap": track.gap, "width": track.width}, wanted, synthetic)
+    motion = suite.path(known[worst], "gt_motion")
+    if motion is None:
+        return tuple(f"plots/{name}.svg" for name in ("lag", "worst", "mouth"))
+    truth = read_truth(motion)
+    asked = {name: truth.at(name, track.times) for name in CHANNELS if name in truth.channels}
+    plots.response(folder / "response.svg", asked, {name: track.channel(name) for name in asked}, synthetic)
+    return tuple(f"plots/{name}.svg" for name in ("lag", "worst", "mouth", "response"))
+
+
+def _headline(item: Item) -> float:
+    return next((m.value for m in item.measures if m.name == HEADLINE and m.measured), -math.inf)
+
+
+def _caption(item: Item) -> str:
+    value = _headline(item)
+    return f"{item.id}: {value:.2f}" if math.isfinite(value) else f"{item.id}: not measured"
+
+
+def _track(clip: VideoFile) -> Track:
+    tracker = FaceTracker()
+    seen = [(at, tracker.follow(picture)) for at, picture in clip.frames()]
+    return Track.of([at for at, _ in seen], [faces for _, faces in seen])
+
+
+def _middle(clip: VideoFile):
+    return next(picture for at, picture in clip.frames() if at >= clip.seconds / 2 - 0.1)

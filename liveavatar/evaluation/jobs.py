@@ -1,0 +1,313 @@
+"""What a person can ask to be judged, and the report that comes of it. One YAML file is one evaluation.
+
+Pictures come from files. Where nobody gives them, whoever calls hands in a way to make them (`Ours`): nothing here
+knows a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from liveavatar.config import build, load, one_of
+from liveavatar.core import ConfigError, InputError
+from liveavatar.evaluation import provenance, report, tables
+from liveavatar.evaluation.backends import Backends, Given
+from liveavatar.evaluation.report import Measure, Origin, Report, System
+
+SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
+SUITES = {"tiny": "suite_tiny"}
+
+
+# ---------------------------------------------------------------- what the user says
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSettings:
+    """Who made the videos, as the report names it. driver: the audio model behind the pictures (EVA-7)."""
+
+    name: str = "liveavatar"
+    engine: str = "diffusion"
+    driver: str = "log-mel front end"
+    driver_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings:
+    """folder: where suite.json lies; with `build` it is made there when it is missing. videos: folder of ID.mp4 by any system; None: we make them."""
+
+    folder: str
+    build: str | None = None
+    seed: int = 1
+    videos: str | None = None
+    sanity: bool = True
+    real: str | None = None  # npz of features of a real set, for FID and FVD
+
+    def __post_init__(self):
+        if self.build is not None:
+            one_of("suite.build", self.build, tuple(SUITES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftSettings:
+    """A long stream. probe, speech: recordings (None: the embedded one); video: made by any system from the plan's sound; None: we make it."""
+
+    seconds: float = 60.0
+    window: float = 10.0
+    seed: int = 1
+    probe: str | None = None
+    text: str = ""  # of the probe
+    speech: str | None = None
+    portrait: str | None = None
+    video: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation. out: folder of the report. gates: measure -> {min, max}; backends: name -> {path, sha256}. config: of our generation."""
+
+    out: str
+    system: SystemSettings = field(default_factory=SystemSettings)
+    suite: SuiteSettings | None = None
+    drift: DriftSettings | None = None
+    config: str | None = None
+    language: str = "en"
+    backends: dict = field(default_factory=dict)
+    gates: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.suite is None and self.drift is None:
+            raise ConfigError("suite or drift: say at least one of them")
+        report.judge_gates((), self.gates)  # a gate of a wrong form shall not wait for the end
+
+    def given(self) -> Backends:
+        return Backends({name: build(Given, value, "backends", name) for name, value in self.backends.items()})
+
+
+def read_evaluation(path: Path, overrides: Sequence[str] = ()) -> Evaluation:
+    """A SUITE.yaml. Raises ConfigError."""
+    return load(path, overrides, Evaluation)
+
+
+class Ours(Protocol):
+    """How this project makes what is to be judged; handed in by the command line."""
+
+    speech: Path  # the embedded recording and portrait
+    portrait: Path
+
+    def generate(self, config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None) -> None: ...
+
+    def weights(self, config: Path | None) -> dict[str, Path]: ...
+
+    def stage(self) -> Callable: ...  # renders a suite.Line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every report needs from outside. say: progress for people."""
+
+    command: str
+    ours: Ours
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    say: Callable[[str], None] = lambda line: None
+
+    def begin(self, kind: str, system: System, origin: Origin, **more) -> Report:
+        return Report(kind=kind, system=system, origin=origin, command=self.command, date=self.clock().isoformat(timespec="seconds"),
+                      host=provenance.host(), **more)
+
+
+def finish(made: Report, out: Path) -> Report:
+    """Write report.json and report.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_json(made, out / "report.json")
+    (out / "report.md").write_text(tables.markdown(made), encoding="utf-8")
+    return made
+
+
+def system_of(settings: SystemSettings, ours: Ours | None, config: Path | None) -> System:
+    """The System of a report. ours: None when the videos were made by somebody else."""
+    named = System(name=settings.name, engine=settings.engine, driver=settings.driver, driver_sha256=settings.driver_sha256)
+    if ours is None:
+        return named
+    weights = {name: provenance.sha256(path) for name, path in ours.weights(config).items()}
+    return replace(named, commit=provenance.commit(), weights=weights, config_sha256=None if config is None else provenance.sha256(config))
+
+
+# ---------------------------------------------------------------- a suite
+
+
+def run_suite(order: Evaluation, setting: Setting) -> Report:
+    """Build what is missing, make what nobody gave, judge, rank the measures, write."""
+    from liveavatar.evaluation import closeup, sanity
+    from liveavatar.evaluation.suite import judge_suite
+
+    what, out, config = order.suite, Path(order.out), None if order.config is None else Path(order.config)
+    suite, backends = open_suite(what, setting), order.given()
+    if what.videos is None:
+        made_by = setting.ours
+        videos = _make_videos(suite, out / "videos", config, setting)
+    else:
+        made_by, videos = None, Path(what.videos)
+    setting.say(f"judging {len(suite.manifest.items)} videos of {videos}")
+    items = judge_suite(suite, videos, backends=backends, language=order.language)
+    metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, what.real))
+    checks, ranked = (), what.sanity and all(item.gt_video for item in suite.manifest.items)
+    if ranked:
+        setting.say("ranking the measures")
+        checks = sanity.ranking(suite)
+        metrics = report.rejected(metrics, checks)
+    synthetic, limits = suite.manifest.synthetic, () if ranked else ("No sanity ranking: " + ("the suite has no true pictures." if what.sanity else "not asked for."),)
+    drawn = closeup.draw(suite, videos, items, out / "plots")
+    origin = Origin(name=suite.manifest.name, version=suite.manifest.version, sha256=suite.sha256, synthetic=synthetic)
+    return finish(setting.begin(
+        "suite", system_of(order.system, made_by, config), origin, items=items, metrics=metrics, sanity=checks,
+        gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
+        exclusions=tuple(f"{item.id}: {m.reason}" for item in items for m in item.measures if m.name == "judged"),
+        limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
+
+
+def open_suite(what: SuiteSettings, setting: Setting):
+    """The suite's folder, built first where it is missing and the settings say how."""
+    from liveavatar.evaluation import suite as suites
+
+    folder = Path(what.folder)
+    if what.build is not None and not (folder / suites.MANIFEST).exists():
+        setting.say(f"building {SUITES[what.build]} in {folder}")
+        lines = {"tiny": suites.tiny}[what.build](what.seed)
+        return suites.build(folder, SUITES[what.build], f"1, seed {what.seed}", lines, setting.ours.stage())
+    return suites.read_suite(folder)
+
+
+def _make_videos(suite, folder: Path, config: Path | None, setting: Setting) -> Path:
+    """ID.mp4 of every item by our own generation; those that are there already are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in suite.manifest.items:
+        target = folder / f"{item.id}.mp4"
+        if not target.exists():
+            setting.say(f"making {target}")
+            setting.ours.generate(config, suite.path(item, "portrait"), suite.path(item, "audio"), target, item.prompt, item.seed)
+    return folder
+
+
+def _distribution(suite, videos: Path, backends: Backends, real: str | None) -> list[Measure]:
+    from liveavatar.evaluation.clips import VideoFile
+    from liveavatar.evaluation.weighted import Distribution
+
+    both = Distribution(backends, None if real is None else Path(real))
+    if real is not None and (backends.has("inception") or backends.has("i3d")):
+        for item in suite.manifest.items:
+            both.add(np.stack([picture for _, picture in VideoFile(videos / f"{item.id}.mp4").frames()]))
+    return both.measures()
+
+
+# ---------------------------------------------------------------- one video
+
+
+def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSettings, gates: dict, backends: Backends, **options) -> Report:
+    """One file of any system. options: audio, reference, portrait, text, language of judge.judge_video."""
+    from liveavatar.evaluation.clips import VideoFile
+    from liveavatar.evaluation.judge import judge_video
+
+    file = VideoFile(video)
+    measures = tuple(judge_video(file, backends=backends, **options))
+    item = report.Item(id=video.stem, video=str(video), sha256=file.sha256, picture=file.card, measures=measures)
+    origin = Origin(name=video.name, sha256=file.sha256)
+    limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.",)
+    return finish(setting.begin("video", system_of(system, None, None), origin, items=(item,), metrics=measures,
+                                gates=report.judge_gates(measures, gates), limits=limits), out)
+
+
+# ---------------------------------------------------------------- drift
+
+
+def run_drift(order: Evaluation, setting: Setting) -> Report:
+    """Plan, make or take the video, judge every window, write. The plan and its sound stay in the folder."""
+    from liveavatar.evaluation import drift, plots
+    from liveavatar.evaluation.clips import VideoFile
+    from liveavatar.evaluation.judge import judge_video
+
+    what, out, config = order.drift, Path(order.out), None if order.config is None else Path(order.config)
+    backends, portrait = order.given(), Path(what.portrait) if what.portrait else setting.ours.portrait
+    plan = plan_drift(what, out, setting)
+    target = Path(what.video) if what.video else out / "drift.mp4"
+    if what.video is None:
+        setting.say(f"making {target} ({plan.seconds:g} s)")
+        setting.ours.generate(config, portrait, out / plan.audio, target, None, what.seed)
+    video = VideoFile(target)
+    found = drift.probes(video, plan, lambda window: _window(setting, judge_video, window, plan, portrait, order.language, backends))
+    slopes = drift.trends(found)
+    worst = drift.worst(found)
+    plots.drift(out / "plots" / "drift.svg", plan, found)
+    near = {f"{p.start:g} s": next(picture for _, picture in drift.Window(video, p.start + plan.window / 2, 1.0).frames()) for p in (found[0], worst, found[-1])}
+    plots.contacts(out / "plots" / "windows.svg", near, "First, worst and last window")
+    origin = Origin(name=f"drift {plan.seconds:g} s", version=f"seed {plan.seed}", sha256=plan.sha256)
+    measures = (*(m for m in found[0].measures.values()), *slopes)
+    windows = [{"start": p.start, **{m.name: m.value if m.measured else str(m) for m in p.measures.values()}} for p in found]
+    item = report.Item(id="stream", video=str(target), sha256=video.sha256, picture=video.card)
+    limits = ("Values without .change or .slope are those of the first window.", "The same words are spoken in every window; intervals are within a window.",
+              f"Worst window: {worst.start:g} s.")
+    if plan.seconds < 1000:
+        limits = (*limits, f"{plan.seconds:g} s only: nothing is said about minutes or hours.")
+    return finish(setting.begin("drift", system_of(order.system, None if what.video else setting.ours, config), origin, items=(item,), metrics=measures,
+                                gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), seeds={"plan": plan.seed}, limits=limits,
+                                plots=("plots/drift.svg", "plots/windows.svg"), details={"windows": windows}), out)
+
+
+def plan_drift(what: DriftSettings, out: Path, setting: Setting):
+    """plan.json and audio.wav in `out`: those that are there, if they are of these settings, else new ones."""
+    from liveavatar.conditioning.media import read_audio
+    from liveavatar.evaluation import drift
+
+    if what.video is not None:
+        plan = drift.read_plan(out / "plan.json")
+        if (plan.seconds, plan.window, plan.seed) != (what.seconds, what.window, what.seed):
+            raise InputError(f"{out / 'plan.json'}: another plan than these settings ask for: the video was made for it")
+        return plan
+    probe, speech = (np.concatenate(list(read_audio(given or setting.ours.speech))) for given in (what.probe, what.speech))
+    return drift.write_plan(out, what.seconds, what.seed, probe, speech, window=what.window, text=what.text)
+
+
+def _window(setting: Setting, judge: Callable, window, plan, portrait: Path, language: str, backends: Backends) -> list[Measure]:
+    setting.say(f"judging {window.start:g} s")
+    return judge(window, portrait=portrait, text=plan.text or None, language=language, backends=backends)
+
+
+# ---------------------------------------------------------------- a trace
+
+
+def run_trace(path: Path, out: Path, setting: Setting, *, warmup: int, price: float | None, again: Path | None, gates: dict) -> Report:
+    """Latency and throughput of a run."""
+    from liveavatar.evaluation import plots, traces
+
+    run = traces.read_trace(path)
+    measures = tuple(traces.judge_trace(run, warmup=warmup, price=price, again=None if again is None else traces.read_trace(again)))
+    facts = run.head["facts"]
+    plots.latency(out / "plots" / "latency.svg", run)
+    plots.timeline(out / "plots" / "intervals.svg", run)
+    origin = Origin(name=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    limits = (f"Warm-up: the first {warmup} blocks of each stream are left out of latencies, intervals and rates.",
+              "Stages of a GPU wait for their device while traced." if any(s["gpu"] for stream in run.streams for s in stream["span"]) else "")
+    model = str(facts.get("model", "unknown"))
+    system = System(name="embedded avatar" if model == "default" else model, engine="as traced")
+    return finish(setting.begin("trace", system, origin, metrics=measures, gates=report.judge_gates(measures, gates), details={"run": facts},
+                                limits=tuple(line for line in limits if line), plots=("plots/latency.svg", "plots/intervals.svg")), out)
+
+
+# ---------------------------------------------------------------- people
+
+
+def score_people(key_path: Path, files: Sequence[Path], out: Path, setting: Setting) -> Report:
+    """What raters said."""
+    from liveavatar.evaluation import human, ratings
+
+    key = human.read_key(key_path)
+    found = ratings.collect(key, files)
+    origin = Origin(name=f"study {key.study}", sha256=provenance.sha256(key_path))
+    return finish(setting.begin("human", System(name=" and ".join(key.systems)), origin, metrics=tuple(ratings.score(key, found)), exclusions=found.excluded,
+                                seeds={"study": key.seed}, limits=(f"Rule of exclusion: {key.exclusion}.", f"{len(found.raters)} raters counted.")), out)

@@ -1,0 +1,275 @@
+"""Before a metric is shown it must rank what is known to be better above what is known to be worse (evaluation.md section 3).
+
+From the exact pictures of a suite, per item: A the pair as it is; B its sound 200 ms late; C another item's sound; D a
+still face; E lips half as far apart; F one picture in ten shown twice; G another person; H blur and a colour cast; I luma
+flicker of 4 %. Every order is tested by the bootstrap over items of the paired difference: a tie within it is a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from liveavatar.conditioning.face import FaceTracker
+from liveavatar.conditioning.phones import Utterance
+from liveavatar.core import SAMPLE_RATE
+from liveavatar.evaluation import closure, landmarks, likeness, stability, sync
+from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.judge import read_portrait
+from liveavatar.evaluation.landmarks import Track, Truth
+from liveavatar.evaluation.quality import Quality
+from liveavatar.evaluation.report import Check, Measure, bootstrap
+from liveavatar.evaluation.suite import Suite, SuiteItem, read_truth, write_video
+
+SHIFT = 0.2  # seconds
+REPEAT_EVERY, FLICKER, SEED = 10, 0.04, 0
+BLUR, CAST = 1.5, (1.08, 1.0, 0.92)  # pixels; gains of red, green, blue
+WITHIN_FRAME = 40.0  # ms: how exactly the shift of B must be found again
+
+Values = dict[str, dict[str, float]]  # variant -> measure -> value
+
+
+@dataclass
+class Pictures:
+    """One variant's pictures through an mp4, as far as its row of the table needs them."""
+
+    track: Track | None = None
+    steady: stability.Steadiness | None = None
+
+
+# ---------------------------------------------------------------- the variants of the pictures
+
+
+def still(frames: np.ndarray) -> np.ndarray:
+    return np.repeat(frames[:1], len(frames), axis=0)
+
+
+def stutter(frames: np.ndarray) -> np.ndarray:
+    """Every tenth picture shows the ninth again."""
+    order = np.arange(len(frames))
+    order[REPEAT_EVERY - 1 :: REPEAT_EVERY] -= 1
+    return frames[order]
+
+
+def flicker(frames: np.ndarray) -> np.ndarray:
+    gains = 1 + np.random.default_rng(SEED).choice([-FLICKER, FLICKER], len(frames))
+    return np.clip(frames * gains[:, None, None, None], 0, 255).astype(np.uint8)
+
+
+def spoil(frames: np.ndarray) -> np.ndarray:
+    """Blur and a colour cast."""
+    import cv2
+
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), BLUR) for frame in frames])
+    return np.clip(soft * np.array(CAST), 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- one item's values
+
+
+@dataclass
+class Bench:
+    """One item of a suite with what is needed to judge its variants: C takes the sound of `other`, G the face of `stranger`."""
+
+    suite: Suite
+    item: SuiteItem
+    other: SuiteItem
+    stranger: SuiteItem | None
+    folder: Path
+    values: Values = field(default_factory=dict)
+
+    def note(self, variant: str, measures: Sequence[Measure]) -> None:
+        """Keep what was measured. NaN stands for what was not."""
+        row = self.values.setdefault(variant, {})
+        row.update({m.name: m.value if m.measured else float("nan") for m in measures})
+
+    def run(self) -> Values:
+        """Make and judge every variant of this item."""
+        truth, said = read_truth(self.suite.path(self.item, "gt_motion")), self._said(self.item)
+        exact = VideoFile(self.suite.path(self.item, "gt_video"))
+        frames = np.stack([frame for _, frame in exact.frames()])
+        real = _pictures(exact)
+        self._speech(real.track, said)
+        self._mouth(real, truth, said)
+        frozen = self._remade("D", still, frames)
+        self._still(frozen, real, said)
+        self.note("A", [*real.steady.measures(), stability.jerk(real.track)])
+        twice = self._remade("F", stutter, frames, flow=False)
+        self.note("F", [stability.jerk(twice.track), *twice.steady.measures()])
+        flickering = stability.Steadiness()
+        for at, frame in self._written("I", flicker(frames)).frames():
+            flickering.see(at, frame)
+        self.note("I", flickering.measures())
+        self._people(exact)
+        self._quality(exact, frames)
+        return self.values
+
+    def _said(self, item: SuiteItem) -> Utterance:
+        return Utterance(VideoFile(self.suite.path(item, "gt_video")).sound(), item.phones, item.text, "suite")
+
+    def _speech(self, track: Track, said: Utterance) -> None:
+        """A, B, C: one track, three sounds; phones are aligned to what is heard, as they are for any file."""
+        heard = {"A": (said.pcm, said.text), "B": (sync.offset(said.pcm, SHIFT), said.text), "C": (self._said(self.other).pcm, self.other.text)}
+        for variant, (pcm, text) in heard.items():
+            utterance, source = sync.heard(pcm, text)
+            self.note(variant, [*sync.av_corr(track, utterance, source), *closure.closure(track, utterance, source)])
+
+    def _mouth(self, real: Pictures, truth: Truth, said: Utterance) -> None:
+        """Against the reference itself: A; pictures 200 ms late: B; lips half as far apart: E."""
+        late = Track(real.track.times + SHIFT, real.track.points, real.track.faces)
+        mumbled = _pictures(VideoFile(self.suite.path(self.item, "mumbled_video")), flow=False).track
+        for variant, track in (("A", real.track), ("B", late), ("E", mumbled)):
+            self.note(variant, [*landmarks.distances(track, real.track), *landmarks.response(track, truth, real.track)])
+        self.note("E", closure.closure(mumbled, said))
+
+    def _still(self, frozen: Pictures, real: Pictures, said: Utterance) -> None:
+        silent = np.zeros(len(frozen.track.times), bool)
+        self.note("D", [*sync.av_corr(frozen.track, said), *closure.closure(frozen.track, said), *frozen.steady.measures(),
+                        *stability.motion_energy(frozen.track, silent), *landmarks.distances(frozen.track, real.track)])  # fmt: skip
+        self.note("A", stability.motion_energy(real.track, silent))
+
+    def _people(self, exact: VideoFile) -> None:
+        who = read_portrait(self.suite.path(self.item, "portrait"))
+        shown = {"A": exact} if self.stranger is None else {"A": exact, "G": VideoFile(self.suite.path(self.stranger, "gt_video"))}
+        for variant, file in shown.items():
+            seen, tracker = likeness.Likeness(), FaceTracker()
+            for at, frame in _one_a_second(file):
+                seen.see(at, frame, tracker.follow(frame))
+            self.note(variant, seen.measures(who.embedding))
+
+    def _quality(self, exact: VideoFile, frames: np.ndarray) -> None:
+        for variant, file in (("A", exact), ("H", self._written("H", spoil(frames)))):
+            seen, tracker = Quality(), FaceTracker()
+            for (at, frame), (_, reference) in zip(_one_a_second(file), _one_a_second(exact), strict=True):
+                faces = tracker.follow(reference)
+                seen.see(at, frame, faces, reference, faces)
+            self.note(variant, seen.measures(paired=True))
+
+    def _remade(self, variant: str, change: Callable[[np.ndarray], np.ndarray], frames: np.ndarray, flow: bool = True) -> Pictures:
+        return _pictures(self._written(variant, change(frames)), flow)
+
+    def _written(self, variant: str, frames: np.ndarray) -> VideoFile:
+        path = self.folder / f"{self.item.id}.{variant}.mp4"
+        write_video(path, frames, np.zeros(round(len(frames) * SAMPLE_RATE / 25), np.float32))
+        return VideoFile(path)
+
+
+def _one_a_second(file: VideoFile):
+    return ((at, frame) for k, (at, frame) in enumerate(file.frames()) if k % max(1, round(file.fps)) == 0)
+
+
+def _pictures(file: VideoFile, flow: bool = True) -> Pictures:
+    tracker, steady, times, faces = FaceTracker(), stability.Steadiness(flow), [], []
+    for at, frame in file.frames():
+        times.append(at)
+        faces.append(tracker.follow(frame))
+        steady.see(at, frame)
+    return Pictures(Track.of(times, faces), steady)
+
+
+# ---------------------------------------------------------------- the orders
+
+
+@dataclass(frozen=True)
+class Order:
+    """A demand on one metric. margin: of the better variant's value over the worse one's, per item; all must be certain."""
+
+    metric: str
+    needs: str
+    margin: Callable[[Values], Sequence[float]]
+    equal: bool = False  # the margins are distances that must not exceed zero, no bootstrap
+    ties: bool = False  # "at least as good": certain only that it is not worse
+
+
+def _above(metric: str, *variants: str) -> Callable[[Values], list[float]]:
+    """Each variant's value over the next one's."""
+    return lambda v: [v[a][metric] - v[b][metric] for a, b in zip(variants, variants[1:], strict=False)]
+
+
+def _below(metric: str, best: str, *worse: str) -> Callable[[Values], list[float]]:
+    """Each worse variant's value over the best one's."""
+    return lambda v: [v[w][metric] - v[best][metric] for w in worse]
+
+
+def _best(metric: str, best: str, *worse: str) -> Callable[[Values], list[float]]:
+    return lambda v: [v[best][metric] - v[w][metric] for w in worse]
+
+
+def _is_zero(metric: str, variant: str) -> Callable[[Values], list[float]]:
+    return lambda v: [abs(v[variant][metric])]
+
+
+def _found_shift(v: Values) -> list[float]:
+    return [abs(v["B"]["lag_ms"] - v["A"]["lag_ms"] - 1000 * SHIFT) - WITHIN_FRAME]
+
+
+ORDERS = (
+    Order("sync_index", "A > B > C > D", _above("sync_index", *"ABCD")),
+    Order("sync_index", "D = 0", _is_zero("sync_index", "D"), equal=True),
+    Order("r0", "A > B, A > C", _best("r0", *"ABC")),
+    Order("r0", "D = 0", _is_zero("r0", "D"), equal=True),
+    Order("peak", "A > C, B > C, C > D", lambda v: [v["A"]["peak"] - v["C"]["peak"], v["B"]["peak"] - v["C"]["peak"], v["C"]["peak"] - v["D"]["peak"]]),
+    Order("conf", "A > C, B > C, C > D", lambda v: [v["A"]["conf"] - v["C"]["conf"], v["B"]["conf"] - v["C"]["conf"], v["C"]["conf"] - v["D"]["conf"]]),
+    Order("lag_ms", "B - A = 200 ms within one picture", _found_shift, equal=True),
+    Order("lmd", "A < B", _below("lmd", *"AB")),
+    Order("lmd", "A < D, A < E", _below("lmd", *"ADE")),
+    Order("lvd", "A < B", _below("lvd", *"AB")),
+    Order("lvd", "A < D, A < E", _below("lvd", *"ADE")),
+    Order("response_gap_slope", "A > E", _best("response_gap_slope", *"AE")),
+    Order("closure_minus_false", "A > C, A > D", _best("closure_minus_false", *"ACD")),
+    Order("closure_minus_false", "A >= E", _best("closure_minus_false", *"AE"), ties=True),
+    Order("closure_minus_false", "D = 0", _is_zero("closure_minus_false", "D"), equal=True),
+    Order("warp_error", "D < A < I", lambda v: [v["A"]["warp_error"] - v["D"]["warp_error"], v["I"]["warp_error"] - v["A"]["warp_error"]]),
+    Order("flicker_mae", "D > A > I", _above("flicker_mae", *"DAI")),
+    Order("motion_speech", "A > D", _best("motion_speech", *"AD")),
+    Order("jerk", "A < F", _below("jerk", *"AF")),
+    Order("repeated_frames", "F counted exactly, A has none", lambda v: [abs(v["F"]["repeated_frames"] - 1 / REPEAT_EVERY), v["A"]["repeated_frames"]],
+          equal=True),
+    Order("id_dlib", "A < G by more than A's own spread", lambda v: [v["G"]["id_dlib"] - v["A"]["id_dlib_worst"]]),
+    *(Order(name, "A > H", _best(name, *"AH")) for name in ("sharpness", "psnr_full", "psnr_face", "psnr_mouth", "psnr_eyes", "ssim_full",
+                                                             "ssim_face", "ssim_mouth", "ssim_eyes")),
+)  # fmt: skip
+
+
+def examine(order: Order, found: Sequence[Values]) -> Check:
+    """One order over all items. None where a variant was not measured on two items."""
+    margins = np.array([m for v in found if np.isfinite(m := _margin(order, v)).all()], float)
+    detail = f"margins {', '.join(f'{m:.3g}' for m in margins.mean(0))} over {len(margins)} items" if len(margins) else "not measured"
+    if len(margins) < (1 if order.equal else 2):
+        return Check(metric=order.metric, needs=order.needs, ok=None, detail=detail)
+    if order.equal:
+        return Check(metric=order.metric, needs=order.needs, ok=bool((margins <= 1e-9).all()), detail=detail)
+    lows = [bootstrap(column)[0] for column in margins.T]
+    ok = all(low >= 0 if order.ties else low > 0 for low in lows)
+    return Check(metric=order.metric, needs=order.needs, ok=bool(ok), detail=f"{detail}; lowest {', '.join(f'{low:.3g}' for low in lows)}")
+
+
+def _margin(order: Order, values: Values) -> list[float]:
+    """NaN where a variant was not made or judged."""
+    try:
+        return list(order.margin(values))
+    except KeyError:
+        return [float("nan")]
+
+
+def values_of(suite: Suite, items: Sequence[SuiteItem] | None = None) -> list[Values]:
+    """Every variant of every item, judged."""
+    items = list(items or suite.manifest.items)
+    with TemporaryDirectory(prefix="sanity") as folder:
+        return [Bench(suite, item, items[(k + 1) % len(items)], _stranger(items, k), Path(folder)).run() for k, item in enumerate(items)]
+
+
+def _stranger(items: Sequence[SuiteItem], k: int) -> SuiteItem | None:
+    """The next item that shows another person, known by another portrait."""
+    follow = (items[(k + step) % len(items)] for step in range(1, len(items)))
+    return next((item for item in follow if item.sha256[item.portrait] != items[k].sha256[items[k].portrait]), None)
+
+
+def ranking(suite: Suite, items: Sequence[SuiteItem] | None = None) -> tuple[Check, ...]:
+    """All orders on a suite with true pictures; report.rejected takes out the metrics that fail."""
+    found = values_of(suite, items)
+    return tuple(examine(order, found) for order in ORDERS)

@@ -1,0 +1,201 @@
+"""Suites: what is to be spoken by whom, with the truth about it, in a folder that anybody can make videos for.
+
+The pictures come from whoever can render them: `build` is handed that as a callable. `suite.json` names every file with
+its SHA-256, so that two reports can know that they judged the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import wave
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from liveavatar.conditioning.media import VideoWriter
+from liveavatar.conditioning.phones import Phone
+from liveavatar.config import build as build_dataclass
+from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
+from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.judge import judge_video
+from liveavatar.evaluation.landmarks import Truth
+from liveavatar.evaluation.report import Item, absent
+
+SCHEMA = "suite/1"
+MANIFEST = "suite.json"
+LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: CMU flite (BSD-style); text: this project"
+FILES = ("portrait", "audio", "gt_video", "mumbled_video", "gt_motion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One item as ordered: who (a seed of the renderer's people), which voice, what is said (a seed of its sentences)."""
+
+    id: str
+    identity: int
+    voice: str
+    seed: int
+    seconds: float
+    size: int  # pixels, both sides
+    framing: str = "close"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteItem:
+    """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash."""
+
+    id: str
+    portrait: str
+    audio: str
+    text: str
+    prompt: str
+    seed: int
+    framing: str
+    phones: tuple[Phone, ...]
+    licence: str
+    gt_video: str = ""
+    mumbled_video: str = ""  # the same with the lips half as far apart: for the sanity ranking
+    gt_motion: str = ""
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    schema: str
+    name: str
+    version: str
+    synthetic: bool
+    items: tuple[SuiteItem, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A manifest with its folder. sha256: of suite.json."""
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+
+    def path(self, item: SuiteItem, kind: str) -> Path | None:
+        """One of FILES of an item; None where the suite has none."""
+        name = getattr(item, kind)
+        return self.folder / name if name else None
+
+
+class Rendered(Protocol):
+    """What a renderer makes of a Line. frames, mumbled uint8 [T, S, S, 3] at 25 pictures a second; portrait uint8 [S, S, 3];
+    pcm float32 [n] 16 kHz from the first picture; motion: channels of landmarks.Truth, each [T]."""
+
+    frames: np.ndarray
+    mumbled: np.ndarray
+    portrait: np.ndarray
+    pcm: np.ndarray
+    phones: Sequence[Phone]
+    text: str
+    caption: str
+    motion: dict[str, np.ndarray]
+
+
+def tiny(seed: int = 1) -> tuple[Line, ...]:
+    """suite_tiny: 2 heads x 2 voices, 6 s at 128 pixels; heads and the voice awb are not in any training set of ours."""
+    return tuple(Line(id=f"tiny_{k}", identity=1_000_000 + 10 * seed + k // 2, voice=("awb", "slt")[k % 2], seed=1000 * seed + k, seconds=6.0,
+                      size=128) for k in range(4))  # fmt: skip
+
+
+def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], render: Callable[[Line], Rendered]) -> Suite:
+    """Make every item's files and the manifest. The same lines give the same bytes on one GL back end. Raises InputError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    items = tuple(_write(folder, line, render(line)) for line in lines)
+    manifest = Manifest(schema=SCHEMA, name=name, version=version, synthetic=True, items=items)
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return read_suite(folder)
+
+
+def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
+    names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav", "gt_video": f"{line.id}.gt.mp4", "mumbled_video": f"{line.id}.mumbled.mp4",
+             "gt_motion": f"{line.id}.motion.npz"}  # fmt: skip
+    pcm = made.pcm[: round(len(made.frames) * SAMPLE_RATE / FPS)].astype(np.float32)
+    Image.fromarray(made.portrait).save(folder / names["portrait"])
+    with wave.open(str(folder / names["audio"]), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
+        file.writeframes(np.clip(np.round(pcm * 32767), -32768, 32767).astype("<i2").tobytes())
+    write_video(folder / names["gt_video"], made.frames, pcm)
+    write_video(folder / names["mumbled_video"], made.mumbled, pcm)
+    write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
+    phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
+    hashes = {name: _sha256(folder / name) for name in names.values()}
+    return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones, licence=LICENCE,
+                     sha256=hashes, **names)  # fmt: skip
+
+
+def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray) -> None:
+    """An mp4 of frames uint8 [T, H, W, 3] at 25 pictures a second, and sound float32 [n] 16 kHz."""
+    with VideoWriter(path, frames.shape[2], frames.shape[1]) as writer:
+        writer.write(frames, pcm)
+
+
+def write_truth(path: Path, truth: Truth) -> None:
+    """An npz whose bytes are a function of its numbers (numpy's own archives carry no time of writing)."""
+    np.savez(path, times=truth.times, **{name: np.asarray(values, np.float32) for name, values in truth.channels.items()})
+
+
+def read_truth(path: Path) -> Truth:
+    """A file of write_truth. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name].astype(float) for name in stored.files}
+        return Truth(arrays.pop("times"), arrays)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no commanded motion (npz with times and channels): {error}") from None
+
+
+def read_suite(folder: str | Path) -> Suite:
+    """A suite's folder, every file checked against its hash. Raises InputError naming the first that is missing or another."""
+    folder = Path(folder)
+    path = folder / MANIFEST if folder.is_dir() else folder
+    try:
+        text = path.read_bytes()
+        manifest = build_dataclass(Manifest, json.loads(text), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the suite ({error.strerror})") from None
+    except ConfigError as error:
+        raise InputError(str(error)) from None
+    except ValueError:
+        raise InputError(f"{path}: not a {MANIFEST}") from None
+    if manifest.schema != SCHEMA:
+        raise InputError(f"{path}: schema {manifest.schema!r}: must be {SCHEMA}")
+    for item in manifest.items:
+        for name, wanted in item.sha256.items():
+            if not (path.parent / name).is_file() or _sha256(path.parent / name) != wanted:
+                raise InputError(f"{path.parent / name}: missing or not the suite's file: build the suite again")
+    return Suite(path.parent, manifest, hashlib.sha256(text).hexdigest())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- a system's videos for a suite
+
+
+def judge_suite(suite: Suite, videos: str | Path, **settings) -> tuple[Item, ...]:
+    """Judge VIDEOS/ID.mp4 of every item; settings: further ones of judge_video. A video that is missing or unusable fails its item."""
+    return tuple(_judged(suite, item, Path(videos) / f"{item.id}.mp4", settings) for item in suite.manifest.items)
+
+
+def _judged(suite: Suite, item: SuiteItem, video: Path, settings: dict) -> Item:
+    motion = suite.path(item, "gt_motion")
+    try:
+        file = VideoFile(video)
+        measures = judge_video(file, reference=suite.path(item, "gt_video"), truth=None if motion is None else read_truth(motion), text=item.text,
+                               portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
+        return Item(id=item.id, video=str(video), sha256=file.sha256, picture=file.card, measures=tuple(measures))
+    except InputError as error:
+        return Item(id=item.id, video=str(video), measures=(absent("judged", str(error), status="failed"),))

@@ -1,0 +1,77 @@
+"""A rendered head that says something, with everything an examiner wants to know about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from liveavatar.conditioning.phones import PAUSE, Phone
+from liveavatar.conditioning.visemes import ARKIT_UNITS
+from liveavatar.core import FPS
+from liveavatar.training.synth import director, speech
+from liveavatar.training.synth.head import HeadRenderer
+from liveavatar.training.synth.people import Identity
+
+PARTING = ("jawOpen", "mouthClose", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight")
+MUMBLE = 0.5  # share of the lips' parting that is left
+LOOKAHEAD_SECONDS = 0.16
+TRIES = 200  # sentences looked at for one that has something of everything
+LIPS_MEET, WIDE_OPEN = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
+ENOUGH = 3  # phones of either kind
+LONG_PAUSE, MOST_PAUSE = 0.3, 0.06  # seconds; share of the time that such pauses may take
+
+
+@dataclass(frozen=True)
+class Performance:
+    """frames, mumbled uint8 [T, S, S, 3]; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz; motion: gap, width in eye distances,
+    blink, and yaw, pitch, roll in degrees, each float32 [T]."""
+
+    frames: np.ndarray
+    mumbled: np.ndarray
+    portrait: np.ndarray
+    pcm: np.ndarray
+    phones: tuple[Phone, ...]
+    text: str
+    caption: str
+    motion: dict[str, np.ndarray]
+
+
+def dense_speech(seed: int, seconds: float, voice: str) -> speech.Utterance:
+    """The first utterance from `seed` on with few pauses, lips that meet and vowels that open. Raises SpeechError."""
+    for k in range(TRIES):
+        said = speech.synthesize(1000 * seed + k, seconds, (voice,))
+        pauses = sum(p.end - p.start for p in said.phones if p.name == PAUSE and p.end - p.start >= LONG_PAUSE)
+        names = [p.name for p in said.phones]
+        if pauses <= MOST_PAUSE * seconds and all(sum(n in kind for n in names) >= ENOUGH for kind in (LIPS_MEET, WIDE_OPEN)):
+            return said
+    raise speech.SpeechError(f"no sentence of voice {voice} in {TRIES} has {ENOUGH} closures and open vowels within {seconds:g} s")
+
+
+def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, seconds: float, seed: int) -> Performance:
+    """Render person `identity` saying it, and the same once more mumbled."""
+    who, frames = Identity.sample(identity), round(seconds * FPS)
+    track = director.direct(said, frames, seed)
+    quiet = track.units.copy()
+    quiet[:, [ARKIT_UNITS.index(unit) for unit in PARTING]] *= MUMBLE
+    clear, mumbled = (renderer.render_clip(who, units, track.pose, track.translation, track.gaze) for units in (track.units, quiet))
+    motion = {"gap": [p.aperture for p in clear], "width": [p.width for p in clear], "blink": [-p.lid for p in clear],
+              "yaw": track.pose[:, 0], "pitch": track.pose[:, 1], "roll": track.pose[:, 2]}  # fmt: skip
+    return Performance(
+        frames=np.stack([p.rgb for p in clear]), mumbled=np.stack([p.rgb for p in mumbled]),
+        portrait=renderer.render(who, np.zeros(len(ARKIT_UNITS), np.float32)).rgb, pcm=said.pcm, phones=said.phones, text=said.text,
+        caption=who.caption, motion={name: np.asarray(values, np.float32) for name, values in motion.items()},
+    )  # fmt: skip
+
+
+class Stage:
+    """Renders whatever is asked for as a line with identity, voice, seed, seconds and size; one GL context per size."""
+
+    def __init__(self) -> None:
+        self._renderer: HeadRenderer | None = None
+
+    def __call__(self, line) -> Performance:
+        if self._renderer is None or self._renderer.size != line.size:
+            self._renderer = HeadRenderer(line.size)
+        said = dense_speech(line.seed, line.seconds + LOOKAHEAD_SECONDS, line.voice)
+        return perform(self._renderer, line.identity, said, line.seconds, line.seed)

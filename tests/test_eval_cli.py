@@ -1,0 +1,276 @@
+"""`liveavatar evaluate`: exit statuses, one-line refusals, reports that say the same when they are made again."""
+
+import json
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from conftest import speech
+from PIL import Image
+from test_cli import error_of, run
+
+from liveavatar.conditioning.media import VideoWriter
+from liveavatar.conditioning.phones import Phone, Utterance
+from liveavatar.core import ConfigError
+from liveavatar.evaluation import closeup, jobs, plots, suite
+from liveavatar.evaluation.backends import fingerprint
+from liveavatar.evaluation.commands import _gates
+from liveavatar.evaluation.report import Item, Measure, absent, read_report
+from liveavatar.telemetry import Trace
+
+pytest.importorskip("matplotlib", reason="the extra [eval]")
+
+
+# ---------------------------------------------------------------- the form
+
+
+def test_the_short_form_is_the_suite_command(tmp_path):
+    for words in (("evaluate",), ("evaluate", "suite")):
+        assert "absent.yaml: cannot read config" in error_of(*words, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("verb", ["suite", "drift", "sanity", "video", "trace", "compare", "doctor", "human build", "human score"])
+def test_every_command_explains_itself_with_examples(verb):
+    result = run("evaluate", *verb.split(), "--help")
+    assert result.exit_code == 0 and "Examples" in result.output and f"liveavatar evaluate {verb}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("evaluate trace {}/none.jsonl", "cannot read the trace"), ("evaluate video {}/none.mp4", "no such file"),
+     ("evaluate compare {0}/a.json {0}/b.json", "cannot read the report"), ("evaluate human score {}/key.json", "cannot read the key"),
+     ("evaluate human build --system x", "must read NAME=FOLDER"), ("evaluate human build --system x={}/none", "no folder with mp4"),
+     ("evaluate doctor --config {}/none.yaml", "cannot read config"), ("evaluate trace {}/t --gate fps", "must read NAME>=NUMBER"),
+     ("evaluate nosuch", "No such command")],
+)  # fmt: skip
+def test_unusable_inputs_are_one_line_and_status_2(tmp_path, words, said):
+    assert said in error_of(*words.format(tmp_path).split())
+
+
+def test_evaluations_are_checked_before_anything_is_made(tmp_path):
+    path = tmp_path / "e.yaml"
+    for text, said in [("out: x\n", "suite or drift"), ("out: x\nsuite: {folder: a, biuld: tiny}\n", "did you mean 'build'"),
+                       ("out: x\nsuite: {folder: a, build: huge}\n", "suite.build"), ("out: x\ndrift: {}\ngates: {a: 3}\n", "gate a"),
+                       ("out: x\ndrift: {seconds: 12}\n", "three windows"), (f"out: x\nsuite: {{folder: {tmp_path}/none}}\n", "cannot read the suite")]:
+        path.write_text(text)
+        assert said in error_of("evaluate", path, f"out={tmp_path / 'out'}")
+    path.write_text("out: x\ndrift: {}\nbackends: {sincnet: {path: a, sha256: b}}\n")
+    with pytest.raises(ConfigError, match="sincnet"):
+        jobs.read_evaluation(path).given()
+
+
+def test_shipped_evaluations_load():
+    for name in ("eval_tiny", "eval_long"):
+        order = jobs.read_evaluation(f"configs/{name}.yaml")
+        assert order.drift is not None and not order.given().given
+
+
+def test_gates_on_the_command_line():
+    assert _gates(["a.p50>=1", "a.p50<=2", "b<=-3e-1"]) == {"a.p50": {"min": 1.0, "max": 2.0}, "b": {"max": -0.3}}
+    for text in ("a", "a>=", "a>=x", ">1", "a=3"):
+        with pytest.raises(ConfigError, match="--gate"):
+            _gates([text])
+
+
+# ---------------------------------------------------------------- traces
+
+
+@pytest.fixture
+def trace(tmp_path):
+    time = 10.0
+    path = tmp_path / "run.jsonl"
+    writer = Trace(path, lambda: time, started=9.0, sample_rate=16000, fps=25, samples_per_block=7680, frames_per_block=12, lookahead=0, facts={})
+    writer.open("s", "offline")
+    for block in range(6):
+        writer.admitted("s", 0, block, 0.48, 0.0)
+        time += 0.3
+        writer.note("ready", session="s", epoch=0, block=block, count=12)
+        writer.note("sent", session="s", epoch=0, block=block, count=12, pts=0.48 * block, due=None)
+    writer.close()
+    return path
+
+
+def test_a_trace_becomes_a_report_and_a_failed_gate_is_status_1(tmp_path, trace):
+    good = run("evaluate", "trace", trace, "--out", tmp_path / "a", "--gate", "rtf_unpaced>=1.5")
+    assert good.exit_code == 0 and "gate rtf_unpaced >= 1.5: met (1.6)" in good.output
+    bad = run("evaluate", "trace", trace, "--out", tmp_path / "b", "--gate", "rtf_unpaced>=1.7", "--gate", "nothing<=1")
+    assert bad.exit_code == 1 and "FAILED (1.6)" in bad.output and "not judged (no such measure" in bad.output
+    found = read_report(tmp_path / "a/report.json")
+    assert found.kind == "trace" and found.measure("rtf_unpaced").value == pytest.approx(1.6) and found.host["cores"]
+    text = (tmp_path / "a/report.md").read_text()
+    assert "Speed of the reference" in text and all((tmp_path / "a" / name).read_text().startswith("<?xml") for name in found.plots)
+    compared = run("evaluate", "compare", tmp_path / "a/report.json", tmp_path / "b/report.json")
+    assert compared.exit_code == 0 and "| rtf_unpaced |" in compared.output and "| same |" in compared.output
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_lists_everything_and_fails_on_what_was_named_wrongly(tmp_path):
+    plain = run("evaluate", "doctor")
+    assert plain.exit_code == 0 and all(word in plain.output for word in ("syncnet: not given", "research terms", "huggingface.co/facebook/dinov2-base"))
+    (tmp_path / "i.pt").write_bytes(b"junk")
+    (tmp_path / "d.yaml").write_text(f"backends: {{i3d: {{path: {tmp_path}/i.pt, sha256: {fingerprint(tmp_path / 'i.pt')}}}}}\n")
+    named = run("evaluate", "doctor", "--config", tmp_path / "d.yaml")
+    assert named.exit_code == 1 and "i3d: does not load" in named.output
+
+
+# ---------------------------------------------------------------- videos and suites
+
+
+@dataclass
+class Scene:
+    """What a renderer makes of a line, without one: a face no tracker knows, so that judging it takes no time."""
+
+    frames: np.ndarray
+    mumbled: np.ndarray
+    portrait: np.ndarray
+    pcm: np.ndarray
+    phones: tuple
+    text: str
+    caption: str
+    motion: dict
+
+
+def painted(line) -> Scene:
+    rng = np.random.default_rng(line.seed)
+    frames = np.repeat(rng.integers(0, 256, (1, 64, 64, 3), np.uint8), 25, 0)
+    frames[:, 20:40, 20:40] = (np.arange(25) * 10)[:, None, None, None]
+    return Scene(frames, frames, frames[0], speech(1.0, line.seed), (Phone("aa", 0.0, 1.0),), "ah", "a square", {"gap": np.sin(np.arange(25.0))})
+
+
+@pytest.fixture
+def small_suite(tmp_path, monkeypatch):
+    """A suite of two items in tmp_path/suite. Its judge looks at the file, but not for faces: the real one has its own tests."""
+    monkeypatch.setattr(suite, "judge_video", _brightness)
+    monkeypatch.setattr(closeup, "draw", lambda suite, videos, items, folder: ())
+    lines = [suite.Line(id=f"i{k}", identity=k, voice="slt", seed=k, seconds=1.0, size=64) for k in range(2)]
+    return suite.build(tmp_path / "suite", "suite_small", "1", lines, painted)
+
+
+def _brightness(video, *, text, portrait, backends, language, **settings):
+    assert text == "ah" and portrait.is_file() and language == "en"
+    value = float(np.mean([picture.mean() for _, picture in video.frames()]))
+    return [Measure(name="brightness", value=value, unit="", better="target", n=25, backend="test"), absent("Sync-C", backends.needs("syncnet", "s3fd"))]
+
+
+def order(tmp_path, small_suite, **more) -> str:
+    text = {"out": str(tmp_path / "out"), "suite": {"folder": str(small_suite.folder), "videos": str(tmp_path / "videos"), "sanity": False}, **more}
+    (tmp_path / "e.yaml").write_text(json.dumps(text))
+    return tmp_path / "e.yaml"
+
+
+def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path, small_suite):
+    (tmp_path / "videos").mkdir()
+    for item in small_suite.manifest.items:
+        shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
+    path = order(tmp_path, small_suite, gates={"brightness": {"min": 50}}, system={"name": "theirs", "engine": "unknown"})
+    documents = []
+    for _ in range(2):
+        result = run("evaluate", path)
+        assert result.exit_code == 0, result.output + str(result.exception)
+        documents.append(json.loads((tmp_path / "out/report.json").read_text()))
+    for document in documents:
+        assert document.pop("date") and document.pop("host")
+    assert documents[0] == documents[1]
+    found = read_report(tmp_path / "out/report.json")
+    assert found.origin.synthetic and found.system.name == "theirs" and found.system.commit == "unknown" and len(found.items) == 2
+    assert found.measure("brightness").n == 2 and found.measure("brightness").interval is not None
+    assert "syncnet_v2.model" in found.measure("Sync-C").reason and found.measure("FID").status == "not_measured"
+    text = (tmp_path / "out/report.md").read_text()
+    assert text.startswith("# theirs on suite_small (synthetic suite)") and "No sanity ranking" in text
+    assert run("evaluate", path, "gates={brightness: {max: 50}}").exit_code == 1
+
+
+def test_a_missing_video_fails_its_item_and_is_named(tmp_path, small_suite):
+    (tmp_path / "videos").mkdir()
+    shutil.copy(small_suite.path(small_suite.manifest.items[0], "gt_video"), tmp_path / "videos" / "i0.mp4")
+    assert run("evaluate", "suite", order(tmp_path, small_suite)).exit_code == 0
+    found = read_report(tmp_path / "out/report.json")
+    assert any("i1" in line and "no such file" in line for line in found.exclusions)
+
+
+def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
+    from liveavatar.__main__ import Ours
+
+    made = []
+
+    def generate(config, portrait, audio, out, prompt, seed):
+        assert portrait.is_file() and audio.is_file() and prompt == "a square"
+        made.append(out.name)
+        shutil.copy(small_suite.folder / out.name.replace(".mp4", ".gt.mp4"), out)
+
+    monkeypatch.setattr(Ours, "generate", staticmethod(generate))
+    path = order(tmp_path, small_suite)
+    for _ in range(2):
+        assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
+    assert made == ["i0.mp4", "i1.mp4"]
+    system = read_report(tmp_path / "out/report.json").system
+    assert "transformer.safetensors" in system.weights and system.name == "liveavatar"
+
+
+def test_one_video_of_any_system(tmp_path):
+    with VideoWriter(tmp_path / "v.mp4", 64, 64) as writer:
+        writer.write(painted(suite.Line(id="x", identity=0, voice="slt", seed=3, seconds=1.0, size=64)).frames, speech(1.0))
+    result = run("evaluate", "video", tmp_path / "v.mp4", "--out", tmp_path / "out", "--system", "theirs", "--gate", "width<=0")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    found = read_report(tmp_path / "out/report.json")
+    assert found.kind == "video" and found.items[0].picture["width"] == 64 and found.items[0].sha256 and not found.origin.synthetic
+
+
+def test_worst_items_are_drawn_even_without_a_face(tmp_path, monkeypatch):
+    monkeypatch.setattr(closeup.sync, "heard", lambda pcm, text: (Utterance(pcm, (Phone("aa", 0.2, 0.8),), text, "given"), "given"))
+    lines = [suite.Line(id=f"i{k}", identity=k, voice="slt", seed=k, seconds=1.0, size=64) for k in range(2)]
+    small = suite.build(tmp_path / "suite", "suite_small", "1", lines, painted)
+    (tmp_path / "videos").mkdir()
+    items = []
+    for item in small.manifest.items:
+        shutil.copy(small.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
+        items.append(Item(id=item.id, picture={"width": 64}))
+    assert closeup.draw(small, tmp_path / "videos", items, tmp_path / "plots") == ("plots/lag.svg", "plots/worst.svg")
+    assert closeup.draw(small, tmp_path / "videos", [], tmp_path / "plots") == ()
+    assert "synthetic suite" in (tmp_path / "plots/worst.svg").read_text()
+
+
+def test_drawings_are_the_same_again_and_labelled(tmp_path):
+    times, values = np.arange(50) / 25, {"gap": np.sin(np.arange(50.0)), "width": np.cos(np.arange(50.0))}
+    for name, synthetic in (("a", True), ("b", True), ("c", False)):
+        plots.mouth(tmp_path / name / "mouth.svg", times, values, values, synthetic)
+        plots.response(tmp_path / name / "response.svg", values, values, synthetic)
+        plots.lag_curves(tmp_path / name / "lag.svg", {"x": [(-40.0, 0.1), (0.0, 0.5)]}, synthetic)
+    for name in ("mouth", "response", "lag"):
+        one, two, plain = ((tmp_path / folder / f"{name}.svg").read_text() for folder in "abc")
+        assert one == two and "synthetic suite" in one and "synthetic suite" not in plain
+
+
+# ---------------------------------------------------------------- drift and people
+
+
+def test_a_plan_for_another_system_and_its_video(tmp_path, monkeypatch):
+    (tmp_path / "e.yaml").write_text(json.dumps({"out": str(tmp_path / "out"), "drift": {"seconds": 9.0, "window": 2.0, "portrait": str(tmp_path / "me.png")}}))
+    Image.new("RGB", (64, 64)).save(tmp_path / "me.png")
+    planned = run("evaluate", "drift", tmp_path / "e.yaml", "--plan")
+    assert planned.exit_code == 0 and "windows at 0, 3.5, 7 s" in planned.output and (tmp_path / "out/audio.wav").exists()
+    with VideoWriter(tmp_path / "long.mp4", 64, 64) as writer:
+        for k in range(9):
+            writer.write(np.full((25, 64, 64, 3), 100 + 3 * k, np.uint8), np.zeros(16000, np.float32))
+    monkeypatch.setattr("liveavatar.evaluation.judge.judge_video", lambda window, **settings: [])
+    result = run("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4")
+    assert result.exit_code == 1 and "gate colour change <= 2: FAILED" in result.output, result.output + str(result.exception)
+    found = read_report(tmp_path / "out/report.json")
+    assert len(found.details["windows"]) == 3 and found.measure("luma.change").value > 5 and "nothing is said about minutes" in " ".join(found.limits)
+    assert "another plan" in error_of("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4", "drift.seed=9")
+
+
+def test_a_study_from_the_command_line(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for item in ("x", "y"):
+            with VideoWriter(tmp_path / name / f"{item}.mp4", 32, 32) as writer:
+                writer.write(np.full((10, 32, 32, 3), 90, np.uint8), speech(0.4))
+    built = run("evaluate", "human", "build", "--system", f"ours={tmp_path}/a", "--system", f"theirs={tmp_path}/b", "--out", tmp_path / "study", "--side", 64,
+                "--sheets", 2)  # fmt: skip
+    assert built.exit_code == 0 and (tmp_path / "study/index.html").exists(), built.output + str(built.exception)
+    scored = run("evaluate", "human", "score", tmp_path / "study.key.json", "--out", tmp_path / "out")
+    assert scored.exit_code == 0 and "not measured** (no ratings collected)" in (tmp_path / "out/report.md").read_text().replace("**not", "not")

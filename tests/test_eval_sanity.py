@@ -1,0 +1,135 @@
+"""The whole judge on rendered heads: every metric ranks as it must, suites are what they say, a file gets its measures."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ai_edge_litert", reason="the face tracker's runtime")
+pytest.importorskip("cv2", reason="the face tracker's pictures")
+pytest.importorskip("dlib", reason="likeness")
+pytest.importorskip("pocketsphinx", reason="phones")
+pytest.importorskip("skimage", reason="SSIM")
+
+from liveavatar.conditioning.media import VideoWriter
+from liveavatar.core import InputError
+from liveavatar.evaluation import sanity, suite
+from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.judge import judge_video
+from liveavatar.evaluation.report import Measure, rejected
+from liveavatar.evaluation.suite import read_suite, read_truth
+
+
+@pytest.fixture(scope="module")
+def found(rendered_suite):
+    return sanity.values_of(rendered_suite)
+
+
+@pytest.mark.parametrize("order", sanity.ORDERS, ids=lambda o: f"{o.metric}: {o.needs}".replace(" ", "_"))
+def test_every_metric_ranks_what_is_known(found, order):
+    check = sanity.examine(order, found)
+    assert check.ok, check.detail
+
+
+def test_a_metric_that_ranks_wrongly_is_rejected(found):
+    """Values swapped between the real pair and wrong speech."""
+    swapped = [{**v, "A": v["C"], "C": v["A"]} for v in found]
+    check = sanity.examine(next(o for o in sanity.ORDERS if o.metric == "r0"), swapped)
+    assert check.ok is False
+    made = rejected([Measure(name="r0", value=0.8, unit="", better="higher")], [check])[0]
+    assert made.status == "rejected" and "A > B" in made.reason
+
+
+def test_a_tie_is_a_failure_and_one_item_no_proof(found):
+    order = next(o for o in sanity.ORDERS if o.metric == "sync_index")
+    tied = [{**v, "B": v["A"]} for v in found]
+    assert sanity.examine(order, tied).ok is False
+    assert sanity.examine(order, found[:1]).ok is None
+
+
+# ---------------------------------------------------------------- suites
+
+
+def test_suite_reads_back_and_refuses_other_files(rendered_suite, tmp_path):
+    again = read_suite(rendered_suite.folder)
+    assert again.sha256 == rendered_suite.sha256 and [i.id for i in again.manifest.items] == ["tiny_0", "tiny_3"]
+    for path in rendered_suite.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tiny_0.wav").write_bytes(b"other")
+    with pytest.raises(InputError, match="tiny_0.wav"):
+        read_suite(tmp_path)
+
+
+def test_the_same_recipe_gives_the_same_bytes(tmp_path):
+    """Built twice from the same renders: manifest, WAV, video and motion are equal."""
+    from types import SimpleNamespace
+
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (10, 64, 64, 3), dtype=np.uint8)
+    made = SimpleNamespace(frames=frames, mumbled=frames, portrait=frames[0], pcm=rng.normal(0, 0.1, 6400).astype(np.float32), phones=(),
+                           text="t", caption="c", motion={"gap": np.ones(10)})
+    built = [suite.build(tmp_path / name, "s", "1", suite.tiny()[:1], lambda line: made) for name in "ab"]
+    assert built[0].sha256 == built[1].sha256
+    assert suite.tiny(1) == suite.tiny(1) != suite.tiny(2)
+
+
+def test_truth_survives_its_file(rendered_suite):
+    item = rendered_suite.manifest.items[0]
+    truth = read_truth(rendered_suite.path(item, "gt_motion"))
+    assert len(truth.times) == 150 and set(truth.channels) == {"gap", "width", "blink", "yaw", "pitch", "roll"}
+    assert truth.channels["gap"].min() < 0.02 < 0.15 < truth.channels["gap"].max()
+    with pytest.raises(InputError, match="commanded motion"):
+        read_truth(rendered_suite.path(item, "audio"))
+
+
+# ---------------------------------------------------------------- one file
+
+
+@pytest.fixture(scope="module")
+def judged(rendered_suite, tmp_path_factory):
+    """Two seconds of an item, mute, as another system might hand them in with its sound apart: judged with all there is."""
+    item = rendered_suite.manifest.items[0]
+    rows = [frame for _, frame in VideoFile(rendered_suite.path(item, "gt_video")).frames(0, 2)]
+    path = tmp_path_factory.mktemp("judged") / "other.mp4"
+    with VideoWriter(path, 128, 128) as writer:
+        writer.write(np.stack(rows), np.zeros(0, np.float32))
+    made = judge_video(path, rendered_suite.path(item, "audio"), reference=rendered_suite.path(item, "gt_video"), text=item.text,
+                       truth=read_truth(rendered_suite.path(item, "gt_motion")), portrait=rendered_suite.path(item, "portrait"))
+    return {m.name: m for m in made}
+
+
+def test_one_file_gets_every_measure(judged):
+    for name in ("r0", "closure", "lmd", "response_gap_slope", "warp_error", "jerk", "motion_speech", "psnr_mouth", "ssim_face", "sharpness"):
+        assert judged[name].measured or judged[name].reason, name
+    assert judged["lmd"].value < 0.01 and judged["psnr_full"].value > 35
+    assert judged["response_gap_slope"].value == pytest.approx(1, abs=0.15)
+    assert judged["face_share"].value == 1
+
+
+def test_what_needs_weights_says_so(judged):
+    for name in ("Sync-C", "Sync-D", "LPIPS", "Dino-S", "ArcFace", "ASE"):
+        assert judged[name].status == "not_measured" and "needs" in judged[name].reason, name
+
+
+def test_a_mute_file_has_no_sync(rendered_suite, tmp_path):
+    with VideoWriter(tmp_path / "mute.mp4", 128, 128) as writer:
+        writer.write(np.zeros((30, 128, 128, 3), np.uint8), np.zeros(0, np.float32))
+    made = {m.name: m for m in judge_video(tmp_path / "mute.mp4")}
+    assert not made["r0"].measured and made["face_share"].value == 0
+    assert not made["jerk"].measured and not made["id_dlib"].measured and not made["sharpness"].measured
+
+
+def test_a_suite_judges_files_by_name(rendered_suite, tmp_path, monkeypatch):
+    """A file that is missing fails its item and not the others."""
+    first = rendered_suite.manifest.items[0]
+    (tmp_path / f"{first.id}.mp4").write_bytes(rendered_suite.path(first, "gt_video").read_bytes())
+    monkeypatch.setattr(suite, "judge_video", lambda file, **settings: [Measure(name="r0", value=float(len(settings["text"])), unit="", better="higher")])
+    items = suite.judge_suite(rendered_suite, tmp_path)
+    assert items[0].measures[0].value == len(first.text) and items[0].picture["codec"] == "h264"
+    assert items[1].measures[0].status == "failed" and "no such file" in items[1].measures[0].reason
+
+
+def test_portrait_without_a_face_is_refused(tmp_path, rendered_suite):
+    from PIL import Image
+
+    Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(tmp_path / "grey.png")
+    with pytest.raises(InputError, match="0 faces"):
+        judge_video(rendered_suite.path(rendered_suite.manifest.items[0], "gt_video"), portrait=tmp_path / "grey.png")
