@@ -13,10 +13,10 @@ from test_cli import error_of, run
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone, Utterance
 from liveavatar.core import Audio, ConfigError
-from liveavatar.evaluation import closeup, jobs, plots, suite
+from liveavatar.evaluation import closeup, jobs, plots, sanity, suite
 from liveavatar.evaluation.backends import fingerprint
 from liveavatar.evaluation.commands import _gates
-from liveavatar.evaluation.report import Item, Measure, absent, read_report
+from liveavatar.evaluation.report import Check, Item, Measure, absent, read_report
 from liveavatar.telemetry import Trace
 
 pytest.importorskip("matplotlib", reason="the extra [eval]")
@@ -184,6 +184,22 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
     text = (tmp_path / "out/report.md").read_text()
     assert text.startswith("# theirs on suite_small (synthetic suite)") and "No sanity ranking" in text
     assert run("evaluate", path, "gates={brightness: {max: 50}}").exit_code == 1
+
+
+def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity(tmp_path, small_suite, monkeypatch):
+    """The ranking itself has its own tests."""
+    wrong = Check(metric="brightness", needs="A > H", ok=False, detail="margins -1 over 2 items")
+    monkeypatch.setattr(sanity, "ranking", lambda asked: (wrong,) if asked == small_suite else ())
+    (tmp_path / "videos").mkdir()
+    for item in small_suite.manifest.items:
+        shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
+    path = order(tmp_path, small_suite)
+    assert run("evaluate", "suite", path, "suite.sanity=true").exit_code == 0
+    found = read_report(tmp_path / "out/report.json")
+    assert found.measure("brightness").status == "rejected" and found.sanity == (wrong,)
+    assert "**rejected** (sanity ranking: A > H does not hold)" in (tmp_path / "out/report.md").read_text()
+    alone = run("evaluate", "sanity", path)
+    assert alone.exit_code == 1 and "| brightness | A > H | **does not hold: rejected** |" in alone.output
 
 
 def test_a_missing_video_fails_its_item_and_is_named(tmp_path, small_suite):
