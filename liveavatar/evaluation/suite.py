@@ -206,8 +206,8 @@ def _judged(suite: Suite, item: SuiteItem, video: Path, settings: dict) -> Item:
     try:
         file = VideoFile(video)
         sound = None if file.has_sound else suite.path(item, "audio")
-        measures = judge_video(file, sound, reference=suite.path(item, "gt_video"), truth=None if motion is None else read_truth(motion), text=item.text,
-                               portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
+        measures = judge_video(file, sound, reference=suite.path(item, "gt_video"), text=item.text,
+                               truth=None if motion is None else read_truth(motion), portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
         return Item(id=item.id, video=str(video), sha256=file.sha256, picture=file.card, measures=tuple(measures))
     except InputError as error:
         return Item(id=item.id, video=str(video), measures=(absent("judged", str(error), status="failed"),))
