@@ -17,6 +17,8 @@ from liveavatar.evaluation.judge import judge_video
 from liveavatar.evaluation.report import Measure, rejected
 from liveavatar.evaluation.suite import read_suite, read_truth
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for renders and for every variant's judgement: a minute on an idle core
+
 
 @pytest.fixture(scope="module")
 def found(rendered_suite):

@@ -134,7 +134,7 @@ def judged(place, tiny_folder):
     """(result of the command, its report); the avatar itself plays the teacher."""
     torch.set_num_threads(1)
     out = place / "gates.json"
-    arguments = ["gates", *settings(tiny_folder), "--data", str(place / "data"), "--probe", str(place / "probe"), "--frames", "48", "--clips", "2",
+    arguments = ["evaluate", "gates", *settings(tiny_folder), "--data", str(place / "data"), "--probe", str(place / "probe"), "--frames", "48", "--clips", "2",
                  "--teacher", str(place / "data"), "--full", str(tiny_folder), "--out", str(out)]
     return CliRunner().invoke(app, arguments), out
 

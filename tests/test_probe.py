@@ -11,6 +11,7 @@ from drawn_clips import draw, write_corpus
 from liveavatar.core import ConfigError, WeightsError
 from liveavatar.models.probe import READINGS, TYPICAL, Probe, ProbeSizes, Seen, frechet, identity_error, load_probe, save_probe, units_of
 from liveavatar.training import probing, recipe, shards
+from liveavatar.training.checkpoints import load_checkpoint
 from liveavatar.training.loop import LoopConfig
 
 SIZES = ProbeSizes(size=32, widths=(16, 24), blocks=(1, 1), code=8, hidden=32, identity=8)
@@ -59,7 +60,7 @@ def test_the_file_gives_the_same_readings_and_no_classifier(trained):
     seen = probe.look(pictures)
     assert seen.aperture[0] < seen.aperture[1] < seen.aperture[2]
     assert np.allclose(np.linalg.norm(seen.identity, axis=1), 1, atol=1e-5)
-    state = torch.load(run / "probe.pt", weights_only=True)
+    state = load_checkpoint(run / "probe.pt")
     assert any(name.startswith("people") for name in state["ema"])
 
 
