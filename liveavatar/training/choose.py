@@ -78,7 +78,7 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
     rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
     ranked = sorted(({**row, "gates": gates_met(row), "score": score(row)} for row in rows), key=lambda row: (-row["gates"], -row["score"]))
     checkpoint_path(run, "chosen").unlink(missing_ok=True)  # or another choice of the same iteration would pass for this one
-    save_checkpoint(checkpoint_path(run, "chosen"), averages_of(checkpoint_path(run, ranked[0]["stage"])))
+    save_checkpoint(checkpoint_path(run, "chosen"), averages_of(checkpoint_path(run, ranked[0]["stage"])), alone=True)
     (run / "choice.json").write_text(json.dumps(ranked, indent=1))
     return ranked
 

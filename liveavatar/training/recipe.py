@@ -283,7 +283,8 @@ def _why_not(recipe: Recipe, name: str) -> str:
 
 def _run_stage(name: str, recipe: Recipe) -> None:
     if recipe.processes == 1 or name in ALONE or dist.is_initialized():
-        _work(name, recipe)
+        if name not in ALONE or first_rank():
+            _work(name, recipe)
         return meet()
     with tempfile.TemporaryDirectory(prefix="train") as folder:
         mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)
