@@ -65,7 +65,8 @@ async def stream(config: configs.Config, portrait: Path, marks: list[float], sec
         wanted |= {shown + i: picture for i, picture in enumerate(out.pictures) if shown + i in numbers}
         for mark in (m for m in marks if shown <= round((m + AFTER[-1]) * FPS) < shown + len(out.pictures)):
             elapsed = time.monotonic() - began
-            log.append({"minute": float(mark / 60), "wall_seconds": round(elapsed, 1), "fps": round(shown / elapsed, 1), "resident_mb": round(resident(), 1)})
+            log.append({"minute": float(mark / 60), "wall_seconds": round(elapsed, 1), "fps": round(shown / elapsed, 1),
+                        "resident_mb": round(resident(), 1)})
             passed(wanted, log)
         shown += len(out.pictures)
     await speaking
@@ -100,7 +101,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "hour.json")
     args = parser.parse_args()
     base = configs.load(args.config)
-    config = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, sessions=1, launcher="inproc" if args.ranks == 1 else "local"))
+    launcher = "inproc" if args.ranks == 1 else "local"
+    config = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, sessions=1, launcher=launcher))
     seconds = 60 * args.minutes + AFTER[-1] + 0.5
     marks = [60 * m for m in np.arange(0, args.minutes + 1e-6, args.every)]
     facts = {"machine": machine(), "commit": commit(), "ranks": args.ranks, "minutes": args.minutes}
