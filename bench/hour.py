@@ -3,7 +3,8 @@
     python bench/hour.py --minutes 60 --ranks 2
 
 Streams through `runtime.Engine`, as fast as the machine can, and keeps five pictures after each mark: a sheet of them
-(one row a mark) for people to look at, and JSON with the mean colour at each mark, memory and speed. Nothing is encoded.
+(one row a mark) for people to look at, and JSON with the mean colour at each mark, memory and speed, both written again
+at every mark. Nothing is encoded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def resident() -> float:
     return sum(p.memory_info().rss for p in (own, *own.children(recursive=True))) / 1e6
 
 
-async def stream(config: configs.Config, portrait: Path, marks: list[float], seconds: float) -> tuple[dict[int, np.ndarray], list[dict]]:
-    """Pictures by number, those that are wanted, and a log of every mark."""
+async def stream(config: configs.Config, portrait: Path, marks: list[float], seconds: float, passed: Callable) -> None:
+    """passed: called at every mark with the wanted pictures by number so far and the log of all marks."""
     speech, wanted, log = np.concatenate(list(read_audio(SPEECH))), {}, []
     numbers = {round((m + a) * FPS) for m in marks for a in AFTER}
     engine = await Engine.start(config)
@@ -64,12 +65,11 @@ async def stream(config: configs.Config, portrait: Path, marks: list[float], sec
         wanted |= {shown + i: picture for i, picture in enumerate(out.pictures) if shown + i in numbers}
         for mark in (m for m in marks if shown <= round((m + AFTER[-1]) * FPS) < shown + len(out.pictures)):
             elapsed = time.monotonic() - began
-            log.append({"minute": mark / 60, "wall_seconds": round(elapsed, 1), "fps": round(shown / elapsed, 1), "resident_mb": round(resident(), 1)})
-            print(log[-1], flush=True)
+            log.append({"minute": float(mark / 60), "wall_seconds": round(elapsed, 1), "fps": round(shown / elapsed, 1), "resident_mb": round(resident(), 1)})
+            passed(wanted, log)
         shown += len(out.pictures)
     await speaking
     await engine.aclose()
-    return wanted, log
 
 
 def sheet(wanted: dict[int, np.ndarray], marks: list[float]) -> Image.Image:
@@ -81,6 +81,13 @@ def sheet(wanted: dict[int, np.ndarray], marks: list[float]) -> Image.Image:
         made.paste(Image.fromarray(row), (60, i * row.shape[0]))
         draw.text((6, i * row.shape[0] + row.shape[0] // 2), f"{mark / 60:g} min", fill="black")
     return made
+
+
+def with_colours(wanted: dict[int, np.ndarray], marks: list[float], log: list[dict]) -> list[dict]:
+    """The log with mean colours (0..255) and their mean distance to those of the first mark."""
+    colours = [np.mean([wanted[round((m + a) * FPS)].mean((0, 1)) for a in AFTER], axis=0) for m in marks]
+    return [{**row, "mean_rgb": [round(float(v), 2) for v in colour], "colour_change": round(float(np.abs(colour - colours[0]).mean()), 2)}
+            for row, colour in zip(log, colours)]
 
 
 def main() -> None:
@@ -96,14 +103,16 @@ def main() -> None:
     config = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, sessions=1, launcher="inproc" if args.ranks == 1 else "local"))
     seconds = 60 * args.minutes + AFTER[-1] + 0.5
     marks = [60 * m for m in np.arange(0, args.minutes + 1e-6, args.every)]
-    wanted, log = asyncio.run(stream(config, args.portrait, marks, seconds))
-    colours = [np.mean([wanted[round((m + a) * FPS)].mean((0, 1)) for a in AFTER], axis=0) for m in marks]
-    rows = [{**row, "mean_rgb": [round(float(v), 2) for v in colour], "colour_change": round(float(np.abs(colour - colours[0]).mean()), 2)}
-            for row, colour in zip(log, colours)]
+    facts = {"machine": machine(), "commit": commit(), "ranks": args.ranks, "minutes": args.minutes}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(wanted, marks).save(args.out.with_suffix(".jpg"), quality=88)
-    args.out.write_text(json.dumps({"machine": machine(), "commit": commit(), "ranks": args.ranks, "minutes": args.minutes, "marks": rows}, indent=1) + "\n")
-    print(args.out, args.out.with_suffix(".jpg"))
+
+    def passed(wanted: dict[int, np.ndarray], log: list[dict]) -> None:
+        reached = marks[: len(log)]
+        sheet(wanted, reached).save(args.out.with_suffix(".jpg"), quality=88)
+        args.out.write_text(json.dumps({**facts, "marks": with_colours(wanted, reached, log)}, indent=1) + "\n")
+        print(log[-1], flush=True)
+
+    asyncio.run(stream(config, args.portrait, marks, seconds, passed))
 
 
 if __name__ == "__main__":

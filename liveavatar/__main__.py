@@ -92,6 +92,11 @@ def _config(path: Path | None, overrides: list[str] | None, ranks: int | None = 
     return config if launcher is None else with_launcher(config, launcher)
 
 
+def _traced(config: Config, path: Path) -> Config:
+    """config with the trace of its run written to `path`."""
+    return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, trace=str(path)))
+
+
 def guard(function):
     """`function` with its LiveAvatarErrors as one line on stderr. core brings torch, so it waits until work begins."""
     @functools.wraps(function)
@@ -139,8 +144,7 @@ def generate(
     if torchrun_role() == "rank":  # the config comes from the head, rank 0's process
         raise typer.Exit(run_rank())
     settings = _config(config, overrides, ranks, launcher, prompt=prompt, seed=seed)
-    if trace is not None:
-        settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, trace=str(trace)))
+    settings = settings if trace is None else _traced(settings, trace)
     from liveavatar import display
     from liveavatar import generate as main_job
     from liveavatar.conditioning.media import recording_seconds
@@ -273,11 +277,11 @@ class Ours:
     speech, portrait = (Path(__file__).parent / "assets" / name for name in ("speech.wav", "portrait.png"))
 
     @staticmethod
-    def generate(config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None) -> None:
-        """An mp4 of the portrait speaking the recording."""
+    def generate(config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path) -> None:
+        """An mp4 of the portrait speaking the recording, and its trace."""
         from liveavatar import generate as main_job
 
-        settings = _config(config, None, prompt=prompt, seed=seed)
+        settings = _traced(_config(config, None, prompt=prompt, seed=seed), trace)
         main_job.generate(settings, main_job.Job(image=portrait, audio=str(audio), out=out))
 
     @staticmethod

@@ -14,12 +14,12 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from liveavatar.core import SAMPLE_RATE, InputError, Span
+from liveavatar.core import SAMPLE_RATE, InputError, Message, Refresh, Span
 
 TRACE_SCHEMA = "trace/1"
 LOUD = 0.01  # of full scale: a received sample beyond it is speech
@@ -44,7 +44,8 @@ FIELDS = {
     "dropped": ("session", "count"),  # fresh pictures that were not shown
     "played": ("session", "epoch", "pts", "seconds"),  # sound left for the viewer
     "interrupt": ("session", "epoch"),  # from now on everything of an older epoch is stale
-    "step": ("session", "what"),  # a restart, a new portrait, a refreshed sink, a change of quality
+    # from the next admitted block on something is different. what: "refresh" (of the sink), "portrait", "prompt", "restart", "quality"
+    "step": ("session", "what"),
     "digest": ("session", "pictures", "sha256"),
     "closed": ("session",),
 }
@@ -110,11 +111,15 @@ class Trace:
         speech = [start + int(loud[0]), start + int(loud[-1])] if len(loud) else None
         self.note("received", session=session, epoch=epoch, start=start, stop=start + len(pcm), speech=speech)
 
-    def admitted(self, session: str, epoch: int, block: int, before: float, after: float) -> None:
-        """A block was sent. before, after: seconds of audio that waited before and after it (silence put in is no change)."""
-        start = self._used.get(session, 0)
-        self._used[session] = start + max(0, round((before - after) * SAMPLE_RATE))
-        self.note("admitted", session=session, epoch=epoch, block=block, start=start, stop=self._used[session])
+    def admitted(self, messages: Sequence[Message], before: float, after: float) -> None:
+        """A block was sent, with what goes before it. before, after: seconds of audio that waited before and after (silence put in is no change)."""
+        *others, audio = messages
+        for message in others:
+            if isinstance(message, Refresh):
+                self.note("step", session=message.session, what="refresh")
+        start = self._used.get(audio.session, 0)
+        self._used[audio.session] = start + max(0, round((before - after) * SAMPLE_RATE))
+        self.note("admitted", session=audio.session, epoch=audio.epoch, block=audio.index, start=start, stop=self._used[audio.session])
 
     def interrupt(self, session: str, epoch: int) -> None:
         """What waited was forgotten."""

@@ -242,7 +242,7 @@ def test_stages_over_a_base_are_those_that_train_adapters(miniature):
             recipe.run(stage, path)
     with pytest.raises(ConfigError, match="either model .* or base"):
         recipe.read_recipe(path, ["forcing.model={dim: 48}"])
-    with pytest.raises(ConfigError, match="section 'teacher': the base"):
+    with pytest.raises(ConfigError, match="section 'teacher': not over a base"):
         recipe.read_recipe(path, ["teacher.loop.iterations=1"])
 
 

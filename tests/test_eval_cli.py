@@ -12,11 +12,11 @@ from test_cli import error_of, run
 
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone, Utterance
-from liveavatar.core import ConfigError
-from liveavatar.evaluation import closeup, jobs, plots, suite
+from liveavatar.core import Audio, ConfigError
+from liveavatar.evaluation import closeup, jobs, plots, sanity, suite
 from liveavatar.evaluation.backends import fingerprint
 from liveavatar.evaluation.commands import _gates
-from liveavatar.evaluation.report import Item, Measure, absent, read_report
+from liveavatar.evaluation.report import Check, Item, Measure, absent, read_report
 from liveavatar.telemetry import Trace
 
 pytest.importorskip("matplotlib", reason="the extra [eval]")
@@ -52,7 +52,8 @@ def test_evaluations_are_checked_before_anything_is_made(tmp_path):
     path = tmp_path / "e.yaml"
     for text, said in [("out: x\n", "suite or drift"), ("out: x\nsuite: {folder: a, biuld: tiny}\n", "did you mean 'build'"),
                        ("out: x\nsuite: {folder: a, build: huge}\n", "suite.build"), ("out: x\ndrift: {}\ngates: {a: 3}\n", "gate a"),
-                       ("out: x\ndrift: {seconds: 12}\n", "three windows"), (f"out: x\nsuite: {{folder: {tmp_path}/none}}\n", "cannot read the suite")]:
+                       ("out: x\ndrift: {seconds: 12}\n", "three windows"), 
+                       (f"out: x\nsuite: {{folder: {tmp_path}/none}}\n", "cannot read the suite")]:
         path.write_text(text)
         assert said in error_of("evaluate", path, f"out={tmp_path / 'out'}")
     path.write_text("out: x\ndrift: {}\nbackends: {sincnet: {path: a, sha256: b}}\n")
@@ -83,7 +84,7 @@ def trace(tmp_path):
     writer = Trace(path, lambda: time, started=9.0, sample_rate=16000, fps=25, samples_per_block=7680, frames_per_block=12, lookahead=0, facts={})
     writer.open("s", "offline")
     for block in range(6):
-        writer.admitted("s", 0, block, 0.48, 0.0)
+        writer.admitted([Audio("s", index=block)], 0.48, 0.0)
         time += 0.3
         writer.note("ready", session="s", epoch=0, block=block, count=12)
         writer.note("sent", session="s", epoch=0, block=block, count=12, pts=0.48 * block, due=None)
@@ -109,7 +110,8 @@ def test_a_trace_becomes_a_report_and_a_failed_gate_is_status_1(tmp_path, trace)
 
 def test_doctor_lists_everything_and_fails_on_what_was_named_wrongly(tmp_path):
     plain = run("evaluate", "doctor")
-    assert plain.exit_code == 0 and all(word in plain.output for word in ("syncnet: not given", "research terms", "huggingface.co/facebook/dinov2-base"))
+    assert plain.exit_code == 0
+    assert all(word in plain.output for word in ("syncnet: not given", "research terms", "huggingface.co/facebook/dinov2-base"))
     (tmp_path / "i.pt").write_bytes(b"junk")
     (tmp_path / "d.yaml").write_text(f"backends: {{i3d: {{path: {tmp_path}/i.pt, sha256: {fingerprint(tmp_path / 'i.pt')}}}}}\n")
     named = run("evaluate", "doctor", "--config", tmp_path / "d.yaml")
@@ -152,7 +154,8 @@ def small_suite(tmp_path, monkeypatch):
 def _brightness(video, *, text, portrait, backends, language, **settings):
     assert text == "ah" and portrait.is_file() and language == "en"
     value = float(np.mean([picture.mean() for _, picture in video.frames()]))
-    return [Measure(name="brightness", value=value, unit="", better="target", n=25, backend="test"), absent("Sync-C", backends.needs("syncnet", "s3fd"))]
+    return [Measure(name="brightness", value=value, unit="", better="target", n=25, backend="test"),
+            absent("Sync-C", backends.needs("syncnet", "s3fd"))]  # fmt: skip
 
 
 def order(tmp_path, small_suite, **more) -> str:
@@ -183,6 +186,22 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
     assert run("evaluate", path, "gates={brightness: {max: 50}}").exit_code == 1
 
 
+def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity(tmp_path, small_suite, monkeypatch):
+    """The ranking itself has its own tests."""
+    wrong = Check(metric="brightness", needs="A > H", ok=False, detail="margins -1 over 2 items")
+    monkeypatch.setattr(sanity, "ranking", lambda asked: (wrong,) if asked == small_suite else ())
+    (tmp_path / "videos").mkdir()
+    for item in small_suite.manifest.items:
+        shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
+    path = order(tmp_path, small_suite)
+    assert run("evaluate", "suite", path, "suite.sanity=true").exit_code == 0
+    found = read_report(tmp_path / "out/report.json")
+    assert found.measure("brightness").status == "rejected" and found.sanity == (wrong,)
+    assert "**rejected** (sanity ranking: A > H does not hold)" in (tmp_path / "out/report.md").read_text()
+    alone = run("evaluate", "sanity", path)
+    assert alone.exit_code == 1 and "| brightness | A > H | **does not hold: rejected** |" in alone.output
+
+
 def test_a_missing_video_fails_its_item_and_is_named(tmp_path, small_suite):
     (tmp_path / "videos").mkdir()
     shutil.copy(small_suite.path(small_suite.manifest.items[0], "gt_video"), tmp_path / "videos" / "i0.mp4")
@@ -196,7 +215,7 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
 
     made = []
 
-    def generate(config, portrait, audio, out, prompt, seed):
+    def generate(config, portrait, audio, out, prompt, seed, trace):
         assert portrait.is_file() and audio.is_file() and prompt == "a square"
         made.append(out.name)
         shutil.copy(small_suite.folder / out.name.replace(".mp4", ".gt.mp4"), out)
@@ -248,7 +267,8 @@ def test_drawings_are_the_same_again_and_labelled(tmp_path):
 
 
 def test_a_plan_for_another_system_and_its_video(tmp_path, monkeypatch):
-    (tmp_path / "e.yaml").write_text(json.dumps({"out": str(tmp_path / "out"), "drift": {"seconds": 9.0, "window": 2.0, "portrait": str(tmp_path / "me.png")}}))
+    settings = {"seconds": 9.0, "window": 2.0, "portrait": str(tmp_path / "me.png")}
+    (tmp_path / "e.yaml").write_text(json.dumps({"out": str(tmp_path / "out"), "drift": settings}))
     Image.new("RGB", (64, 64)).save(tmp_path / "me.png")
     planned = run("evaluate", "drift", tmp_path / "e.yaml", "--plan")
     assert planned.exit_code == 0 and "windows at 0, 3.5, 7 s" in planned.output and (tmp_path / "out/audio.wav").exists()
@@ -259,7 +279,9 @@ def test_a_plan_for_another_system_and_its_video(tmp_path, monkeypatch):
     result = run("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4")
     assert result.exit_code == 1 and "gate colour change <= 2: FAILED" in result.output, result.output + str(result.exception)
     found = read_report(tmp_path / "out/report.json")
-    assert len(found.details["windows"]) == 3 and found.measure("luma.change").value > 5 and "nothing is said about minutes" in " ".join(found.limits)
+    assert len(found.details["windows"]) == 3 and found.measure("picture_luma.change").value > 5
+    text = (tmp_path / "out/report.md").read_text()
+    assert "needs the trace of the run" in text and "| picture_luma |" in text and "nothing is said about minutes" in text
     assert "another plan" in error_of("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4", "drift.seed=9")
 
 
@@ -269,8 +291,8 @@ def test_a_study_from_the_command_line(tmp_path):
         for item in ("x", "y"):
             with VideoWriter(tmp_path / name / f"{item}.mp4", 32, 32) as writer:
                 writer.write(np.full((10, 32, 32, 3), 90, np.uint8), speech(0.4))
-    built = run("evaluate", "human", "build", "--system", f"ours={tmp_path}/a", "--system", f"theirs={tmp_path}/b", "--out", tmp_path / "study", "--side", 64,
-                "--sheets", 2)  # fmt: skip
+    systems = ("--system", f"ours={tmp_path}/a", "--system", f"theirs={tmp_path}/b")
+    built = run("evaluate", "human", "build", *systems, "--out", tmp_path / "study", "--side", 64, "--sheets", 2)
     assert built.exit_code == 0 and (tmp_path / "study/index.html").exists(), built.output + str(built.exception)
     scored = run("evaluate", "human", "score", tmp_path / "study.key.json", "--out", tmp_path / "out")
     assert scored.exit_code == 0 and "not measured** (no ratings collected)" in (tmp_path / "out/report.md").read_text().replace("**not", "not")

@@ -75,7 +75,7 @@ def test_what_is_no_plan_is_refused(tmp_path):
 # ---------------------------------------------------------------- videos with planted drift
 
 
-PLAN = drift.Plan(seconds=30.0, window=4.0, seed=0, starts=(0.0, 8.0, 16.0, 26.0))
+PLAN = drift.Plan(seconds=30.0, window=4.0, seed=0, starts=(0.0, 5.0, 10.0, 15.0, 20.0, 26.0))
 
 
 def video(path, paint, seconds: float = 30.0, side: int = 64, jump: float | None = None):
@@ -98,25 +98,27 @@ def judged(found):
 
 def test_a_steady_stream_passes(tmp_path):
     found = drift.probes(video(tmp_path / "a.mp4", lambda t: 0), PLAN)
+    few = {m.name: m for m in drift.trends(found[:3])}
+    assert few["picture_luma.slope"].reason == "needs 5 windows"
     trends, gates = judged(found)
     assert gates["colour change"].ok and gates["sharpness change"].ok and gates["identity change"].ok is None
-    assert abs(trends["luma.change"].value) < 0.5 and trends["luma.change"].n == 8 and abs(trends["luma.slope"].value) < 20
+    assert abs(trends["picture_luma.change"].value) < 0.5 and trends["picture_luma.change"].n == 8 and abs(trends["picture_luma.slope"].value) < 20
 
 
 def test_a_colour_that_creeps_is_found_with_its_slope_and_its_worst_window(tmp_path):
     found = drift.probes(video(tmp_path / "a.mp4", lambda t: np.array([t, t, t])), PLAN)
     trends, gates = judged(found)
-    assert trends["luma.slope"].value == pytest.approx(1000, rel=0.03) and trends["luma.slope"].unit == "/1000 s"
-    assert trends["luma.change"].value == pytest.approx(26, abs=1) and trends["luma.change"].reason == "largest at 26 s"
-    low, high = trends["luma.change"].interval
+    assert trends["picture_luma.slope"].value == pytest.approx(1000, rel=0.03) and trends["picture_luma.slope"].unit == "/1000 s"
+    assert trends["picture_luma.change"].value == pytest.approx(26, abs=1) and trends["picture_luma.change"].reason == "largest at 26 s"
+    low, high = trends["picture_luma.change"].interval
     assert low < 26 < high and gates["colour change"].ok is False and drift.worst(found).start == 26.0
 
 
 def test_one_bad_window_is_the_worst_probe_and_no_trend(tmp_path):
-    found = drift.probes(video(tmp_path / "a.mp4", lambda t: np.array([40, 0, 0]) * (8 <= t < 12)), PLAN)
+    found = drift.probes(video(tmp_path / "a.mp4", lambda t: np.array([40, 0, 0]) * (10 <= t < 14)), PLAN)
     trends, gates = judged(found)
-    assert drift.worst(found).start == 8.0 and gates["colour change"].ok is False
-    slope = trends["lab_a.slope"]
+    assert drift.worst(found).start == 10.0 and gates["colour change"].ok is False
+    slope = trends["picture_a.slope"]
     assert slope.interval[0] <= 0 <= slope.interval[1]
 
 
@@ -132,11 +134,11 @@ def test_the_judge_sees_a_window_as_a_file_from_zero_and_its_gates_count(tmp_pat
                 Measure(name="lag_ms", value=40.0 + 10.0 * k, unit="ms", better="target", n=1)]
 
     found = drift.probes(video(tmp_path / "a.mp4", lambda t: 0), PLAN, judge)
-    assert seen == [(pytest.approx(0), pytest.approx(3.96), 100, pytest.approx(64000, abs=2), 4.0)] * 4
+    assert seen == [(pytest.approx(0), pytest.approx(3.96), 100, pytest.approx(64000, abs=2), 4.0)] * 6
     trends, gates = judged(found)
-    assert gates["identity change"].value == pytest.approx(0.06) and gates["identity change"].ok is False
-    assert gates["lag_ms change"].value == 30 and gates["lag_ms change"].ok is False
-    assert gates["offset trend"].ok is False and trends["lag_ms.slope"].value == pytest.approx(1000 * 10 / 8.6, rel=0.15)
+    assert gates["identity change"].value == pytest.approx(0.10) and gates["identity change"].ok is False
+    assert gates["lag_ms change"].value == 50 and gates["lag_ms change"].ok is False
+    assert gates["offset trend"].ok is False and trends["lag_ms.slope"].value == pytest.approx(1000 * 10 / 5.2, rel=0.15)
 
 
 def test_a_video_shorter_than_its_plan_is_refused(tmp_path):

@@ -16,6 +16,8 @@ from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.landmarks import GAP_FLOOR, LID_FLOOR, WIDTH_FLOOR, Track
 from liveavatar.evaluation.suite import read_truth
 
+pytestmark = pytest.mark.timeout(900)  # the first test may have to wait for renders
+
 
 @pytest.fixture(scope="module")
 def seen(rendered_suite):

@@ -37,9 +37,12 @@ def study(tmp_path_factory):
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(root / "faces" / "item1.png")
-    path = human.build_study({"x": root / "x", "y": root / "y"}, root / "out", exact=root / "real", portraits=root / "faces", seed=5, sheets=30, pairs=3,
-                             singles=4, side=32, sliders=True)
-    return root, human.read_key(path)
+    return root, built(root, root / "out", root / "faces")
+
+
+def built(root, out, faces) -> human.Key:
+    systems = {name: root / name for name in ("x", "y")}
+    return human.read_key(human.build_study(systems, out, exact=root / "real", portraits=faces, seed=5, sheets=30, pairs=3, singles=4, side=32, sliders=True))
 
 
 # ---------------------------------------------------------------- what is built
@@ -68,7 +71,8 @@ def test_clips_are_alike_in_size_rate_and_loudness_and_anchors_are_what_they_say
     sound = {what: np.concatenate(list(read_audio(found["item0", f"anchor:{what}"]))) for what in ("exact", "shift", "wrong", "static")}
     lags = np.correlate(sound["shift"], sound["exact"][:8000], "valid")
     assert lags.argmax() == pytest.approx(6400, abs=20)  # 0.4 s late
-    assert np.corrcoef(sound["exact"][:15000], sound["static"][:15000])[0, 1] > 0.99 > 0.5 > abs(np.corrcoef(sound["exact"][:15000], sound["wrong"][:15000])[0, 1])
+    same, other = (np.corrcoef(sound["exact"][:15000], sound[what][:15000])[0, 1] for what in ("static", "wrong"))
+    assert same > 0.99 and abs(other) < 0.5
     motion = {what: np.ptp([p.mean() for _, p in VideoFile(found["item0", f"anchor:{what}"]).frames()]) for what in ("exact", "static")}
     assert motion["exact"] > 10 > 1 > motion["static"]
 
@@ -93,9 +97,7 @@ def test_the_same_seed_builds_the_same_study(study, tmp_path):
     root, key = study
     for name in ("x", "y", "real"):
         shutil.copytree(root / name, tmp_path / name)
-    again = human.read_key(human.build_study({"x": tmp_path / "x", "y": tmp_path / "y"}, tmp_path / "out", exact=tmp_path / "real", portraits=root / "faces",
-                                             seed=5, sheets=30, pairs=3, singles=4, side=32, sliders=True))  # fmt: skip
-    assert again == key
+    assert built(tmp_path, tmp_path / "out", root / "faces") == key
 
 
 def test_folders_that_do_not_fit_are_refused(study, tmp_path):

@@ -21,7 +21,8 @@ def measure(name="psnr", value=30.0, **more) -> Measure:
 def report(values=(30.0, 32.0, 34.0), suite="a" * 64, **more) -> Report:
     items = tuple(Item(id=f"i{k}", measures=(measure(value=v), absent("Sync-C", "needs syncnet_v2.pth"))) for k, v in enumerate(values))
     return Report(**{"kind": "suite", "system": System(name="ours"), "origin": Origin(name="suite_tiny", version="1", sha256=suite, synthetic=True),
-                     "command": "liveavatar evaluate", "date": "2026-11-21", "host": {"cpu": "x"}, "items": items, "metrics": aggregate(items), **more})
+                     "command": "liveavatar evaluate", "date": "2026-11-21", "host": {"cpu": "x"}, "items": items,
+                     "metrics": aggregate(items), **more})  # fmt: skip
 
 
 # ---------------------------------------------------------------- measures
@@ -73,7 +74,7 @@ def test_gates_are_inclusive_and_what_was_not_measured_is_not_judged():
 
 
 def test_a_measure_that_fails_its_order_is_printed_as_rejected():
-    checks = [Check(metric="psnr", needs="A > H", ok=False), Check(metric="Sync-C", needs="A > C", ok=None), Check(metric="other", needs="A > B", ok=True)]
+    checks = [Check(metric=name, needs=f"A > {worse}", ok=ok) for name, worse, ok in (("psnr", "H", False), ("Sync-C", "C", None), ("other", "B", True))]
     psnr, sync = rejected(report().metrics, checks)
     assert psnr.status == "rejected" and psnr.value is None and "A > H" in psnr.reason and sync.status == "not_measured"
     text = markdown(report(metrics=(psnr, sync), sanity=tuple(checks)))
@@ -141,9 +142,8 @@ def test_comparison_is_paired_by_item():
 
 def test_lower_is_better_where_it_is_and_a_target_only_differs():
     for better, verdict in (("lower", "worse"), ("target", "differs")):
-        a, b = (dataclasses.replace(r, items=tuple(dataclasses.replace(i, measures=(dataclasses.replace(i.measures[0], better=better),)) for i in r.items))
-                for r in (report((1.0, 2.0)), report((2.0, 3.0))))  # fmt: skip
-        a, b = (dataclasses.replace(r, metrics=aggregate(r.items)) for r in (a, b))
+        a, b = (report(values) for values in ((1.0, 2.0), (2.0, 3.0)))
+        a, b = (dataclasses.replace(r, metrics=tuple(dataclasses.replace(m, better=better) for m in r.metrics)) for r in (a, b))
         assert compare(a, b)[0].verdict == verdict
 
 

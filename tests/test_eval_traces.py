@@ -9,7 +9,7 @@ import pytest
 from conftest import speech
 
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, SamplerConfig
-from liveavatar.core import InputError, Span
+from liveavatar.core import Audio, InputError, Refresh, Span
 from liveavatar.evaluation.traces import judge_trace, read_trace
 from liveavatar.evaluation.trend import quantile, theil_sen
 from liveavatar.generate import Job, generate
@@ -59,9 +59,9 @@ def test_the_first_picture_of_speech_is_waited_for_from_two_moments(scene):
     """480 ms of silence, then speech: block 1 speaks it and needs its own 480 ms and 80 ms more."""
     hear(scene, 100.0, 12, loud=False)
     hear(scene, 100.48, 16, loud=True)
-    scene.at(100.6).admitted("s", 0, 0, 1.0, 0.52)
+    scene.at(100.6).admitted([Audio("s", epoch=0, index=0)], 1.0, 0.52)
     scene.sent(101.0, 0, 0.0, count=12)
-    scene.at(101.04).admitted("s", 0, 1, 1.0, 0.52)
+    scene.at(101.04).admitted([Audio("s", epoch=0, index=1)], 1.0, 0.52)
     scene.sent(101.5, 1, 0.48, count=12)
     found = scene.judged()
     assert found["ttff_total"].value == pytest.approx(101.5 - 100.52)  # the first loud piece arrived at 100.52
@@ -72,10 +72,10 @@ def test_the_first_picture_of_speech_is_waited_for_from_two_moments(scene):
 
 def test_a_turn_is_speech_into_a_stream_that_flows(scene):
     for block in range(4):  # idle blocks use no sample
-        scene.at(100 + 0.48 * block).admitted("s", 0, block, 0.0, 0.0)
+        scene.at(100 + 0.48 * block).admitted([Audio("s", epoch=0, index=block)], 0.0, 0.0)
         scene.sent(100.3 + 0.48 * block, block, 0.48 * block, count=12)
     hear(scene, 102.0, 14, loud=True)
-    scene.at(102.6).admitted("s", 0, 4, 0.56, 0.08)
+    scene.at(102.6).admitted([Audio("s", epoch=0, index=4)], 0.56, 0.08)
     for k in range(12):
         scene.sent(103.0 + 0.04 * k, 4, 1.92 + 0.04 * k)
     found = scene.judged()
@@ -86,20 +86,29 @@ def test_a_turn_is_speech_into_a_stream_that_flows(scene):
 def test_speech_inside_a_block_waits_for_its_own_picture(scene):
     hear(scene, 100.0, 6, loud=False)
     hear(scene, 100.24, 20, loud=True)
-    scene.at(101.1).admitted("s", 0, 0, 1.04, 0.56)
+    scene.at(101.1).admitted([Audio("s", epoch=0, index=0)], 1.04, 0.56)
     for k in range(12):
         scene.sent(102.0 + 0.04 * k, 0, 0.04 * k)
     assert scene.judged()["ttff_total"].value == pytest.approx(102.0 + 0.24 - 100.28)
 
 
+def test_changes_on_the_way_stand_where_they_are_seen(scene):
+    for block in range(3):
+        scene.at(100 + block).admitted([Refresh("s"), Audio("s", index=block)] if block == 1 else [Audio("s", index=block)], 0.48, 0.0)
+        scene.sent(100.5 + block, block, 0.48 * block, count=12)
+    scene.at(103).note("step", session="s", what="portrait")  # never seen
+    scene.trace.close()
+    assert read_trace(scene.path).streams[0].steps() == [(0.48, "refresh")]
+
+
 def test_an_interruption_forgets_what_waited(scene):
     hear(scene, 100.0, 14, loud=True)
-    scene.at(100.56).admitted("s", 0, 0, 0.56, 0.08)
+    scene.at(100.56).admitted([Audio("s", epoch=0, index=0)], 0.56, 0.08)
     scene.sent(101.0, 0, 0.0, count=12)
     scene.at(101.0).note("played", session="s", epoch=0, pts=0.0, seconds=0.48)
     scene.at(101.2).interrupt("s", 1)
     scene.at(101.25).note("played", session="s", epoch=0, pts=0.48, seconds=0.02)
-    scene.at(101.9).admitted("s", 1, 1, 0.0, 0.0)
+    scene.at(101.9).admitted([Audio("s", epoch=1, index=1)], 0.0, 0.0)
     scene.sent(102.0, 1, 0.48, count=12, epoch=1)
     found = scene.judged()
     assert found["time_to_silence"].value == pytest.approx(0.28)  # the first piece rings until 101.48
@@ -151,7 +160,8 @@ def test_a_leak_is_a_slope_of_the_rank_that_holds_most(scene):
         for rank, size in ((0, 5e8), (1, 1e9 + 1e6 * k)):
             scene.at(100 + k).span(Span("s", what="Block", index=k, role="Decoder", rank=rank, start=99.9 + k, end=100.0 + k, rss=round(size), gpu=0))
     found = scene.judged()
-    assert found["memory_rss.slope"].value == pytest.approx(3600) and found["memory_rss.start"].value == 1000 and found["memory_rss.peak"].value == 1099
+    assert found["memory_rss.slope"].value == pytest.approx(3600)
+    assert (found["memory_rss.start"].value, found["memory_rss.peak"].value) == (1000, 1099)
     assert found["memory_gpu.peak"].reason == "no GPU was used"
 
 
@@ -161,7 +171,7 @@ def test_a_leak_is_a_slope_of_the_rank_that_holds_most(scene):
 def test_rates_leave_the_warm_up_out_and_find_the_worst_ten_seconds(tmp_path):
     scene, time = Scene(tmp_path / "trace.jsonl", "offline"), 100.0
     for block in range(100):
-        scene.at(time).admitted("s", 0, block, 1.0, 0.52)
+        scene.at(time).admitted([Audio("s", epoch=0, index=block)], 1.0, 0.52)
         time += 3.0 if block < 2 else 0.96 if 40 <= block < 60 else 0.24
         scene.at(time).note("ready", session="s", epoch=0, block=block, count=12)
         scene.sent(time + 0.01, block, 0.48 * block, count=12)
@@ -190,7 +200,7 @@ def test_theil_sen_ignores_one_odd_value_and_quantiles_interpolate():
     x = np.arange(50.0)
     y = 2 * x + 1
     y[7] = 1e6
-    assert theil_sen(x, y)[0] == pytest.approx(2.0) and theil_sen([0, 1], [0, 1]) is None
+    assert theil_sen(x, y)[0] == pytest.approx(2.0) and theil_sen(x[:4], y[:4]) is None and theil_sen(x[:5], 0 * x[:5]) == (0.0, (0.0, 0.0))
     many = np.arange(5000.0)
     assert theil_sen(many, -0.5 * many)[0] == pytest.approx(-0.5)
     assert quantile([1.0, 2.0, 3.0, 4.0], 0.5)[0] == 2.5
@@ -229,7 +239,7 @@ def test_an_empty_run_measures_nothing_and_breaks_nothing(scene):
 
 
 def settings(tiny_folder, path) -> Config:
-    return Config(model=ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu"), sampler=SamplerConfig(steps=2),
+    return Config(model=ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu"), sampler=SamplerConfig(steps=2, refresh_block=2),
                   runtime=RuntimeConfig(threads=1, trace=str(path)), stages=(("condition", "step0"), ("step1", "decode")), seed=7)
 
 
@@ -249,6 +259,7 @@ def test_an_engine_writes_what_the_judge_reads(tmp_path, tiny_folder, portrait):
     run = read_trace(tmp_path / "trace.jsonl")
     (stream,) = run.streams
     assert [(line["start"], line["stop"]) for line in stream["admitted"]] == [(7680 * k, min(7680 * (k + 1), 32000)) for k in range(5)]
+    assert stream.steps() == [(0.96, "refresh")]
     assert {span["rank"] for span in stream["span"]} == {0, 1} and len(stream["closed"]) == 1
     assert {"Conditioner", "Denoiser0", "Denoiser1", "Decoder"} <= {span["role"] for span in stream["span"]}
     found = {m.name: m for m in judge_trace(run, warmup=1)}

@@ -92,24 +92,25 @@ def test_activations_within_the_stated_factor(adapters, bf16, monkeypatch):
 
 def test_blocks_computed_again_keep_little():
     """Same gradient; nothing of the inside of blocks and injectors is kept."""
-    torch.manual_seed(0)
-    learner, _ = learner_of(False)
-    model = learner.module
-    whole = kept_by_autograd(model, False)
-    torch.manual_seed(1)
-    forward(model).square().mean().backward()
-    expected = {n: p.grad for n, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    compute_blocks_again(model), compute_blocks_again(model)
-    torch.manual_seed(1)
-    forward(model).square().mean().backward()
-    for name, p in model.named_parameters():
-        assert (p.grad is None) == (expected[name] is None) and (p.grad is None or torch.allclose(p.grad, expected[name], atol=1e-6)), name
-    model.zero_grad(set_to_none=True)
-    outside = kept_by_autograd(model, False)
-    left, added = LOAD.graph_bytes(4, 4, True, again=True)
-    held = 4 * SMALL.dim * (3 * (LOAD.tokens + 3 * LOAD.sink) + 2 * LOAD.tokens)  # what enters, by checkpoint, which no hook sees
-    assert left == pytest.approx(outside + held, rel=ACTIVATION_FACTOR - 1) and left + added < 0.5 * whole
+    role = learner_of(True)[0].module
+    for p in role.parameters():
+        p.data.add_(0.1)
+
+    def gradients():
+        torch.manual_seed(1)
+        forward(role).square().mean().backward()
+        found = [p.grad for p in role.parameters()]
+        for p in role.parameters():
+            p.grad = None
+        return found
+
+    expected, whole = gradients(), kept_by_autograd(role, False)
+    compute_blocks_again(role.base.model), compute_blocks_again(role.base.model)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) for a, b in zip(gradients(), expected, strict=True))
+    outside = kept_by_autograd(role, False)
+    left, added = LOAD.graph_bytes(4, 4, False, again=True)
+    sinks = SMALL.num_layers * 2 * LOAD.sink * SMALL.dim * 4  # keys and values, held by the attention of later blocks
+    assert left == pytest.approx(outside + sinks, rel=ACTIVATION_FACTOR - 1) and left + added < 0.5 * whole
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -36,13 +36,14 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
     falsely, _ = _events(track, utterance, OPEN_PHONES, limit)
     if len(shut) < MIN_EVENTS or len(falsely) < MIN_EVENTS:
         return _absent(f"too few phones: {len(shut)} of p b m, {len(falsely)} open vowels, {MIN_EVENTS} of each needed")
-    values = {"closure": shut.mean(), "false_closure": falsely.mean(), "closure_minus_false": shut.mean() - falsely.mean(),
-              "closure_lag_ms": np.median(lags)}  # fmt: skip
-    spread = {"closure": wilson(shut.mean(), len(shut)), "false_closure": wilson(falsely.mean(), len(falsely)), "closure_minus_false": _difference(shut, falsely),
-              "closure_lag_ms": bootstrap(lags, np.median)}  # fmt: skip
-    counts = {"closure": len(shut), "false_closure": len(falsely), "closure_minus_false": len(shut) + len(falsely), "closure_lag_ms": len(lags)}
-    return [Measure(name=name, value=float(values[name]), unit=unit, better=better, n=counts[name], interval=_floats(spread[name]), backend=BACKEND, reason=source)
-            for name, (unit, better) in NAMES.items()]  # fmt: skip
+    found = {  # value, interval, n
+        "closure": (shut.mean(), wilson(shut.mean(), len(shut)), len(shut)),
+        "false_closure": (falsely.mean(), wilson(falsely.mean(), len(falsely)), len(falsely)),
+        "closure_minus_false": (shut.mean() - falsely.mean(), _difference(shut, falsely), len(shut) + len(falsely)),
+        "closure_lag_ms": (np.median(lags), bootstrap(lags, np.median), len(lags)),
+    }
+    return [Measure(name=name, value=float(value), unit=NAMES[name][0], better=NAMES[name][1], n=n, backend=BACKEND, reason=source,
+                    interval=interval and (float(interval[0]), float(interval[1]))) for name, (value, interval, n) in found.items()]  # fmt: skip
 
 
 def _absent(reason: str) -> list[Measure]:
@@ -74,7 +75,3 @@ def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """95 % of mean(a) - mean(b) of two independent shares, from their Wilson intervals (Newcombe 1998, method 10)."""
     (p, q), (low_p, high_p), (low_q, high_q) = (a.mean(), b.mean()), wilson(a.mean(), len(a)), wilson(b.mean(), len(b))
     return p - q - math.hypot(p - low_p, high_q - q), p - q + math.hypot(high_p - p, q - low_q)
-
-
-def _floats(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    return interval and (float(interval[0]), float(interval[1]))

@@ -29,7 +29,8 @@ Gates = Annotated[Optional[list[str]], typer.Option(
     "--gate", "-g", metavar="'NAME>=VALUE'", help="Demand on a measure, also NAME<=VALUE; may be given often. One that fails: exit status 1.")]
 Weights = Annotated[Optional[Path], typer.Option(
     "--config", "-c", metavar="FILE", help="YAML file whose `backends` name weights you have (see doctor).")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file, e.g. suite.videos=theirs/.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(
+    metavar="[KEY=VALUE]...", help="Settings that win over the file, e.g. suite.videos=theirs/.")]
 SuiteFile = Annotated[Path, typer.Argument(metavar="SUITE.yaml", help="One evaluation, e.g. configs/eval_tiny.yaml.")]
 
 
@@ -68,9 +69,10 @@ def _register(group: typer.Typer, guard: Callable) -> Callable:
 def _suites(command: Callable, ours: Ours) -> None:
     """What a SUITE.yaml asks for."""
 
-    @command("liveavatar evaluate suite configs/eval_tiny.yaml", "liveavatar evaluate suite configs/eval_tiny.yaml suite.videos=theirs/ system.name=theirs")
+    @command("liveavatar evaluate suite configs/eval_tiny.yaml",
+             "liveavatar evaluate suite configs/eval_tiny.yaml suite.videos=theirs/ system.name=theirs")  # fmt: skip
     def suite(file: SuiteFile, overrides: Overrides = None) -> None:
-        """Judge every video of a suite, ours or those of `suite.videos`; first whether the measures can be trusted on it. Then its drift, if it has that section."""
+        """Judge every video of a suite, ours or those of `suite.videos`, and whether the measures can be trusted on it; and drift, if asked for."""
         from liveavatar.evaluation import jobs
 
         order, setting = jobs.read_evaluation(file, overrides or ()), _setting(ours)
@@ -93,7 +95,8 @@ def _suites(command: Callable, ours: Ours) -> None:
             raise ConfigError(f"{file}: has no section drift")
         if plan:
             made = jobs.plan_drift(order.drift, Path(order.out), setting)
-            typer.echo(f"wrote {Path(order.out) / made.audio} ({made.seconds:g} s) and plan.json; windows at {', '.join(f'{s:g}' for s in made.starts)} s")
+            starts = ", ".join(f"{s:g}" for s in made.starts)
+            typer.echo(f"wrote {Path(order.out) / made.audio} ({made.seconds:g} s) and plan.json; windows at {starts} s")
         else:
             _answer((jobs.run_drift(order, setting), Path(order.out)))
 
@@ -166,7 +169,7 @@ def _reports(command: Callable, ours: Ours) -> None:
 
     @command("liveavatar evaluate doctor --config configs/eval_tiny.yaml")
     def doctor(config: Weights = None) -> None:
-        """Every file of weights that only you can supply: here or missing, its licence, where it is published. Exit status 1 if one that you named is unusable."""
+        """Every file of weights that only you can supply, its licence, where it is published. Exit status 1 if one that you named is unusable."""
         from liveavatar.evaluation.backends import examine
 
         found = examine(_backends(config))

@@ -19,8 +19,8 @@ import numpy as np
 from liveavatar.config import build
 from liveavatar.core import SAMPLE_RATE, ConfigError, InputError
 from liveavatar.evaluation.clips import VideoFile
-from liveavatar.evaluation.report import Gate, Measure, bootstrap
-from liveavatar.evaluation.trend import theil_sen
+from liveavatar.evaluation.report import Gate, Measure, absent, bootstrap
+from liveavatar.evaluation.trend import FEWEST_POINTS, theil_sen
 
 SCHEMA = "drift/1"
 WINDOW = 10.0  # seconds
@@ -154,7 +154,7 @@ class Window(VideoFile):
         return super().sound(self.start + start, self.start + min(end, self.seconds))
 
 
-COLOURS = {"lab_L": "", "lab_a": "", "lab_b": "", "lab_std": "", "luma": "", "saturation": "", "picture_sharpness": ""}
+COLOURS = ("picture_L", "picture_a", "picture_b", "picture_std", "picture_luma", "picture_saturation", "picture_sharpness")
 
 
 def colours(window: Window) -> list[Measure]:
@@ -167,8 +167,8 @@ def colours(window: Window) -> list[Measure]:
     if not rows:
         raise InputError(f"{window.path}: no picture at {window.start:g} s: the video is shorter than its plan")
     table = np.array(rows)
-    return [Measure(name=name, value=float(column.mean()), unit=unit, better="target", n=len(table), interval=bootstrap(column), backend=BACKEND)
-            for (name, unit), column in zip(COLOURS.items(), table.T, strict=True)]
+    return [Measure(name=name, value=float(column.mean()), unit="", better="target", n=len(table), interval=bootstrap(column), backend=BACKEND)
+            for name, column in zip(COLOURS, table.T, strict=True)]
 
 
 def _colour(picture: np.ndarray) -> tuple[float, ...]:
@@ -225,15 +225,17 @@ def trends(found: Sequence[Probe]) -> list[Measure]:
         start, worst = max(later, key=lambda pair: abs(pair[1].value - first.value))
         made.append(replace(change(first, worst), reason=f"largest at {start:g} s"))
         slope = theil_sen([found[0].start, *(s for s, _ in later)], [first.value, *(m.value for _, m in later)])
-        if slope is not None:
-            made.append(Measure(name=f"{name}.slope", value=1000 * slope[0], unit=f"{first.unit}/1000 s", better="target", n=1 + len(later),
-                                interval=(1000 * slope[1][0], 1000 * slope[1][1]), backend=BACKEND))
+        label = {"name": f"{name}.slope", "unit": f"{first.unit}/1000 s", "better": "target", "backend": BACKEND}
+        if slope is None:
+            made.append(absent(reason=f"needs {FEWEST_POINTS} windows", **label))
+        else:
+            made.append(Measure(value=1000 * slope[0], n=1 + len(later), interval=(1000 * slope[1][0], 1000 * slope[1][1]), **label))
     return made
 
 
 def colour_distance(a: Probe, b: Probe) -> float:
     """Delta E (1976) between the mean colours of two windows."""
-    return math.dist([a.value(n) for n in ("lab_L", "lab_a", "lab_b")], [b.value(n) for n in ("lab_L", "lab_a", "lab_b")])
+    return math.dist([a.value(n) for n in ("picture_L", "picture_a", "picture_b")], [b.value(n) for n in ("picture_L", "picture_a", "picture_b")])
 
 
 def gates(found: Sequence[Probe], slopes: Sequence[Measure]) -> tuple[Gate, ...]:
@@ -245,9 +247,9 @@ def gates(found: Sequence[Probe], slopes: Sequence[Measure]) -> tuple[Gate, ...]
         _gate("lag_ms", [_step(first, p, "lag_ms") for p in rest]),
         _gate("sharpness", [abs(p.value("picture_sharpness") / max(first.value("picture_sharpness"), 1e-9) - 1) for p in rest]),
     ]
-    slope = next((m for m in slopes if m.name == "lag_ms.slope"), None)
+    slope = next((m for m in slopes if m.name == "lag_ms.slope" and m.measured), None)
     if slope is None:
-        return (*judged, Gate(name="offset trend", low=0.0, high=0.0, reason="no lag was measured in three windows"))
+        return (*judged, Gate(name="offset trend", low=0.0, high=0.0, reason=f"no lag was measured in {FEWEST_POINTS} windows"))
     steady = slope.interval[0] <= 0 <= slope.interval[1]
     return (*judged, Gate(name="offset trend", low=0.0, high=0.0, value=slope.value, ok=steady, reason="0 within the interval"))
 

@@ -204,7 +204,8 @@ def _sheet(rng, systems, items, names, faces, pairs: int, singles: int) -> list[
     compared = [pair(*choices[k]) for k in rng.permutation(len(choices))[:pairs]]
     anchors = [pair(items[rng.integers(len(items))], EXACT, f"anchor:{what}") for what in ANCHORS]
     rated = [(item, system) for item in items for system in systems]
-    alone = [rated[k] for k in rng.permutation(len(rated))[:singles]] + [(items[rng.integers(len(items))], f"anchor:{a}") for a in ("exact", "static")]
+    alone = [rated[k] for k in rng.permutation(len(rated))[:singles]]
+    alone += [(items[rng.integers(len(items))], anchor) for anchor in (EXACT, "anchor:static")]
     single = [Trial(left=names[who], portrait=faces.get(who[0], "")) for who in alone]
     first = [compared[k] if k < len(compared) else anchors[k - len(compared)] for k in rng.permutation(len(compared) + len(anchors))]
     again = rng.permutation(len(first) // 2 or 1)[:REPEATS]  # of what was seen in the first half, at the end

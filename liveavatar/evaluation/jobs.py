@@ -7,6 +7,7 @@ knows a model.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -56,7 +57,8 @@ class SuiteSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftSettings:
-    """A long stream. probe, speech: recordings (None: the embedded one); video: made by any system from the plan's sound; None: we make it."""
+    """A long stream. probe, speech: recordings (None: the embedded one); video: made by any system from the plan's sound, with its trace
+    if there is one; None: we make both."""
 
     seconds: float = 60.0
     window: float = 10.0
@@ -66,6 +68,7 @@ class DriftSettings:
     speech: str | None = None
     portrait: str | None = None
     video: str | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class Ours(Protocol):
     speech: Path  # the embedded recording and portrait
     portrait: Path
 
-    def generate(self, config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None) -> None: ...
+    def generate(self, config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path) -> None: ...
 
     def weights(self, config: Path | None) -> dict[str, Path]: ...
 
@@ -162,7 +165,8 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         setting.say("ranking the measures")
         checks = sanity.ranking(suite)
         metrics = report.rejected(metrics, checks)
-    synthetic, limits = suite.manifest.synthetic, () if ranked else ("No sanity ranking: " + ("the suite has no true pictures." if what.sanity else "not asked for."),)
+    synthetic = suite.manifest.synthetic
+    limits = () if ranked else ("No sanity ranking: the suite has no true pictures." if what.sanity else "No sanity ranking: not asked for.",)
     drawn = closeup.draw(suite, videos, items, out / "plots")
     origin = Origin(name=suite.manifest.name, version=suite.manifest.version, sha256=suite.sha256, synthetic=synthetic)
     return finish(setting.begin(
@@ -191,7 +195,8 @@ def _make_videos(suite, folder: Path, config: Path | None, setting: Setting) -> 
         target = folder / f"{item.id}.mp4"
         if not target.exists():
             setting.say(f"making {target}")
-            setting.ours.generate(config, suite.path(item, "portrait"), suite.path(item, "audio"), target, item.prompt, item.seed)
+            setting.ours.generate(config, suite.path(item, "portrait"), suite.path(item, "audio"), target, item.prompt, item.seed,
+                                  folder / f"{item.id}.trace.jsonl")
     return folder
 
 
@@ -217,10 +222,17 @@ def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSetting
     file = VideoFile(video)
     measures = tuple(judge_video(file, backends=backends, **options))
     item = report.Item(id=video.stem, video=str(video), sha256=file.sha256, picture=file.card, measures=measures)
-    origin = Origin(name=video.name, sha256=file.sha256)
+    origin = Origin(name=video.name, sha256=_asked(file.sha256, options))
     limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.",)
     return finish(setting.begin("video", system_of(system, None, None), origin, items=(item,), metrics=measures,
                                 gates=report.judge_gates(measures, gates), limits=limits), out)
+
+
+def _asked(own: str, options: dict) -> str:
+    """What a video was judged against, so that two systems' videos of the same task compare; its own hash when that was nothing."""
+    said = {name: value for name, value in options.items() if value is not None and name != "language"}
+    task = {name: value if isinstance(value, str) else provenance.sha256(value) for name, value in said.items()}
+    return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest() if task else own
 
 
 # ---------------------------------------------------------------- drift
@@ -228,35 +240,79 @@ def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSetting
 
 def run_drift(order: Evaluation, setting: Setting) -> Report:
     """Plan, make or take the video, judge every window, write. The plan and its sound stay in the folder."""
-    from liveavatar.evaluation import drift, plots
+    from liveavatar.evaluation import drift
     from liveavatar.evaluation.clips import VideoFile
     from liveavatar.evaluation.judge import judge_video
 
-    what, out, config = order.drift, Path(order.out), None if order.config is None else Path(order.config)
-    backends, portrait = order.given(), Path(what.portrait) if what.portrait else setting.ours.portrait
+    what, out = order.drift, Path(order.out)
     plan = plan_drift(what, out, setting)
-    target = Path(what.video) if what.video else out / "drift.mp4"
-    if what.video is None:
-        setting.say(f"making {target} ({plan.seconds:g} s)")
-        setting.ours.generate(config, portrait, out / plan.audio, target, None, what.seed)
-    video = VideoFile(target)
-    found = drift.probes(video, plan, lambda window: _window(setting, judge_video, window, plan, portrait, order.language, backends))
-    slopes = drift.trends(found)
-    worst = drift.worst(found)
-    plots.drift(out / "plots" / "drift.svg", plan, found)
-    near = {f"{p.start:g} s": next(picture for _, picture in drift.Window(video, p.start + plan.window / 2, 1.0).frames()) for p in (found[0], worst, found[-1])}
-    plots.contacts(out / "plots" / "windows.svg", near, "First, worst and last window")
-    origin = Origin(name=f"drift {plan.seconds:g} s", version=f"seed {plan.seed}", sha256=plan.sha256)
-    measures = (*(m for m in found[0].measures.values()), *slopes)
+    target, trace, portrait = _stream(order, plan, setting)
+    video, backends = VideoFile(target), order.given()
+
+    def judge(window) -> list[Measure]:
+        setting.say(f"judging {window.start:g} s")
+        return judge_video(window, portrait=portrait, text=plan.text or None, language=order.language, backends=backends)
+
+    found, marks = drift.probes(video, plan, judge), _marks(trace)
+    slopes = [*drift.trends(found), _seam(video, marks, trace)]
+    synthetic = what.portrait is None  # the embedded portrait is a render
+    measures = (*found[0].measures.values(), *slopes)
+    made_by = None if what.video is not None else setting.ours
     windows = [{"start": p.start, **{m.name: m.value if m.measured else str(m) for m in p.measures.values()}} for p in found]
-    item = report.Item(id="stream", video=str(target), sha256=video.sha256, picture=video.card)
-    limits = ("Values without .change or .slope are those of the first window.", "The same words are spoken in every window; intervals are within a window.",
-              f"Worst window: {worst.start:g} s.")
-    if plan.seconds < 1000:
-        limits = (*limits, f"{plan.seconds:g} s only: nothing is said about minutes or hours.")
-    return finish(setting.begin("drift", system_of(order.system, None if what.video else setting.ours, config), origin, items=(item,), metrics=measures,
-                                gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), seeds={"plan": plan.seed}, limits=limits,
-                                plots=("plots/drift.svg", "plots/windows.svg"), details={"windows": windows}), out)
+    return finish(setting.begin(
+        "drift", system_of(order.system, made_by, None if order.config is None else Path(order.config)),
+        Origin(name=f"drift {plan.seconds:g} s", version=f"seed {plan.seed}", sha256=plan.sha256, synthetic=synthetic), metrics=measures,
+        items=(report.Item(id="stream", video=str(target), sha256=video.sha256, picture=video.card),), seeds={"plan": plan.seed},
+        gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), limits=_drift_limits(plan, found),
+        plots=_draw_drift(video, plan, found, marks, out, synthetic), details={"windows": windows, "marks": marks}), out)  # fmt: skip
+
+
+def _stream(order: Evaluation, plan, setting: Setting) -> tuple[Path, Path | None, Path]:
+    """The long video, its trace if there is one, and the portrait; made here when nobody gave a video."""
+    what, out = order.drift, Path(order.out)
+    portrait = setting.ours.portrait if what.portrait is None else Path(what.portrait)
+    if what.video is not None:
+        return Path(what.video), None if what.trace is None else Path(what.trace), portrait
+    target, trace = out / "drift.mp4", out / "trace.jsonl"
+    setting.say(f"making {target} ({plan.seconds:g} s)")
+    setting.ours.generate(None if order.config is None else Path(order.config), portrait, out / plan.audio, target, None, what.seed, trace)
+    return target, trace, portrait
+
+
+def _marks(trace: Path | None) -> list[tuple[float, str]]:
+    """What changed on the way, by the trace."""
+    from liveavatar.evaluation.traces import read_trace
+
+    return [] if trace is None else [step for stream in read_trace(trace).streams[:1] for step in stream.steps()]
+
+
+def _seam(video, marks: Sequence[tuple[float, str]], trace: Path | None) -> Measure:
+    """How far the picture jumps at each mark, in usual changes from picture to picture: the largest."""
+    from liveavatar.evaluation import drift
+
+    jumps = [drift.seam(video, at) for at, _ in marks]
+    if not jumps:
+        reason = "needs the trace of the run" if trace is None else "nothing changed on the way, by the trace"
+        return report.absent("seam", reason, unit="x", better="lower", backend=drift.BACKEND)
+    return Measure(name="seam", value=max(jumps), unit="x", better="lower", n=len(jumps), interval=None, backend=drift.BACKEND)
+
+
+def _drift_limits(plan, found) -> tuple[str, ...]:
+    from liveavatar.evaluation import drift
+
+    limits = (f"Worst window: {drift.worst(found).start:g} s.",
+              "The same words are spoken in every window; intervals are within a window.")  # fmt: skip
+    return limits if plan.seconds >= 1000 else (*limits, f"{plan.seconds:g} s only: nothing is said about minutes or hours.")
+
+
+def _draw_drift(video, plan, found, marks, out: Path, synthetic: bool) -> tuple[str, ...]:
+    from liveavatar.evaluation import drift, plots
+
+    plots.drift(out / "plots" / "drift.svg", plan, found, marks, synthetic)
+    starts = dict.fromkeys(p.start for p in (found[0], drift.worst(found), found[-1]))
+    near = {f"{start:g} s": next(picture for _, picture in drift.Window(video, start + plan.window / 2, 1.0).frames()) for start in starts}
+    plots.contacts(out / "plots" / "windows.svg", near, "First, worst and last window", synthetic)
+    return "plots/drift.svg", "plots/windows.svg"
 
 
 def plan_drift(what: DriftSettings, out: Path, setting: Setting):
@@ -273,11 +329,6 @@ def plan_drift(what: DriftSettings, out: Path, setting: Setting):
     return drift.write_plan(out, what.seconds, what.seed, probe, speech, window=what.window, text=what.text)
 
 
-def _window(setting: Setting, judge: Callable, window, plan, portrait: Path, language: str, backends: Backends) -> list[Measure]:
-    setting.say(f"judging {window.start:g} s")
-    return judge(window, portrait=portrait, text=plan.text or None, language=language, backends=backends)
-
-
 # ---------------------------------------------------------------- a trace
 
 
@@ -290,7 +341,8 @@ def run_trace(path: Path, out: Path, setting: Setting, *, warmup: int, price: fl
     facts = run.head["facts"]
     plots.latency(out / "plots" / "latency.svg", run)
     plots.timeline(out / "plots" / "intervals.svg", run)
-    origin = Origin(name=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    asked = [[s.pace, max((line["stop"] for line in s["received"]), default=0)] for s in run.streams]  # equal: two runs compare
+    origin = Origin(name=path.name, version=f"{len(asked)} streams", sha256=hashlib.sha256(json.dumps(asked).encode()).hexdigest())
     limits = (f"Warm-up: the first {warmup} blocks of each stream are left out of latencies, intervals and rates.",
               "Stages of a GPU wait for their device while traced." if any(s["gpu"] for stream in run.streams for s in stream["span"]) else "")
     model = str(facts.get("model", "unknown"))
@@ -309,5 +361,6 @@ def score_people(key_path: Path, files: Sequence[Path], out: Path, setting: Sett
     key = human.read_key(key_path)
     found = ratings.collect(key, files)
     origin = Origin(name=f"study {key.study}", sha256=provenance.sha256(key_path))
-    return finish(setting.begin("human", System(name=" and ".join(key.systems)), origin, metrics=tuple(ratings.score(key, found)), exclusions=found.excluded,
-                                seeds={"study": key.seed}, limits=(f"Rule of exclusion: {key.exclusion}.", f"{len(found.raters)} raters counted.")), out)
+    limits = (f"Rule of exclusion: {key.exclusion}.", f"{len(found.raters)} raters counted.")
+    return finish(setting.begin("human", System(name=" and ".join(key.systems)), origin, metrics=tuple(ratings.score(key, found)), limits=limits,
+                                exclusions=found.excluded, seeds={"study": key.seed}), out)

@@ -14,12 +14,13 @@ from liveavatar.evaluation.tables import SYNTHETIC
 from liveavatar.evaluation.traces import WARMUP, Recording
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes
-DRIFTING = ("id_dlib", "lab_L", "lab_a", "lab_b", "picture_sharpness", "luma", "r0", "lag_ms", "closure", "motion_speech", "flicker_mae")
+DRIFTING = ("id_dlib", "picture_L", "picture_a", "picture_b", "picture_sharpness", "r0", "lag_ms", "closure", "motion_speech", "flicker_mae")
 CHANNELS = ("gap", "width", "blink", "yaw", "pitch", "roll")
 
 
 @contextlib.contextmanager
-def sheet(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (8.0, 3.2), title: str = "", synthetic: bool = False) -> Iterator:
+def sheet(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (8.0, 3.2), title: str = "",
+          synthetic: bool = False) -> Iterator:
     """Axes [rows][columns] to draw on, written to `path` afterwards. Raises ConfigError without matplotlib."""
     try:
         import matplotlib

@@ -22,7 +22,8 @@ EVERY = 0.2  # seconds between judged pictures: neighbours say the same
 PAD = 0.15  # of a box's sides, added around lips and eyes
 MIN_SIDE = 8  # pixels: SSIM looks through windows of 7
 GRID = 8  # pixels: the blocks of H.264's and JPEG's transforms
-UNPAIRED = {"sharpness": ("levels^2", "target"), "blockiness": ("", "lower"), "lab_L": ("", "target"), "lab_a": ("", "target"), "lab_b": ("", "target")}
+UNPAIRED = {"sharpness": ("levels^2", "target"), "blockiness": ("", "lower"),
+            "lab_L": ("", "target"), "lab_a": ("", "target"), "lab_b": ("", "target")}  # fmt: skip
 
 
 def boxes(face: Face, shape: Sequence[int]) -> dict[str, tuple[slice, slice]]:

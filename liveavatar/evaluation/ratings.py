@@ -266,7 +266,8 @@ def _wins(judged: Sequence[Choice]) -> list[Measure]:
             decided, ties = [v for v in votes if v != 0.5], votes.count(0.5)
             name, note = f"win_rate.{question}.{pair[0]}>{pair[1]}", f"{ties} of {len(votes)} no difference"
             if decided:
-                made.append(_measure(name, np.mean(decided), len(decided), wilson(float(np.mean(decided)), len(decided)), better="target", reason=note))
+                share = float(np.mean(decided))
+                made.append(_measure(name, share, len(decided), wilson(share, len(decided)), better="target", reason=note))
             elif votes:
                 made.append(absent(name, note, better="target", backend=BACKEND))
     return made
@@ -339,6 +340,6 @@ def _anchors(found: Collected) -> list[Measure]:
         right = sum(v == 1.0 for v in votes)
         made.append(_measure(f"anchor.{kind.removeprefix('anchor:')}", right / len(votes), len(votes), wilson(right / len(votes), len(votes))))
     if found.consistency:
-        same = sum(found.consistency)
-        made.append(_measure("consistency", same / len(found.consistency), len(found.consistency), wilson(same / len(found.consistency), len(found.consistency))))
+        same, n = float(np.mean(found.consistency)), len(found.consistency)
+        made.append(_measure("consistency", same, n, wilson(same, n)))
     return made

@@ -42,7 +42,8 @@ class Line:
     seed: int
     seconds: float
     size: int  # pixels, both sides
-    framing: str = "close"
+    framing: str = "close"  # close | turned: the head 15 degrees to one side
+    noisy: bool = False  # the sound through another room and channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,15 @@ def tiny(seed: int = 1) -> tuple[Line, ...]:
     """suite_tiny: 2 heads x 2 voices, 6 s at 128 pixels; heads and the voice awb are not in any training set of ours."""
     return tuple(Line(id=f"tiny_{k}", identity=1_000_000 + 10 * seed + k // 2, voice=("awb", "slt")[k % 2], seed=1000 * seed + k, seconds=6.0,
                       size=128) for k in range(4))  # fmt: skip
+
+
+def short(seed: int = 1) -> tuple[Line, ...]:
+    """suite_short: 20 heads x 5 items of 8 to 12 s at 128 pixels, one in five turned, one in ten noisy. Half an hour of rendering on a core."""
+    rng = np.random.default_rng([seed, 100])
+    voices, seconds = rng.permuted(np.resize(["awb", "slt", "rms", "kal16"], 100)), np.round(rng.uniform(8, 12, 100) * FPS) / FPS
+    return tuple(Line(id=f"short_{k:03d}", identity=1_001_000 + 100 * seed + k // 5, voice=str(voices[k]), seed=100_000 * seed + k,
+                      seconds=float(seconds[k]), size=128, framing="turned" if k % 5 == 4 else "close", noisy=k % 10 == 7)
+                 for k in range(100))  # fmt: skip
 
 
 def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], render: Callable[[Line], Rendered]) -> Suite:
@@ -191,11 +201,13 @@ def judge_suite(suite: Suite, videos: str | Path, **settings) -> tuple[Item, ...
 
 
 def _judged(suite: Suite, item: SuiteItem, video: Path, settings: dict) -> Item:
+    """A mute video is judged with the suite's sound."""
     motion = suite.path(item, "gt_motion")
     try:
         file = VideoFile(video)
-        measures = judge_video(file, reference=suite.path(item, "gt_video"), truth=None if motion is None else read_truth(motion), text=item.text,
-                               portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
+        sound = None if file.has_sound else suite.path(item, "audio")
+        measures = judge_video(file, sound, reference=suite.path(item, "gt_video"), text=item.text,
+                               truth=None if motion is None else read_truth(motion), portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
         return Item(id=item.id, video=str(video), sha256=file.sha256, picture=file.card, measures=tuple(measures))
     except InputError as error:
         return Item(id=item.id, video=str(video), measures=(absent("judged", str(error), status="failed"),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from liveavatar.evaluation.report import Check, Difference, Gate, Item, Measure,
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 SYNTHETIC = "synthetic suite"
-STEADY = ("warp_error", "idle_var_face", "idle_var_background", "jerk", "flicker_mae", "tLPIPS")  # stability by these means nothing beside a frozen face
+STEADY = ("warp_error", "idle_var_face", "idle_var_background", "jerk", "flicker_mae", "tLPIPS")  # a frozen face is best at these
 SYNCED = ("peak", "r0", "conf", "sync_index", "Sync-C", "Sync-D")  # a mouth of mean shape correlates too
 ARROWS = {"higher": "up", "lower": "down", "target": "target"}
 
@@ -61,7 +62,8 @@ def _step(d: Difference) -> str:
 def _summary(report: Report) -> list[str]:
     judged, met = [g for g in report.gates if g.ok is not None], [g for g in report.gates if g.ok]
     missing = [m for m in report.metrics if not m.measured]
-    lines = [f"{len(report.metrics) - len(missing)} measures taken, {len(missing)} not; {len(report.items)} items judged."]
+    items = f"{len(report.items)} item{'' if len(report.items) == 1 else 's'}"
+    lines = [f"{len(report.metrics) - len(missing)} measures taken, {len(missing)} not; {items} judged."]
     if report.gates:
         unjudged = len(report.gates) - len(judged)
         lines.append(f"Gates: {len(met)} met, {len(judged) - len(met)} FAILED, {unjudged} could not be judged.")
@@ -73,11 +75,36 @@ def _summary(report: Report) -> list[str]:
 def _measures(report: Report) -> list[str]:
     """The table; below it, by reason, what is not in it."""
     shown = [m for m in report.metrics if m.status != "not_measured"]
+    if report.kind == "drift":
+        return [*_drift(report), *_why(report, shown)]
     rows = [[m.name, *_value(m), m.unit, ARROWS[m.better], str(m.n) if m.measured else "-", _by(m, report)] for m in shown]
     lines = table(["measure", "value", "95 % interval", "unit", "better", "n", "by"], rows) if rows else ["None."]
+    return [*lines, *_why(report, shown)]
+
+
+def _drift(report: Report) -> list[str]:
+    """One row for each measure of the windows: the first one's value, the largest change from it, and the trend."""
+    by_name = {m.name: m for m in report.metrics}
+    rows = []
+    for name, first in by_name.items():
+        if first.status != "not_measured" and not name.endswith((".change", ".slope")):
+            change, slope = by_name.get(f"{name}.change"), by_name.get(f"{name}.slope")
+            where = change.reason.removeprefix("largest at ") if change else "-"
+            rows.append([name, str(first), _bare(change), where, _bare(slope), str(first.n), _by(first, report)])
+    return table(["measure", "first window", "largest change", "at", "slope per 1000 s", "n", "by"], rows)
+
+
+def _bare(measure: Measure | None) -> str:
+    """A value with its interval, without the unit that stands in the same row."""
+    return "-" if measure is None or not measure.measured else str(replace(measure, unit=""))
+
+
+def _why(report: Report, shown: Sequence[Measure]) -> list[str]:
+    """Remarks on what was measured, and the reasons for what was not, each once."""
+    shown = [m for m in shown if not (report.kind == "drift" and m.name.endswith(".change"))]
     notes = [f"- {names}: {reason}" for reason, names in _by_reason(m for m in shown if m.measured and m.reason)]
     missing = [[names, f"**not measured** ({reason})"] for reason, names in _by_reason(m for m in report.metrics if m.status == "not_measured")]
-    return [*lines, *(["", *notes] if notes else []), *(["", *table(["measure", "why there is none"], missing)] if missing else [])]
+    return [*(["", *notes] if notes else []), *(["", *table(["measure", "why there is none"], missing)] if missing else [])]
 
 
 def _by_reason(measures: Iterable[Measure]) -> list[tuple[str, str]]:
@@ -85,7 +112,11 @@ def _by_reason(measures: Iterable[Measure]) -> list[tuple[str, str]]:
     reasons: dict[str, list[str]] = {}
     for m in measures:
         reasons.setdefault(m.reason, []).append(m.name)
-    return [(reason, ", ".join(names)) for reason, names in reasons.items()]
+    return [(reason, _listed(names)) for reason, names in reasons.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "every slope" if len(names) > 3 and all(name.endswith(".slope") for name in names) else ", ".join(names)
 
 
 def _value(measure: Measure) -> tuple[str, str]:

@@ -63,6 +63,17 @@ class Stream:
         return None
 
 
+    def steps(self) -> list[tuple[float, str]]:
+        """(seconds of the stream, what) of everything that changed on the way."""
+        shown = {line["block"]: line["pts"] for line in reversed(self["sent"])}  # of a block's first picture
+        found = []
+        for step in self["step"]:
+            block = next((line["block"] for line in self["admitted"] if line["t"] >= step["t"]), None)
+            if block in shown:
+                found.append((shown[block], step["what"]))
+        return found
+
+
 @dataclass(frozen=True)
 class Recording:
     """A whole trace. head: its first line."""
@@ -355,10 +366,15 @@ def _offsets(run: Recording) -> list[Measure]:
 
 
 def _drift(times: np.ndarray, offsets: np.ndarray) -> Measure:
-    if not len(times) or times[-1] - times[0] < TREND_SECONDS:
-        return absent("av_drift", f"shorter than {TREND_SECONDS:g} s", unit="ms/min", better="target", backend=BACKEND)
-    slope, (low, high) = theil_sen(times / 60, offsets)
-    return Measure(name="av_drift", value=slope, unit="ms/min", better="target", n=len(times), interval=(low, high), backend=BACKEND)
+    return _slope("av_drift", times, times / 60, offsets, "ms/min", "target")
+
+
+def _slope(name: str, times: np.ndarray, x: np.ndarray, y: np.ndarray, unit: str, better: str) -> Measure:
+    """Theil-Sen slope of y on x; times: seconds, which must reach far enough."""
+    fitted = theil_sen(x, y) if len(times) and times[-1] - times[0] >= TREND_SECONDS else None
+    if fitted is None:
+        return absent(name, f"shorter than {TREND_SECONDS:g} s or too few points", unit=unit, better=better, backend=BACKEND)
+    return Measure(name=name, value=fitted[0], unit=unit, better=better, n=len(times), interval=fitted[1], backend=BACKEND)
 
 
 def _memory(run: Recording) -> list[Measure]:
@@ -375,10 +391,7 @@ def _held(what: str, spans: Sequence[dict]) -> list[Measure]:
     rank = max(spans, key=lambda span: span[what])["rank"]
     times, held = np.array([(span["t"], span[what] / 1e6) for span in spans if span["rank"] == rank]).T
     made = [_count(name, value, "MB", len(held)) for name, value in zip(names, (held[0], held.max()), strict=False)]
-    if times[-1] - times[0] < TREND_SECONDS:
-        return [*made, absent(names[2], f"shorter than {TREND_SECONDS:g} s", unit="MB/h", better="lower", backend=BACKEND)]
-    slope, interval = theil_sen(times / 3600, held)
-    return [*made, Measure(name=names[2], value=slope, unit="MB/h", better="lower", n=len(held), interval=interval, backend=BACKEND)]
+    return [*made, _slope(names[2], times, times / 3600, held, "MB/h", "lower")]
 
 
 # ---------------------------------------------------------------- about the whole run

@@ -7,11 +7,11 @@ import numpy as np
 from liveavatar.core import ConfigError
 
 MOST_POINTS = 1200  # Theil-Sen looks at every pair: more points are first made into so many medians
-FEWEST_POINTS = 3
+FEWEST_POINTS = 5  # with four, chance alone orders them once in twelve: no slope could be called one
 
 
 def theil_sen(x, y) -> tuple[float, tuple[float, float]] | None:
-    """Median of the slopes between all pairs of x, y [n], and its 95 % interval; None below three points."""
+    """Median of the slopes between all pairs of x, y [n], and its 95 % interval; None below FEWEST_POINTS."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     assert x.shape == y.shape and x.ndim == 1, (x.shape, y.shape)
     if len(np.unique(x)) < FEWEST_POINTS:

@@ -30,10 +30,11 @@ def judge(frames: Sequence[tuple[float, np.ndarray]], pcm: np.ndarray, backends:
     mesh's faces, for the named variant of Sync-C without S3FD. Raises WeightsError on a file that is not what it should be.
     """
     times, pictures = np.array([t for t, _ in frames]), np.stack([p for _, p in frames])
-    every = pictures[_seconds(times)]
+    second = _seconds(times)
+    every, seen = pictures[second], None if points is None else points[second]
     return [*_sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends),
             *_lpips(pictures, paired, backends), _dino(every, portrait, backends),
-            _arcface(pictures[_seconds(times)], None if points is None else points[_seconds(times)], portrait, portrait_points, backends), *_qalign(every, backends)]
+            _arcface(every, seen, portrait, portrait_points, backends), *_qalign(every, backends)]
 
 
 def _seconds(times: np.ndarray) -> np.ndarray:
@@ -47,7 +48,8 @@ def at_rate(times: np.ndarray, rate: float = FPS) -> np.ndarray:
     return np.maximum(np.searchsorted(times, slots + 0.25 / rate, side="right") - 1, 0)
 
 
-def _mean(name: str, values, backends: Backends, files: Sequence[str], unit: str = "", better: str = "higher", backend: str = "", reason: str = "") -> Measure:
+def _mean(name: str, values, backends: Backends, files: Sequence[str], unit: str = "", better: str = "higher", backend: str = "",
+          reason: str = "") -> Measure:
     values = np.asarray(values, float)
     return Measure(name=name, value=float(values.mean()), unit=unit, better=better, n=len(values), interval=bootstrap(values),
                    backend=backend, weights_sha256=backends.sha256(*files), reason=reason)
@@ -174,9 +176,9 @@ class Distribution:
 
     def _measures(self, name: str, kernel: str, backend: str) -> list[Measure]:
         if not self.backends.has(backend) or self.real is None:
-            missing = self.backends.needs(backend) if not self.backends.has(backend) else ""
-            reason = " and ".join(part for part in (missing, "" if self.real is not None else f"{'' if missing else 'needs '}features of a real set (suite.real)") if part)
-            return [absent(label, reason, better="lower", backend=backend) for label in (name, kernel)]
+            missing = [] if self.backends.has(backend) else [self.backends.needs(backend).removeprefix("needs ")]
+            missing += [] if self.real is not None else ["features of a real set (suite.real)"]
+            return [absent(label, f"needs {' and '.join(missing)}", better="lower", backend=backend) for label in (name, kernel)]
         sha = self.backends.sha256(backend)
         mine, theirs = np.concatenate(self.found[backend]), real_features(self.real, backend, sha)
         n = min(len(mine), len(theirs))

@@ -122,6 +122,7 @@ class Session:
         """New text. Raises InputError."""
         self._check()
         await self._engine.send(core.SetPrompt(self.name, prompt=clean(prompt)))
+        self._engine.trace.note("step", session=self.name, what="prompt")
 
     async def set_reference(self, picture) -> None:
         """New portrait: a path, bytes or uint8 [3, H0, W0]. Raises InputError."""
@@ -130,6 +131,7 @@ class Session:
         self._check()  # closed meanwhile: another session may have the name by now
         self.timeline.new_portrait()
         await self._engine.send(message)
+        self._engine.trace.note("step", session=self.name, what="portrait")
 
     async def refresh(self) -> None:
         """Make the generated first latent the sink (AAS) now, against drift."""
@@ -336,7 +338,7 @@ class Engine:
         session.asked = now
         session.playout.admitted(now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
         messages = session.timeline.admit(now)
-        self.trace.admitted(chosen, session.timeline.epoch, messages[-1].index, waiting, session.timeline.queued_seconds)
+        self.trace.admitted(messages, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again
         for message in messages:
             await self._put(message)

@@ -165,7 +165,7 @@ class Bench:
         started = time.monotonic()
         model, iteration = preview.load_model(self.forcing, arm.run or run, seed, arm.stage or stage)
         table = student_table(arm.steps, 5.0) if arm.steps else sigmas
-        how = {"history": HistoryMode.parse(arm.history), "refresh_block": arm.refresh_block, "kind": SINKS[arm.sink], "seed": seed}
+        how = {"history": HistoryMode.parse(arm.history), "refresh_block": arm.refresh_block, "kind": SINKS[arm.sink]}
         made = [preview.generate(model, self.vae, rows, self.forcing, scene, table, seed, **how) for scene, rows in zip(self.scenes, self.captions)]
         seen, truth = ([self.probe.look(p) for p in side] for side in (made, [scene.truth for scene in self.scenes]))
         references = [self.probe.look(scene.reference[None]).identity[0] for scene in self.scenes]

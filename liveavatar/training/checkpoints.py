@@ -38,21 +38,24 @@ def checkpoint_path(folder: str | Path, stage: str) -> Path:
     return Path(folder) / f"{stage}.pt"
 
 
-def save_checkpoint(path: Path, state: State) -> None:
-    """Write `state` as the newest checkpoint of `path`; all ranks call it. state["iteration"] names the folder."""
+def save_checkpoint(path: Path, state: State, alone: bool = False) -> None:
+    """Write `state` as the newest checkpoint of `path`; all ranks call it, or one by itself (alone). state["iteration"]
+    names the folder."""
     folder = path.parent / "checkpoints" / f"{path.stem}-{int(state['iteration']):08d}"
-    if decided(path.is_symlink() and path.resolve() == folder.resolve()):
+    there = path.is_symlink() and path.resolve() == folder.resolve()
+    if there if alone else decided(there):
         return  # of this iteration already: never write into what the link shows
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _calm():
-        dcp.save(state, checkpoint_id=folder, no_dist=not grouped())
-    if rank_and_world()[0] == 0:
+        dcp.save(state, checkpoint_id=folder, no_dist=alone or not grouped())
+    if alone or rank_and_world()[0] == 0:
         part = path.with_name(f".{path.name}.part")
         part.unlink(missing_ok=True)
         part.symlink_to(Path("checkpoints") / folder.name)
         os.replace(part, path)
         forget_older(folder)
-    meet()
+    if not alone:
+        meet()
 
 
 @contextlib.contextmanager

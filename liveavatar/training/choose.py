@@ -1,8 +1,9 @@
 """Which checkpoint is the best, judged by the probe: Stage 2 has a peak and then degrades (training.md 2.5).
 
-People the model does not know say a held-out voice's words; the score multiplies how well the mouth follows, how close
-articulation and head motion come to the truth's, and how close the pictures' features are. It also keeps Stage 2 from
-starting under a teacher that is worse than its student.
+People the model does not know say a held-out voice's words. First come those that meet more of the gates on articulation
+and head motion, then those of higher score, which multiplies how well the mouth follows, how close both come to the
+truth's, and how close the pictures' features are. It also keeps Stage 2 from starting under a teacher that is worse than
+its student.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from liveavatar.training.checkpoints import State, Stored, checkpoint_path, save
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.teacher import TeacherConfig
 
+GATES = {"aperture slope": (0.9, 1.1), "head motion ratio": (0.85, 1.15)}  # training.md 6.3
 CLIP_BLOCKS = 7  # as many as a training clip has: a teacher makes no more at once
 
 
@@ -43,6 +45,11 @@ def score(row: dict[str, float]) -> float:
         return max(0.0, min(ratio, 1 / ratio)) if ratio > 0 else 0.0
 
     return max(0.0, row["sync r"]) * near(row["aperture slope"]) * near(row["head motion ratio"]) / (1 + max(0.0, row["probe_fd"]))
+
+
+def gates_met(row: dict[str, float]) -> int:
+    """How many of GATES a row of ablations.figures meets."""
+    return sum(low <= row[name] <= high for name, (low, high) in GATES.items())
 
 
 def candidates(run: str | Path, stage: str, start: str) -> list[str]:
@@ -69,8 +76,9 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
         raise InputError(f"{run}: no checkpoint of {start} or {stage} to choose from")
     bench = Bench.build(config.bench(config.blocks), forcing, data, run, seed)
     rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
-    ranked = sorted(({**row, "score": score(row)} for row in rows), key=lambda row: -row["score"])
-    save_checkpoint(checkpoint_path(run, "chosen"), averages_of(checkpoint_path(run, ranked[0]["stage"])))
+    ranked = sorted(({**row, "gates": gates_met(row), "score": score(row)} for row in rows), key=lambda row: (-row["gates"], -row["score"]))
+    checkpoint_path(run, "chosen").unlink(missing_ok=True)  # or another choice of the same iteration would pass for this one
+    save_checkpoint(checkpoint_path(run, "chosen"), averages_of(checkpoint_path(run, ranked[0]["stage"])), alone=True)
     (run / "choice.json").write_text(json.dumps(ranked, indent=1))
     return ranked
 

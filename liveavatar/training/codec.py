@@ -198,7 +198,7 @@ def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tenso
     """Weighted L1 + gradient L1 + KL of latents with a fixed spread, and metrics. learn_latents: into the encoder too."""
     with torch.set_grad_enabled(learn_latents):
         mean, _ = encode(module, video)
-    made = decode(module, mean + config.noise * torch.randn(mean.shape, generator=draws.torch)).float()
+    made = decode(module, mean + config.noise * torch.randn(mean.shape, generator=draws.torch).to(mean.device)).float()
     error = (made - video).abs()
     rec = (error * weight).mean()
     edges = losses.gradient_error(made, video, weight)
@@ -216,7 +216,7 @@ def train_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: in
     channels_last(module)
 
     def loss_of(draws: Draws):
-        return codec_loss(module, config, *reader.batch(draws), draws)
+        return codec_loss(module, config, *(part.to(trainer.device) for part in reader.batch(draws)), draws)
 
     return trainer.run(loss_of, stop_after)
 
@@ -232,9 +232,10 @@ def train_decoder(config: CodecConfig, data_folder: str, run: str | Path, seed: 
     load_average(module, Path(run) / "vae.pt")
     reader = PieceReader(data_folder, config, config.decoder.batch)
     trainer = Trainer("decoder", decoder_parts(module), config.decoder, run, seed)
+    module.to(trainer.device)  # the encoder too
 
     def loss_of(draws: Draws):
-        return codec_loss(module, config, *reader.batch(draws), draws, learn_latents=False)
+        return codec_loss(module, config, *(part.to(trainer.device) for part in reader.batch(draws)), draws, learn_latents=False)
 
     return trainer.run(loss_of, stop_after)
 

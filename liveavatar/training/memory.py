@@ -31,7 +31,7 @@ CONTEXT = 1_500_000_000  # CUDA context, cuBLAS workspaces, NCCL buffers
 KEPT = {(4, True): (89.0, 8.1, 8.0, 18.7, 28.0, 27.0), (4, False): (64.0, 8.0, 8.0, 16.0, 20.3, 27.0),
         (2, True): (79.0, 5.0, 4.0, 16.0, 22.7, 36.0), (2, False): (58.0, 5.0, 4.0, 16.5, 16.5, 27.0)}  # fmt: skip
 # The same outside of blocks (embeddings, audio encoder, head): per noisy token and channel, per latent and channel.
-OUTSIDE = {True: (18.0, 650.0), False: (12.6, 100.0)}
+OUTSIDE = {True: (10.0, 650.0), False: (4.6, 100.0)}
 
 
 # ---------------------------------------------------------------- blocks computed again

@@ -71,7 +71,7 @@ def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: fo
     noises = [noise(seed, "preview", b, shape) for b in range(count)]
     state, made = vae.new_state(), []
     vae.decode(held, state)
-    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks, **how):
+    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks, seed=seed, **how):
         made.append(to_bytes(vae.decode(block, state)))
     return np.concatenate(made)
 

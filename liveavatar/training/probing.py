@@ -8,7 +8,7 @@ are painted over, or identity would be read off the backdrop.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,10 @@ class Batch:
     labels: torch.Tensor
     people: torch.Tensor
     face: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def face_places(eyes: np.ndarray, side: int) -> np.ndarray:
@@ -276,7 +280,7 @@ def train_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: in
     reader = PictureReader(config, folders, decoded)
     module = new_module(config, len(reader.number), seed)
     trainer = Trainer("probe", module, config.loop, run, seed)
-    return trainer.run(lambda draws: probe_loss(module, config, reader.batch(draws)), stop_after)
+    return trainer.run(lambda draws: probe_loss(module, config, reader.batch(draws).to(trainer.device)), stop_after)
 
 
 def finish_probe(config: ProbeConfig, data_folder: str, run: str | Path, seed: int, recipe_sha256: str) -> dict:

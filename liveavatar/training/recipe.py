@@ -79,9 +79,9 @@ class Recipe:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
         if lacking:
             raise ConfigError(f"missing section {lacking[0]!r}")
-        surplus = [name for name in ("vae", "teacher") if self.forcing.base and getattr(self, name)]
+        surplus = [name for name in ("vae", "teacher", "probe", "choose") if self.forcing.base and getattr(self, name)]
         if surplus:
-            raise ConfigError(f"section {surplus[0]!r}: the base {self.forcing.base.folder} is what that stage would train")
+            raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is and judged by `evaluate`")
 
     def _check_lengths(self) -> None:
         clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
@@ -276,14 +276,15 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 
 def _why_not(recipe: Recipe, name: str) -> str:
-    if recipe.forcing.base and name in ("vae", "decoder", "teacher"):
+    if recipe.forcing.base and name in ("vae", "decoder", "teacher", "probe", "choose"):
         return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
     return f"the recipe has no {OPTIONAL[name]} section"
 
 
 def _run_stage(name: str, recipe: Recipe) -> None:
     if recipe.processes == 1 or name in ALONE or dist.is_initialized():
-        _work(name, recipe)
+        if name not in ALONE or first_rank():
+            _work(name, recipe)
         return meet()
     with tempfile.TemporaryDirectory(prefix="train") as folder:
         mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)

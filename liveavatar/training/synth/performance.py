@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from liveavatar.conditioning.phones import PAUSE, Phone
 from liveavatar.conditioning.visemes import ARKIT_UNITS
-from liveavatar.core import FPS
+from liveavatar.core import FPS, ConfigError
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -16,9 +16,10 @@ from liveavatar.training.synth.people import Identity
 PARTING = ("jawOpen", "mouthClose", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight")
 MUMBLE = 0.5  # share of the lips' parting that is left
 LOOKAHEAD_SECONDS = 0.16
+FRAMINGS = {"close": 0.0, "turned": 15.0}  # degrees of yaw
 TRIES = 200  # sentences looked at for one that has something of everything
 LIPS_MEET, WIDE_OPEN = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
-ENOUGH = 3  # phones of either kind
+ENOUGH = 4  # phones of either kind
 LONG_PAUSE, MOST_PAUSE = 0.3, 0.06  # seconds; share of the time that such pauses may take
 
 
@@ -48,10 +49,11 @@ def dense_speech(seed: int, seconds: float, voice: str) -> speech.Utterance:
     raise speech.SpeechError(f"no sentence of voice {voice} in {TRIES} has {ENOUGH} closures and open vowels within {seconds:g} s")
 
 
-def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, seconds: float, seed: int) -> Performance:
-    """Render person `identity` saying it, and the same once more mumbled."""
+def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, seconds: float, seed: int, yaw: float = 0.0) -> Performance:
+    """Render person `identity` saying it, and the same once more mumbled; the head turned by yaw degrees all the while."""
     who, frames = Identity.sample(identity), round(seconds * FPS)
     track = director.direct(said, frames, seed)
+    track.pose[:, 0] += yaw
     quiet = track.units.copy()
     quiet[:, [ARKIT_UNITS.index(unit) for unit in PARTING]] *= MUMBLE
     clear, mumbled = (renderer.render_clip(who, units, track.pose, track.translation, track.gaze) for units in (track.units, quiet))
@@ -59,13 +61,13 @@ def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, secon
               "yaw": track.pose[:, 0], "pitch": track.pose[:, 1], "roll": track.pose[:, 2]}  # fmt: skip
     return Performance(
         frames=np.stack([p.rgb for p in clear]), mumbled=np.stack([p.rgb for p in mumbled]),
-        portrait=renderer.render(who, np.zeros(len(ARKIT_UNITS), np.float32)).rgb, pcm=said.pcm, phones=said.phones, text=said.text,
+        portrait=renderer.render(who, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0)).rgb, pcm=said.pcm, phones=said.phones, text=said.text,
         caption=who.caption, motion={name: np.asarray(values, np.float32) for name, values in motion.items()},
     )  # fmt: skip
 
 
 class Stage:
-    """Renders whatever is asked for as a line with identity, voice, seed, seconds and size; one GL context per size."""
+    """Renders what a line asks for: identity, voice, seed, seconds, size, framing (close or turned), noisy. One GL context per size."""
 
     def __init__(self) -> None:
         self._renderer: HeadRenderer | None = None
@@ -73,5 +75,8 @@ class Stage:
     def __call__(self, line) -> Performance:
         if self._renderer is None or self._renderer.size != line.size:
             self._renderer = HeadRenderer(line.size)
+        if line.framing not in FRAMINGS:
+            raise ConfigError(f"framing {line.framing!r}: must be one of {', '.join(FRAMINGS)}")
         said = dense_speech(line.seed, line.seconds + LOOKAHEAD_SECONDS, line.voice)
-        return perform(self._renderer, line.identity, said, line.seconds, line.seed)
+        made = perform(self._renderer, line.identity, said, line.seconds, line.seed, FRAMINGS[line.framing])
+        return replace(made, pcm=speech.augment(made.pcm, line.seed)) if line.noisy else made
