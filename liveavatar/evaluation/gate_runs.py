@@ -7,6 +7,7 @@ third way of generating.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
 from liveavatar.core import FPS, SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
 from liveavatar.diffusion.rollout import cached_rollout
-from liveavatar.models.probe import Probe, Seen
+from liveavatar.models.probe import Probe, Seen, identity_error
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import local_devices
@@ -178,58 +179,45 @@ def grouped_clips(folder: Path) -> list[tuple[str, Clip]]:
 # ---------------------------------------------------------------- the long stream
 
 
-@dataclass
 class Watch:
-    """What is kept of a stream: numbers per picture, features of its first and last window only.
+    """What is kept of a stream: numbers per picture, and the probe's features of its first and last window only.
 
-    identity_error, lid, yaw, pitch, roll float32 [T] in blocks; change: mean |difference| to the picture before, one per
-    picture but the first. first, last: Seen of `window` pictures each, the last one ending at a multiple of `period`.
+    series: identity_error, lid, yaw, pitch, roll; change: mean |difference| to the picture before, one per picture but the
+    first. first, last: features float32 [window,P], the last ones up to a multiple of `period`. All in few large buffers:
+    small arrays that live on between the large ones of a forward keep the heap from being used again, 0.1 MB a picture.
     """
 
-    probe: Probe
-    portrait: np.ndarray
-    window: int
-    period: int
-
-    def __post_init__(self):
-        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("identity_error", "lid", "yaw", "pitch", "roll", "change")}
+    def __init__(self, probe: Probe, portrait: np.ndarray, window: int, period: int):
+        """portrait: identity embedding [E] that errors are counted from."""
+        self.probe, self.portrait, self.window, self.period = probe, portrait, window, period
+        self.rows = {name: array("f") for name in ("identity_error", "lid", "yaw", "pitch", "roll", "change")}
         self.pictures, self._before = 0, None
-        self._first: list[Seen] = []
-        self._recent: list[Seen] = []
-        self._last: list[Seen] = []
+        width = sum(probe.sizes.widths)
+        self.first, self.last, self._ring = (np.zeros((window, width), np.float32) for _ in range(3))
 
     def __call__(self, pictures: np.ndarray) -> None:
-        """The next pictures uint8 [n,S,S,3]."""
+        """The next pictures uint8 [n,S,S,3], n at most `window`."""
         seen = self.probe.look(pictures)
-        self.rows["identity_error"].append(1.0 - seen.identity @ self.portrait)
+        self.rows["identity_error"].extend(identity_error(seen.identity, self.portrait).tolist())
         for name in ("lid", "yaw", "pitch", "roll"):
-            self.rows[name].append(getattr(seen, name))
+            self.rows[name].extend(getattr(seen, name).tolist())
         joined = pictures if self._before is None else np.concatenate([self._before, pictures])
-        self.rows["change"].append(np.abs(np.diff(joined.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)))
-        self._before = pictures[-1:]
-        self._keep(seen)
+        self.rows["change"].extend(np.abs(np.diff(joined.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)).tolist())
+        self._before = pictures[-1:].copy()
+        self._keep(seen.features)
 
-    def _keep(self, seen: Seen) -> None:
+    def _keep(self, features: np.ndarray) -> None:
         if self.pictures < self.window:
-            self._first.append(seen)
-        self._recent.append(seen)
-        self.pictures += len(seen)
-        while sum(map(len, self._recent)) - len(self._recent[0]) >= self.window:
-            del self._recent[0]
-        if self.pictures % self.period == 0 and self.pictures >= self.window:
-            self._last = list(self._recent)
+            early = features[: self.window - self.pictures]
+            self.first[self.pictures : self.pictures + len(early)] = early
+        self._ring[(self.pictures + np.arange(len(features))) % self.window] = features
+        self.pictures += len(features)
+        if self.pictures % self.period == 0 or self.pictures < self.window + self.period:
+            self.last[:] = self._ring  # in any order: only their distribution counts
 
     def series(self, name: str) -> np.ndarray:
-        """One number per picture."""
-        return np.concatenate(self.rows[name])
-
-    @property
-    def first(self) -> Seen:
-        return Seen.join(self._first)[: self.window]
-
-    @property
-    def last(self) -> Seen:
-        return Seen.join(self._last or self._recent)[-self.window :]
+        """One number per picture, float32."""
+        return np.array(self.rows[name], np.float32)
 
 
 def looped(clips: list[Clip], pictures: int, per_block: int) -> tuple[int, Iterator[np.ndarray]]:

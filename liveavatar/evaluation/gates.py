@@ -283,7 +283,7 @@ class Judgement:
         errors, at = watch.series("identity_error"), np.arange(watch.pictures) / 1000
         slope = theil_sen(at, errors)
         real = np.concatenate([t.through.features for t in self.of("default") or self.of("held")])
-        start, end = (frechet(seen.features, real) for seen in (watch.first, watch.last))
+        start, end = (frechet(features, real) for features in (watch.first, watch.last))
         enough = "" if watch.pictures >= 2 * watch.period else f"only {watch.pictures} frames: start and end do not say the same words"
         measures = [self.probed("drift_identity_slope", slope[0], "per 1000 frames", watch.pictures, "target", slope[1]),
                     self.probed("drift_probe_fd_start", start, "", watch.window, "lower"),
