@@ -1,6 +1,5 @@
 """Training started by torchrun's own agent, by its script, and by Ray Train: the same stages, one group, one checkpoint."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -65,7 +64,7 @@ def test_scripts_say_what_to_run(tmp_path):
         assert len((ROOT / "launch" / path).read_text().splitlines()) <= 30
 
 
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("ray", "pandas", "pyarrow")), reason="Ray Train is not installed: pip install 'liveavatar[ray-train]'")
+@pytest.mark.skipif("RAY_TRAIN_TEST" not in os.environ, reason="takes minutes on two cores: set RAY_TRAIN_TEST, with liveavatar[ray-train]")
 def test_ray_train_runs_a_stage(tmp_path):
     settings = [*clips(tmp_path), "forcing.loop.iterations=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
