@@ -86,7 +86,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
-            "preview": last_preview(run, config.stage), "gates": "not measured"}
+            "preview": preview_of(run, config.stage, iteration), "gates": "not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text_encoder_of(training.model, seed),
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
@@ -135,10 +135,10 @@ def export_adapter(config: ExportConfig, training: forcing.ForcingConfig, run: s
     return path
 
 
-def last_preview(run: str | Path, stage: str) -> dict | str:
-    """What `preview` measured last of a stage, with its iteration; "not measured" before it did."""
-    reports = sorted((Path(run) / "preview").glob(f"{stage}_*.json"))
-    return json.loads(reports[-1].read_text()) if reports else "not measured"
+def preview_of(run: str | Path, stage: str, iteration: int) -> dict | str:
+    """What `preview` measured of these very weights; "not measured" where it did not."""
+    report = Path(run) / "preview" / f"{stage}_{iteration:06d}.json"
+    return json.loads(report.read_text()) if report.exists() else "not measured"
 
 
 def write_portrait(config: ExportConfig, data: DataConfig) -> None:
