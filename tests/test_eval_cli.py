@@ -151,7 +151,7 @@ def small_suite(tmp_path, monkeypatch):
     return suite.build(tmp_path / "suite", "suite_small", "1", lines, painted)
 
 
-def _brightness(video, *, text, portrait, backends, language, **settings):
+def _brightness(video, audio=None, *, text, portrait, backends, language, **settings):
     assert text == "ah" and portrait.is_file() and language == "en"
     value = float(np.mean([picture.mean() for _, picture in video.frames()]))
     return [Measure(name="brightness", value=value, unit="", better="target", n=25, backend="test"),

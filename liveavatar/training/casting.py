@@ -6,19 +6,23 @@ The stages ask for roles and never see which it is, so there is one implementati
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from liveavatar.models.s2v import CausalS2V, S2VConfig
-from liveavatar.training.adapters import Base, Role
+from liveavatar.training.adapters import Base, BaseConfig, Role
 from liveavatar.training.checkpoints import checkpoint_path, load_average
-
-if TYPE_CHECKING:
-    from liveavatar.training.forcing import ForcingConfig
 
 Transformer = CausalS2V | Role
 
 
-def new_model(config: ForcingConfig, seed: int) -> CausalS2V:
+class ModelConfig(Protocol):
+    """What forcing.ForcingConfig says of the transformer: its sizes, or the frozen base that carries adapters."""
+
+    model: dict
+    base: BaseConfig | None
+
+
+def new_model(config: ModelConfig, seed: int) -> CausalS2V:
     """A transformer of the recipe's size, randomly started."""
     model = CausalS2V(S2VConfig.from_dict(config.model))
     model.init_weights(seed)
@@ -28,7 +32,7 @@ def new_model(config: ForcingConfig, seed: int) -> CausalS2V:
 class Copies:
     """Every role is a transformer of its own, all of it trained."""
 
-    def __init__(self, config: ForcingConfig, run: str | Path, seed: int):
+    def __init__(self, config: ModelConfig, run: str | Path, seed: int):
         self.config, self.run, self.seed = config, run, seed
 
     def fresh(self, role: str) -> Transformer:
@@ -58,7 +62,7 @@ class Copies:
 class Adapters(Copies):
     """One frozen base, which is what a `teacher` stage would train; every other role is an adapter over it."""
 
-    def __init__(self, config: ForcingConfig, run: str | Path, seed: int, base: Base | None = None):
+    def __init__(self, config: ModelConfig, run: str | Path, seed: int, base: Base | None = None):
         super().__init__(config, run, seed)
         self.base = base or Base.load(config.base, seed)
 
@@ -73,11 +77,11 @@ class Adapters(Copies):
         return self.base.as_(None) if stage == "teacher" else super().teacher(stage)
 
 
-def cast_of(config: ForcingConfig, run: str | Path, seed: int) -> Copies:
+def cast_of(config: ModelConfig, run: str | Path, seed: int) -> Copies:
     """The recipe's transformers. Raises WeightsError when the base cannot be loaded."""
     return Adapters(config, run, seed) if config.base else Copies(config, run, seed)
 
 
-def averaged_model(config: ForcingConfig, run: str | Path, stage: str, seed: int) -> tuple[Transformer, int]:
+def averaged_model(config: ModelConfig, run: str | Path, stage: str, seed: int) -> tuple[Transformer, int]:
     """The averaged transformer of a stage's last checkpoint by itself, and its iteration. Raises WeightsError without one."""
     return cast_of(config, run, seed).averaged(stage, "student")
