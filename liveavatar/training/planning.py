@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -11,13 +11,24 @@ from liveavatar.models.folders import open_folder, resolve
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.models.weights import transformer_config
 from liveavatar.training.adapters import BASE_DTYPES
+from liveavatar.training.codec import CodecConfig
+from liveavatar.training.data import DataConfig
+from liveavatar.training.export import ExportConfig
+from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.groups import rank_and_world
 from liveavatar.training.memory import ClipConfig, Load, Sizes, StagePlan, learning_flops, sizes_of, stage_plan
 
-if TYPE_CHECKING:
-    from liveavatar.training.recipe import Recipe
-
 PLANNED = ("teacher", "forcing", "ode", "consistency", "dmd")
+
+
+class Recipe(Protocol):
+    """What recipe.Recipe, which asks for plans, says of its parts."""
+
+    forcing: ForcingConfig
+    export: ExportConfig
+    data: DataConfig | None
+    vae: CodecConfig | None
+    clip: ClipConfig | None
 
 
 def model_of(recipe: Recipe) -> tuple[S2VConfig, str]:

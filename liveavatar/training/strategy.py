@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,17 +30,31 @@ from liveavatar.training.groups import average_gradients, device_of, grouped, ra
 from liveavatar.training.memory import compute_blocks_again
 from liveavatar.training.optimiser import Optimiser, groups_of
 
-if TYPE_CHECKING:
-    from liveavatar.training.loop import LoopConfig
-
 NAMES = ("single", "fsdp2", "deepspeed")
 Slots = Mapping[str, torch.Tensor]  # what the optimiser remembers of one parameter
+
+
+class StepConfig(Protocol):
+    """What loop.LoopConfig says of a step."""
+
+    strategy: str
+    device: str
+    bf16: bool
+    checkpointing: bool
+    batch: int
+    lr: float
+    audio_factor: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    muon: bool
+    clip: float
 
 
 class Single:
     """Everything everywhere."""
 
-    def __init__(self, config: LoopConfig):
+    def __init__(self, config: StepConfig):
         self.config, self.device = config, device_of(config.device)
         self.world = rank_and_world()[1]
         self.named: dict[str, nn.Parameter] = {}
@@ -165,7 +179,7 @@ class ZeRO2(Single):
     whose gradient they are, hands the sum over. That costs one buffer of gradients, small for adapters.
     """
 
-    def __init__(self, config: LoopConfig):
+    def __init__(self, config: StepConfig):
         super().__init__(config)
         if config.muon:
             raise ConfigError("strategy 'deepspeed' has no muon: ZeRO-2 flattens matrices into slices; say muon: false")
@@ -244,7 +258,7 @@ def imported_deepspeed():
     return deepspeed
 
 
-def strategy_of(config: LoopConfig) -> Single:
+def strategy_of(config: StepConfig) -> Single:
     """The strategy of a loop. Raises ConfigError."""
     if config.strategy != "single" and not grouped():
         raise ConfigError(f"strategy {config.strategy!r} runs in a group: say processes: 2 or more, or start it with torchrun, Slurm or Ray")
