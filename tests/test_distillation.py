@@ -14,7 +14,7 @@ from liveavatar.diffusion.rollout import exit_table, level_parallel
 from liveavatar.diffusion.schedule import shifted
 from liveavatar.training import dmd, export, forcing, guidance, levels, losses, ode
 from liveavatar.training.loop import LoopConfig, agreed, load_checkpoint, shared_draws
-from liveavatar.training.shards import write_arrays
+from liveavatar.training.shards import read_arrays, write_arrays
 from torch import nn
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
@@ -280,6 +280,24 @@ def encoded_clip(folder: Path, index: int) -> None:
     write_arrays(folder / "train" / f"clip_{index:06d}.npz", card, latents=draw(16, 9, 4, 4).astype(np.float16), reference=draw(16, 1, 4, 4),
                  motion=draw(16, 3, 4, 4), features=draw(2, 1, 400, 33), weight=np.ones((9, 4, 4), np.float32),
                  portraits=draw(1, 16, 3, 4, 4).astype(np.float16))
+
+
+def test_one_clip_is_learned_by_heart(tmp_path):
+    """A picture that stands still, at the student's levels: the velocity error goes below .05 (training.md 2.11)."""
+    from liveavatar.training import recipe
+
+    encoded_clip(tmp_path / "latents", 0)
+    (path,) = (tmp_path / "latents" / "train").iterdir()
+    card, arrays = read_arrays(path)
+    still = np.random.default_rng(0).standard_normal((16, 1, 4, 4)).astype(np.float16)
+    write_arrays(path, card, **{**arrays, "latents": np.repeat(still, 9, axis=1)})
+    known = recipe.read_recipe(MICRO).forcing
+    config = dataclasses.replace(
+        known, start="", model={**known.model, "dim": 64, "ffn_dim": 128}, levels=TABLE[:-1], same_share=1.0, table_share=1.0, far_share=0.0,
+        portrait_share=0.0, silence_share=0.0, no_text_share=0.0, mouth=0.0, eyes=0.0,
+        loop=LoopConfig(iterations=300, batch=2, lr=8e-3, warmup=10, ema=0.9, threads=1, log_every=100, muon=True))
+    learned = forcing.train_forcing(config, tmp_path, 0, export.text_encoder_of(config.model, 0), 0)
+    assert np.mean(learned[:5]) > 1.5 and np.mean(learned[-10:]) < 0.05
 
 
 @pytest.fixture(scope="module")
