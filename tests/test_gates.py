@@ -184,7 +184,7 @@ def test_the_card_takes_the_report_of_its_own_weights_only(judged, tiny_folder, 
     shutil.copytree(tiny_folder, tmp_path / "own")
     export.add_gates(tmp_path / "own", judged[1])
     card = json.loads((tmp_path / "own" / "liveavatar.json").read_text())["card"]["gates"]
-    assert set(card["rows"]) == set(gates.DEMANDS) and card["command"].startswith("liveavatar ")
+    assert set(card["rows"]) == set(gates.DEMANDS) and card["command"].startswith("liveavatar")
     assert card["rows"]["vae_psnr"]["verdict"] == "fail" and card["rows"]["speed"]["reason"] == "measured by bench/pipeline.py"
     assert inspect_folder(tmp_path / "own").will_load
     with (tmp_path / "own" / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as stream:
