@@ -1,6 +1,6 @@
 """Frames over an hour: the embedded avatar speaks without a pause, and says the same words at every mark.
 
-    python bench/hour.py --minutes 60 --ranks 2
+    PYTHONPATH=. .venv/bin/python bench/hour.py --minutes 60 --ranks 2
 
 Streams through `runtime.Engine`, as fast as the machine can, and keeps five pictures after each mark: a sheet of them
 (one row a mark) for people to look at, and JSON with the mean colour at each mark, memory and speed, both written again
