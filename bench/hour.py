@@ -62,7 +62,7 @@ async def stream(config: configs.Config, portrait: Path, marks: list[float], sec
 
     speaking, began, shown = asyncio.create_task(speak()), time.monotonic(), 0
     async for out in session:
-        wanted |= {shown + i: picture for i, picture in enumerate(out.pictures) if shown + i in numbers}
+        wanted |= {shown + i: picture.copy() for i, picture in enumerate(out.pictures) if shown + i in numbers}
         for mark in (m for m in marks if shown <= round((m + AFTER[-1]) * FPS) < shown + len(out.pictures)):
             elapsed = time.monotonic() - began
             log.append({"minute": float(mark / 60), "wall_seconds": round(elapsed, 1), "fps": round(shown / elapsed, 1),

@@ -17,7 +17,6 @@ import yaml
 
 from liveavatar.core import ConfigError
 
-ROLES = ("condition", "step", "decode")
 LAUNCHERS = ("inproc", "local", "torchrun", "ray")
 DTYPES = ("auto", "bfloat16", "float32")
 

@@ -104,11 +104,6 @@ class Geometry:
         return self.anchor_blocks * self.block_tokens
 
     @property
-    def motion_latents(self) -> int:
-        """Latents the motion pictures encode to (the first picture makes one, every 4 more another)."""
-        return 1 + (self.motion_frames - 1) // FRAMES_PER_LATENT
-
-    @property
     def sink_tokens(self) -> int:
         """reference + motion 1x + motion 2x + motion 4x (model.md section 4)."""
         h, w = self.latent_height, self.latent_width
@@ -125,10 +120,6 @@ class Geometry:
     @property
     def block_seconds(self) -> Fraction:
         return Fraction(self.frames_per_block, FPS)
-
-    def block_pts(self, index: int) -> Fraction:
-        """Presentation time in seconds of the first picture of block `index`; exact."""
-        return Fraction(index * self.frames_per_block, FPS)
 
 
 # ---------------------------------------------------------------- messages down the chain

@@ -16,8 +16,9 @@ from liveavatar.conditioning.media import VideoWriter
 from liveavatar.core import SAMPLE_RATE, InputError
 from liveavatar.evaluation import quality, stability
 from liveavatar.evaluation.clips import VideoFile
-from liveavatar.evaluation.distribution import frechet, kernel_distance
+from liveavatar.evaluation.distribution import kernel_distance
 from liveavatar.evaluation.stability import Steadiness, Stillness
+from liveavatar.models.probe import frechet
 
 RNG = np.random.default_rng(0)
 TEXTURE = np.kron(RNG.integers(30, 220, (24, 24, 3)), np.ones((4, 4, 1))).astype(np.uint8)  # 96 pixels of coarse pattern

@@ -1,11 +1,13 @@
+import re
 import time
 
 import numpy as np
 import pytest
 
 from liveavatar.conditioning import visemes
-from liveavatar.conditioning.phones import PHONES, VOWELS, AlignmentError, Phone, Utterance
+from liveavatar.conditioning.phones import PHONES, VOWELS, AlignmentError, Phone, Utterance, align
 from liveavatar.conditioning.visemes import ARKIT_UNITS, lip_gap, loudness
+from liveavatar.training.data import load_readings
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.director import direct
 
@@ -184,10 +186,13 @@ def _timed(f):
 
 def test_recordings_align():
     pytest.importorskip("pocketsphinx")
-    found = speech.real_recordings()
-    if not found:
+    listing = speech.TEXTS / "transcription"
+    if not listing.exists():
         pytest.skip("pocketsphinx-testdata is not installed")
+    named = re.findall(r"<s>.*</s>\s*\((.+)\)", listing.read_text())
+    found = load_readings(tuple(name for name in named if (speech.TEXTS / f"{name}.wav").exists()))
+    assert found
     for u in found:
         assert abs(u.phones[-1].end - u.seconds) < 1e-6 and len(u.phones) > 20
     with pytest.raises(AlignmentError):
-        speech.align(found[0].pcm, "zzyzxq blorf")
+        align(found[0].pcm, "zzyzxq blorf")

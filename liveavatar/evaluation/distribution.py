@@ -1,4 +1,5 @@
-"""Distances between two sets of features, one row a picture or clip: Frechet and kernel (evaluation.md 2.8).
+"""The kernel distance between two sets of features, one row a picture or clip (evaluation.md 2.8); the Frechet distance is
+models/probe.py's.
 
 The arithmetic alone. Which network made the features, and whether the result may be called FID or FVD, is weighted.py's.
 """
@@ -6,22 +7,6 @@ The arithmetic alone. Which network made the features, and whether the result ma
 from __future__ import annotations
 
 import numpy as np
-
-RANGE = 1e-3  # relative: an eigenvalue more negative than this is no rounding
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to a [n, d] and b [m, d]: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
-
-    The root's trace is that of the eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric: no complex numbers to drop.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    one, two = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    values, vectors = np.linalg.eigh(one)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    inner = np.linalg.eigvalsh(root @ two @ root)
-    assert inner.min() > -RANGE * max(inner.max(), 1e-12), "a covariance that is none"
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * np.sqrt(np.clip(inner, 0, None)).sum())
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,8 +12,9 @@ import numpy as np
 from liveavatar.core import FPS, SAMPLE_RATE, InputError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.backends import Backends
-from liveavatar.evaluation.distribution import frechet, kernel_distance
+from liveavatar.evaluation.distribution import kernel_distance
 from liveavatar.evaluation.report import Measure, absent, bootstrap
+from liveavatar.models.probe import frechet
 
 SECOND = 1.0  # identity and quality are judged on one picture a second
 SMALL = {"FID": 2000, "FVD": 256}  # pictures or clips below which the value is unsteady

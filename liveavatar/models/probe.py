@@ -26,6 +26,7 @@ READINGS = ("aperture", "width", "lid", "yaw", "pitch", "roll")
 TYPICAL = {"aperture": (0.065, 0.087), "width": (0.80, 0.10), "lid": (0.19, 0.036), "yaw": (0.0, 3.1), "pitch": (0.0, 2.1), "roll": (0.0, 1.3)}
 FORMAT = 1
 WEIGHTS, CARD = "probe.safetensors", "probe.json"
+ROUNDING = 1e-3  # relative: an eigenvalue more negative than this is none
 AT_ONCE = 64  # pictures per forward: memory stays flat however long a video is
 
 
@@ -153,15 +154,18 @@ def identity_error(identity: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """`probe_fd`: Frechet distance between Gaussians fitted to features [n,P] and [m,P]; not FID, whose network is another.
+    """Frechet distance of the Gaussians fitted to rows a [n,P] and b [m,P]: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2); the last trace from the eigenvalues of the symmetric A^1/2 B A^1/2.
+    The root's trace is that of the eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric: no complex numbers to drop. Of the
+    probe's features it is `probe_fd`, no FID, whose network is another.
     """
-    (mean_a, a), (mean_b, b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a.astype(np.float64), b.astype(np.float64)))
-    values, vectors = np.linalg.eigh(a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * shared)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    one, two = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ two @ root)
+    assert inner.min() > -ROUNDING * max(inner.max(), 1e-12), "a covariance that is none"
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * np.sqrt(np.clip(inner, 0, None)).sum())
 
 
 # ---------------------------------------------------------------- files

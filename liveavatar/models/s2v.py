@@ -268,8 +268,8 @@ class CausalS2V(nn.Module):
         tok = (h // 2) * (w // 2)
         sink = 2 * tok + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
         return kind(layers=self.config.num_layers, heads=self.config.num_heads, head_dim=self.config.head_dim,
-                         sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks, anchor_blocks=anchor_blocks,
-                         dtype=self.dtype, device=self.device)
+                    sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks, anchor_blocks=anchor_blocks,
+                    dtype=self.dtype, device=self.device)
 
     def prefill(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> Sink:
         """Keys and values of the sink at t = 0 (model.md section 7).

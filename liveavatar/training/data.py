@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from liveavatar.conditioning.phones import align
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
 from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, clip_paths, read_arrays, write_arrays, write_clip
 from liveavatar.training.synth import director, speech
@@ -94,7 +95,7 @@ def load_readings(names: tuple[str, ...]) -> list[speech.Utterance]:
     unknown = [name for name in names if name not in texts]
     if unknown:
         raise ConfigError(f"data.readings: {unknown[0]!r} is not one of {', '.join(sorted(texts))}")
-    return [speech.align(speech.read_wav(speech.TEXTS / f"{name}.wav"), texts[name], voice=name) for name in names]
+    return [align(speech.read_wav(speech.TEXTS / f"{name}.wav"), texts[name], voice=name) for name in names]
 
 
 def choose_identity(config: DataConfig, split: str, index: int, rng: np.random.Generator) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +90,6 @@ class Mesh:
     units: np.ndarray
     layer: np.ndarray  # float32 [V]: 1 where the vertex is the hair shell, pushed out by style
     normal_sum: object  # scipy CSR [V,F]: adds face normals to vertices
-
-
-def _groups(folder: Path) -> dict[str, np.ndarray]:
-    raw = json.loads((folder / "mpfb2/mesh_metadata/basemesh_vertex_groups.json").read_text())
-    return {k: np.concatenate([np.arange(a, b + 1) for a, b in v]) for k, v in raw.items()}
 
 
 def _read_obj(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

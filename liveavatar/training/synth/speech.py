@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from liveavatar.conditioning.phones import PHONES, Phone, SpeechError, Utterance, align, merge_pauses
+from liveavatar.conditioning.phones import PHONES, Phone, SpeechError, Utterance, merge_pauses
 from liveavatar.core import SAMPLE_RATE
 
 RATE = SAMPLE_RATE
@@ -83,12 +83,6 @@ def read_wav(path: str | Path) -> np.ndarray:
         if (w.getframerate(), w.getnchannels(), w.getsampwidth()) != (RATE, 1, 2):
             raise SpeechError(f"{path}: expected 16 kHz mono 16-bit")
         return np.frombuffer(w.readframes(w.getnframes()), "<i2").astype(np.float32) / 32768.0
-
-
-def write_wav(path: str | Path, pcm: np.ndarray) -> None:
-    with wave.open(str(path), "wb") as w:
-        w.setnchannels(1), w.setsampwidth(2), w.setframerate(RATE)
-        w.writeframes(np.clip(np.round(np.asarray(pcm) * 32768), -32768, 32767).astype("<i2").tobytes())
 
 
 def _flite(text: str, voice: str, pitch: float, stretch: float) -> Utterance:
@@ -174,20 +168,6 @@ def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES) -> Utterance:
             phones += [Phone(p.name, p.start + at / RATE, p.end + at / RATE) for p in parts[k].phones]
             at += len(parts[k].pcm)
     return Utterance(np.concatenate(pcm)[:n], merge_pauses(phones), " ".join(p.text for p in parts), voice)
-
-
-def real_recordings() -> list[Utterance]:
-    """The LibriVox clips of Debian's pocketsphinx-testdata, aligned; [] when not installed."""
-    listing = TEXTS / "transcription"
-    if not listing.exists():
-        return []
-    out = []
-    for line in listing.read_text().splitlines():
-        m = re.match(r"<s>\s*(.*?)\s*</s>\s*\((.+)\)", line)
-        path = TEXTS / f"{m.group(2)}.wav" if m else None
-        if path and path.exists():
-            out.append(align(read_wav(path), m.group(1), voice=m.group(2)))
-    return out
 
 
 # --------------------------------------------------------------------------- augmentation
