@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,13 +43,20 @@ def nginx(folder: Path, port: int):
     server = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL)
     try:
         deadline = now() + 5
-        while not (workers := Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()) or not accepts(port):
+        while not children(server.pid) or not accepts(port):
             assert server.poll() is None and now() < deadline, (folder / "error.log").read_text()
-        yield int(workers[0])
+        yield children(server.pid)[0]
     finally:
-        for pid in (*map(int, workers), server.pid):
-            os.kill(pid, signal.SIGKILL)
+        workers = children(server.pid)
+        server.kill()
         server.wait()
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def accepts(port: int) -> bool:

@@ -3,7 +3,7 @@
 It imports PyAV and nothing of ours (torch must not load here) and is run by its path. A muxer can block for good (a
 stalled RTMP server, a dead disk) and no option of FFmpeg's ends that, so the parent, which watches the reports,
 kills. On stdin: one line of JSON, the job (see `open_container`); then packets, HEADER and data; end of input: finish the
-container. On stdout, a line of JSON each: {"n", "bytes", "held"} after each mux() that came back, {"error"} and exit 1,
+container. On stdout, a line of JSON each: {"n", "bytes", "held", "heard"} after each mux() that came back, {"error"} and exit 1,
 {"closed": true} and exit 0. Whatever else it prints are a crash's last words. Secrets (keys in URLs, tokens) come by stdin
 because arguments and environment of a process can be read by others; the parent redacts what goes back.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -53,36 +54,44 @@ def packets(file, container, sound: str):
         yield packet
 
 
-def held_bytes() -> int:
-    """Bytes the kernel has taken for a peer that did not acknowledge them: what a stalled server leaves behind."""
-    held = 0
-    for descriptor in range(3, HIGHEST_DESCRIPTOR):
-        try:
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _is_stream(descriptor):
-                held += struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0]
-        except OSError:
-            continue  # not open, or a socket that has no such queue
-    return held
+class FarEnd:
+    """What the kernel knows of whom we write to; made once the container is connected. A file has none of it."""
+
+    def __init__(self):
+        used = [number for number in range(3, HIGHEST_DESCRIPTOR) if _is_socket(number)]
+        sockets = [socket.socket(fileno=os.dup(number)) for number in used]
+        self.streams = [s for s in sockets if s.type == socket.SOCK_STREAM]
+        self.datagrams = [s for s in sockets if s.type == socket.SOCK_DGRAM]
+
+    def held(self) -> int:
+        """Bytes that were taken from us and not acknowledged yet: what a stalled server leaves behind."""
+        return sum(struct.unpack("i", fcntl.ioctl(s, termios.TIOCOUTQ, bytes(4)))[0] for s in self.streams)
+
+    def heard(self) -> bool:
+        """Whether a datagram (RTCP, a check of consent) came since the last mux(), which takes in what waits."""
+        return bool(self.datagrams and select.select(self.datagrams, [], [], 0)[0])
 
 
-def _is_stream(descriptor: int) -> bool:
-    with socket.socket(fileno=os.dup(descriptor)) as copy:
-        return copy.type == socket.SOCK_STREAM
+def _is_socket(number: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(number).st_mode)
+    except OSError:  # not open
+        return False
 
 
 def run(file, say) -> None:
     """Write until the input ends. Raises av.FFmpegError and OSError as they come."""
     job = json.loads(file.readline())
-    container = open_container(job)
+    container, far = open_container(job), None
     count = size = 0
     try:
         for packet in packets(file, container, job["sound"]):
-            length = packet.size
+            length, heard = packet.size, far is not None and far.heard()
             signal.alarm(ORPHAN_SECONDS)
             container.mux(packet)
             signal.alarm(0)
-            count, size = count + 1, size + length
-            say({"n": count, "bytes": size, "held": held_bytes()})
+            count, size, far = count + 1, size + length, far or FarEnd()
+            say({"n": count, "bytes": size, "held": far.held(), "heard": heard})
     finally:
         signal.alarm(ORPHAN_SECONDS)
         container.close()

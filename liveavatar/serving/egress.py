@@ -31,6 +31,7 @@ from liveavatar.telemetry import now
 EDGE_SECONDS = 2.0  # of media that wait for a writer
 WINDOW = 80  # packets under way to a writer, about a second: beyond it the edge fills, whose policy is known
 CONNECT_SECONDS = 10.0  # for the process to start and the server to answer, where outputs.stall_seconds is less
+SILENCES = 3  # times outputs.stall_seconds without any datagram from a server
 STEADY_SECONDS = 10.0  # live for so long: the next failure is the first of its row
 ALERT_FAILURES = 5  # in a row: operators are told
 FLV_SECONDS = 20 * 86_400  # FLV counts milliseconds in 31 bits (24.8 days): before that a planned reconnect starts anew
@@ -49,7 +50,8 @@ class Writer:
     """One life of a destination.py process. job: see destination.open_container. clock: seconds, monotonic.
 
     `count`: packets whose mux() came back. `delivered`: bytes of these that the peer acknowledged; one more is progress, for
-    success of mux() alone only means that the kernel took it. `begun` is set by the first report. One drive() per Writer.
+    success of mux() alone only means that the kernel took it. Datagrams are not acknowledged: there RTCP and checks of
+    consent, which come each 5 s at least, say that somebody is there. `begun` is set by the first report. One drive() per Writer.
     """
 
     def __init__(self, job: dict, stall_seconds: float, clock: Callable[[], float] = now, on_progress: Callable[[int], None] = lambda size: None):
@@ -57,7 +59,7 @@ class Writer:
         self._job, self._stall, self._clock, self._on_progress = job, stall_seconds, clock, on_progress
         self._process: asyncio.subprocess.Process | None = None
         self._sent = self._held = 0
-        self._progress, self._finishing, self._closed, self._words = 0.0, False, False, ""
+        self._progress, self._heard, self._finishing, self._closed, self._words = 0.0, 0.0, False, False, ""
         self._room, self.begun = asyncio.Event(), asyncio.Event()
 
     async def drive(self, feed: Callable[[Writer], Coroutine]) -> None:
@@ -113,14 +115,20 @@ class Writer:
         self._finishing, self._progress = True, self._clock()
         self._process.stdin.close()
 
-    def stalled(self, time: float) -> bool:
-        """Whether something has been under way without progress for too long."""
+    def stalled(self, time: float) -> str | None:
+        """What has not happened for too long, if so."""
         limit = self._stall if self.count else max(self._stall, CONNECT_SECONDS)
-        return (self._finishing or self._sent > self.count or self._held > 0) and time - self._progress > limit
+        if (self._finishing or self._sent > self.count or self._held > 0) and time - self._progress > limit:
+            return f"no progress for {time - self._progress:.1f} s"
+        if self._job["format"] == "whip" and self.count and time - self._heard > SILENCES * self._stall:
+            return f"nothing heard from the server for {time - self._heard:.1f} s"
+        return None
 
     def reported(self, message: dict, time: float) -> None:
         """Take in a line of the process."""
         if "n" in message:
+            if message["heard"] or not self.count:
+                self._heard = time
             self.count, self._held = message["n"], message["held"]
             grown = message["bytes"] - message["held"] - self.delivered
             if grown > 0:
@@ -137,8 +145,8 @@ class Writer:
         try:
             while not reading.done():
                 await asyncio.wait({reading}, timeout=self._stall / 10)
-                if self.stalled(self._clock()):
-                    raise WriterFailed(f"no progress for {self._clock() - self._progress:.1f} s")
+                if reason := self.stalled(self._clock()):
+                    raise WriterFailed(reason)
         finally:
             reading.cancel()
         if not self._closed:
