@@ -68,7 +68,7 @@ class Session:
                                  refresh_block=engine.source.refresh_block)
         self.playout, self.asked = Playout(), 0.0
         self.error: LiveAvatarError | None = None
-        self.opened = self.closing = self.closed = False
+        self.opened = self.closing = self.closed = self.parked = False
         self.changed = Signal()
         self._engine, self._intake, self._pushing = engine, Intake(), asyncio.Lock()
 
@@ -105,6 +105,17 @@ class Session:
             self._engine.trace.note("ended", session=self.name)
             self._engine.wake()
             self.changed.fire()
+
+    async def end_utterance(self) -> None:
+        """What was pushed so far is whole: a live session speaks its last, short block without waiting for more."""
+        self._check_audio()
+        await self._queue(self._intake.flush())
+        self.timeline.settle()
+
+    def park(self, parked: bool = True) -> None:
+        """A parked live session asks for no idle blocks: it costs nothing until it is pushed audio or woken (park(False))."""
+        self.parked = parked
+        self._engine.wake()
 
     # ------------------------------------------------------------ control, each at the next block boundary
 
@@ -173,7 +184,8 @@ class Session:
     def candidate(self) -> Candidate | None:
         """How the scheduler sees it; None when it has nothing to ask for."""
         t = self.timeline
-        if not self.opened or self.closing or self.error or (t.ended and t.queued_seconds == 0):
+        nothing = t.queued_seconds == 0 and (t.ended or self.parked)
+        if not self.opened or self.closing or self.error or nothing:
             return None
         live = self.pace == "live"
         return Candidate(self.name, t.has_audio, t.in_flight, live, self.playout.deadline(float(t.next_pts)) if live else None,
