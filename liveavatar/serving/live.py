@@ -233,6 +233,7 @@ class LiveSession:
                 async for output in engine:
                     self.playout.push(self._slots(output))
                     self.gauges.blocks += 1
+                    engine.paced(self._pacer.due + len(self.playout) / FPS)
                 return  # the engine session was closed under us: the studio is closing
             except InputError:
                 raise
