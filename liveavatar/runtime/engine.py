@@ -25,6 +25,7 @@ from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
 from liveavatar.runtime import placement
+from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
 from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
@@ -232,7 +233,13 @@ class Engine:
         """
         config, source = resolve(config if launcher is None else with_launcher(config, launcher))
         trace = open_trace(config, source, clock)
-        engine = cls(config, source, await _launched(config), clock, trace)
+        return cls.over(config, source, await _launched(config), clock, trace)
+
+    @classmethod
+    def over(cls, config: Config, source: StageSource, chain: Chain, clock: Callable[[], float] = monotonic,
+             trace: Trace | NoTrace | None = None) -> Engine:
+        """The head of a chain that is ready, whoever made it. config: with its stages written out."""
+        engine = cls(config, source, chain, clock, trace or NoTrace())
         engine._tasks = [asyncio.create_task(engine._pump()), asyncio.create_task(engine._read())]
         for task in engine._tasks:
             task.add_done_callback(engine._ended)

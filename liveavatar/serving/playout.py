@@ -91,6 +91,11 @@ class Playout:
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def generated(self) -> int | None:
+        """16 kHz position up to which pictures wait; None when none do."""
+        return self._queue[-1].source[1] if self._queue else None
+
     def push(self, slots: list[Slot]) -> None:
         """One generated block; what is older than the epoch is dropped, so are pictures whose sound went ahead."""
         for slot in slots:

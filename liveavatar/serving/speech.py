@@ -128,14 +128,14 @@ class Speech:
         if self.segments and self.segments[-1].stop is None:
             self.segments[-1].stop = self.total
 
-    def interrupt(self, position: int) -> list[Mark]:
-        """Forget all that was not heard; what is pushed next follows at `position`. Every open segment ends."""
+    def interrupt(self) -> list[Mark]:
+        """Forget all that was not heard; what is pushed next follows at the cursor. Every open segment ends."""
         marks = [Mark("finished", s.number, self._heard_ms(s), interrupted=True) for s in self.segments]
         self.segments.clear()
         self._to_low, self._to_high = Intake(SAMPLE_RATE), Intake(SOUND_RATE)
-        self._low.cut(position)
-        self._high.cut(UP * position)
-        self.cursor = self.heard = self._settled = position
+        self._low.cut(self.cursor)
+        self._high.cut(UP * self.cursor)
+        self.heard = self._settled = self.cursor
         return marks
 
     def _heard_ms(self, segment: Segment) -> int:
