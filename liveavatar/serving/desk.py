@@ -106,7 +106,7 @@ class Desk:
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
         self._building: Counter[str] = Counter()  # sessions of a key that are being opened: they count already
-        self._ticked, self.lag = clock(), 0.0
+        self._ticked, self.lag, self.started = clock(), 0.0, False
 
     # ------------------------------------------------------------ whose is it
 
@@ -115,7 +115,8 @@ class Desk:
         lease = self._leases.get(session_id) or self._past.get(session_id)
         if lease is None or not principal.sees(lease.owner, session_id):
             raise NotFound("no such session")
-        principal.need(*scopes)
+        if scopes:
+            principal.need(*scopes)
         return lease
 
     def running(self, principal: Principal, session_id: str, *scopes: str) -> Lease:
@@ -224,6 +225,7 @@ class Desk:
             self._ticked = before = self._clock()
             await self._sleep(TICK_SECONDS)
             self.lag = max(0.0, self._clock() - before - TICK_SECONDS)
+            self.started = self.started or self.studio.alive
             await self.tick()
 
     @property

@@ -157,7 +157,7 @@ async def push_recording(
     if segment is None and not end:
         raise Invalid("a piece of a segment names it: give segment")
     at.quotas.may_speak(who.key)
-    pcm, rate = await read_speech(request, rate)
+    pcm, rate = await read_speech(request, rate, at.decode)
     seconds = len(pcm) / rate
     lease.need_running()
     accepted = _fed(lease, pieces(pcm, rate), epoch, segment, end, seconds)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Protocol
 
 import numpy as np
 from fastapi import Depends, Header, Request, Security
@@ -15,6 +15,7 @@ from liveavatar.serving.desk import Desk
 from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
 from liveavatar.serving.problems import Unauthorized
 from liveavatar.serving.quotas import Quotas
+from liveavatar.serving.recorded import Decode
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.webhooks import Webhooks
@@ -24,9 +25,19 @@ Speak = Callable[[str], AsyncGenerator[tuple[np.ndarray, int], None]]  # text ->
 BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...) or a session's token"))
 
 
+class Consents(Protocol):
+    """Records of people who let their face speak."""
+
+    def check(self, consent_id: str, owner: str) -> None:
+        """Raises Forbidden for a record that is not there, is over or was revoked."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """One server's. speak: text to speech; None: this server has no voice."""
+    """One server's. portraits: an upload -> PNG of ours, raising a Problem. decode: a recording -> speech. speak: text to speech; None: this server has no voice.
+    extras: names of what else may be asked of it.
+    """
 
     settings: ServeConfig
     access: Access
@@ -35,7 +46,11 @@ class Services:
     desk: Desk
     idempotency: Idempotency
     webhooks: Webhooks
+    portraits: Callable[[bytes], bytes]
+    decode: Decode
+    consents: Consents
     speak: Speak | None = None
+    extras: list[str] = field(default_factory=list)
 
 
 def services(request: Request) -> Services:
