@@ -49,7 +49,7 @@ class WriterFailed(LiveAvatarError):
 class Writer:
     """One life of a destination.py process. job: see destination.open_container. clock: seconds, monotonic.
 
-    `count`: packets whose mux() came back. `delivered`: bytes of these that the peer acknowledged; one more is progress, for
+    `sent`: packets handed over; `count`: those whose mux() came back. `delivered`: bytes of these that the peer acknowledged; one more is progress, for
     success of mux() alone only means that the kernel took it. Datagrams are not acknowledged: there RTCP and checks of
     consent, which come each 5 s at least, say that somebody is there. `begun` is set by the first report. One drive() per Writer.
     """
@@ -58,7 +58,7 @@ class Writer:
         self.count = self.delivered = 0
         self._job, self._stall, self._clock, self._on_progress = job, stall_seconds, clock, on_progress
         self._process: asyncio.subprocess.Process | None = None
-        self._sent = self._held = 0
+        self.sent = self._held = 0
         self._progress, self._heard, self._finishing, self._closed, self._words = 0.0, 0.0, False, False, ""
         self._room, self.begun = asyncio.Event(), asyncio.Event()
 
@@ -98,12 +98,12 @@ class Writer:
 
     async def send(self, packet: Packet, origin: int = 0) -> None:
         """Hand over a packet, its time counted from tick `origin`; waits while WINDOW packets are under way."""
-        while self._sent - self.count >= WINDOW:
+        while self.sent - self.count >= WINDOW:
             self._room.clear()
             await self._room.wait()  # a dead or stuck process makes no room: the watchdog ends the wait
-        if self._sent == self.count and not self._held:
+        if self.sent == self.count and not self._held:
             self._progress = self._clock()  # nothing was under way: from now on something is
-        self._sent += 1
+        self.sent += 1
         track = destination.VIDEO if packet.codec == H264 else destination.SOUND
         header = destination.HEADER.pack(track, packet.keyframe, packet.pts - origin * packet.rate // FPS, len(packet.data))
         with suppress(ConnectionError):  # it died: the watchdog knows why
@@ -118,7 +118,7 @@ class Writer:
     def stalled(self, time: float) -> str | None:
         """What has not happened for too long, if so."""
         limit = self._stall if self.count else max(self._stall, CONNECT_SECONDS)
-        if (self._finishing or self._sent > self.count or self._held > 0) and time - self._progress > limit:
+        if (self._finishing or self.sent > self.count or self._held > 0) and time - self._progress > limit:
             return f"no progress for {time - self._progress:.1f} s"
         if self._job["format"] == "whip" and self.count and time - self._heard > SILENCES * self._stall:
             return f"nothing heard from the server for {time - self._heard:.1f} s"
@@ -186,7 +186,7 @@ class Form:
 FORMS = {
     "rtmp": Form("flv", ("rtmp", "rtmps"), AAC, 1, True, {"flvflags": "no_duration_filesize"}),
     "hls": Form("hls", (), AAC, 1, False, {
-        "hls_time": "1", "hls_list_size": "6", "hls_segment_type": "fmp4",
+        "hls_time": "1", "hls_list_size": "6", "hls_segment_type": "fmp4", "hls_segment_options": "use_editlist=0",  # hls.js reads none
         "hls_flags": "delete_segments+independent_segments+program_date_time+discont_start"}),
     "whip": Form("whip", ("http", "https"), OPUS, 2, True, {}),
 }  # fmt: skip
@@ -238,9 +238,10 @@ class Target:
             text = text.replace(secret, self.shown if secret == self.url else HIDDEN)
         return text
 
-    def job(self, width: int, height: int, life: int) -> dict:
-        """What the writing process must know. width, height: of the encoded pictures. life: how many processes came before."""
-        form, url = FORMS[self.kind], self.url
+    def job(self, url: str, width: int, height: int, life: int) -> dict:
+        """What the writing process must know. url: of ours, perhaps with a checked address in place of the name. width, height: of the
+        encoded pictures. life: how many processes came before."""
+        form = FORMS[self.kind]
         options = dict(form.options)
         if self.kind == "hls":
             folder = Path(url)
@@ -320,13 +321,13 @@ class OutputStatus:
 class Destination:
     """A Sink (packets.Sink) that keeps a server or folder fed; whoever makes it runs run() as a task until after close().
 
-    width, height: of the encoded pictures. check: awaited before each connection (is the host still allowed?), raises
-    LiveAvatarError. report(event, facts): output.live, output.down, output.failing, output.closed.
+    width, height: of the encoded pictures. check: url -> url to connect to, awaited before each connection (is the host still
+    allowed, what is its address?), raises LiveAvatarError. report(event, facts): output.live, output.down, output.failing, output.closed.
     """
 
     def __init__(
         self, name: str, target: Target, width: int, height: int, config: OutputsConfig, *, ask_keyframe: Callable[[], None] = lambda: None,
-        check: Callable[[Target], Awaitable[None]] | None = None, report: Callable[[str, dict], None] = lambda event, facts: None,
+        check: Callable[[str], Awaitable[str]] | None = None, report: Callable[[str, dict], None] = lambda event, facts: None,
         clock: Callable[[], float] = now, rng: random.Random | None = None,
     ):  # fmt: skip
         positive("outputs", config, "stall_seconds", "retry_seconds", "retry_limit_seconds")
@@ -382,9 +383,8 @@ class Destination:
         """One life of the writing process. Returns after close(), or when it is time for a new origin."""
         self._set(state="connecting")
         self._live_since = None
-        if self._check is not None:
-            await self._check(self.target)
-        self.writer = Writer(self.target.job(*self._size, self._lives), self._config.stall_seconds, self._clock, self._progressed)
+        url = self.target.url if self._check is None else await self._check(self.target.url)
+        self.writer = Writer(self.target.job(url, *self._size, self._lives), self._config.stall_seconds, self._clock, self._progressed)
         try:
             await self.writer.drive(self._feed)
         finally:
