@@ -24,7 +24,7 @@ STRENGTH = 1.0  # root mean square of what is added where the picture is neither
 FLAT, BUSY = 0.7, 2.0  # of it, at least and at most
 USUAL = 6.0  # activity of a block that gets STRENGTH
 SHIFT = 8  # fixed point of the embedder
-HEIGHTS = (128, 256, 384, 512, 720)  # of pictures when they were marked; a video of another height is tried at each of these too
+HEIGHTS = (128, 192, 256, 384, 400, 480, 512, 640, 704, 720, 768, 1024, 1280)  # of pictures when they were marked; a video is tried at its own height and each of these
 GROUP = 25  # pictures whose mean is cleaned at a time
 PEAKS = 4  # turns of the tile that are tried at every size
 
