@@ -10,8 +10,9 @@ import subprocess
 
 import pytest
 
-from liveavatar.serving.egress import PLAYLIST, Destination, Target
+from liveavatar.serving.egress import Destination
 from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.targets import PLAYLIST, Target
 from onair import Station, events
 
 pytestmark = pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffprobe is missing: apt-get install ffmpeg")

@@ -137,7 +137,7 @@ def test_files_follow_each_other_without_a_gap(tmp_path):
     assert 0 < start < 1.2 and first["segments"] == [{"segment": 4, "start": start, "end": None, "interrupted": False}]
     assert second["segments"] == [{"segment": 4, "start": 0.0, "end": second["segments"][0]["end"], "interrupted": True}]
     assert [e["epoch"] for e in first["epochs"]] == [0, 3] and second["epochs"] == [{"epoch": 3, "at": 0.0}]
-    assert first["epochs"][1]["at"] == start + 0.04
+    assert abs(first["epochs"][1]["at"] - start) < 0.06
     assert not list(scene.recorder.folder.glob("*.part"))
 
 

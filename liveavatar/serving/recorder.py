@@ -26,9 +26,10 @@ from pathlib import Path
 
 from liveavatar.core import FPS, LiveAvatarError
 from liveavatar.serving.durable import flush_folder, private_folder, replace_file
-from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus, Writer
+from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus
 from liveavatar.serving.packets import AAC, H264, Edge, Packet, Tick
 from liveavatar.serving.settings import OutputsConfig, StorageConfig
+from liveavatar.serving.writer import Writer
 from liveavatar.telemetry import now
 
 OPTIONS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}  # unflushed, a kill costs seconds
