@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
+from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
 
@@ -20,10 +21,10 @@ class Broadcast:
     sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget.
     """
 
-    def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float]):
+    def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float], metrics: Metrics):
         self.size, self.config, self.sinks = (width, height), config, list[Sink]()
         self.encode_seconds = 0.0
-        self._executor, self._clock = executor, clock
+        self._executor, self._clock, self._metrics = executor, clock, metrics
         self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
         self._keyframe, self._last_keyframe = False, float("-inf")
 
@@ -68,12 +69,20 @@ class Broadcast:
         encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
         packets = []
         if encoders:
-            packets = await asyncio.get_running_loop().run_in_executor(self._executor, _encoded, encoders, tick, made, keyframe)
+            packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, encoders, tick, made, keyframe)
             self.encode_seconds = self._clock() - made
         for sink in tuple(self.sinks):
             for item in (tick, *packets):
                 if ("raw" if item is tick else item.codec) in sink.wants:
                     sink.put(item)
+
+    def _encoded(self, encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:
+        packets = []
+        for codec, encoder in encoders.items():
+            began = self._clock()
+            packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
+            self._metrics.encoded(codec, self._clock() - began)
+        return packets
 
     def flush(self, epoch: int) -> None:
         """After an interruption: what waits in a sink and is older than `epoch` goes."""
@@ -86,10 +95,3 @@ class Broadcast:
             sink.close()
         self.sinks.clear()
         self._encoders.clear()
-
-
-def _encoded(encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:
-    packets = []
-    for codec, encoder in encoders.items():
-        packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
-    return packets
