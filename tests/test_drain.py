@@ -21,38 +21,29 @@ from liveavatar.serving.app import create_app
 from liveavatar.serving.studio import Studio
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = """
-import asyncio, sys
-from liveavatar.config import load
-from liveavatar.serving import listen
-from liveavatar.serving.app import create_app
-from liveavatar.serving.settings import ServeConfig
-from liveavatar.serving.studio import Studio
-config = load(sys.argv[1], sys.argv[2:], ServeConfig)
-
-async def main():
-    app = create_app(Studio(config), config)
-    print("key", app.state.services.access.first_key(), flush=True)
-    await listen.serve(app, config, opened=lambda url: print("url", url, flush=True))
-
-asyncio.run(main())
-"""
-
-
 @pytest.fixture
 def server(tmp_path):
     """(process, client of the operator): configs/serve_tiny.yaml with the test card in place of the model."""
-    overrides = ["engine_kind=testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={tmp_path}", "sessions.drain_seconds=20"]
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(ROOT / "configs" / "serve_tiny.yaml"), *overrides], cwd=ROOT, text=True,
+    overrides = ["--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={tmp_path}", "sessions.drain_seconds=20"]
+    process = subprocess.Popen([sys.executable, "-m", "liveavatar", "serve", str(ROOT / "configs" / "serve_tiny.yaml"), *overrides], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     try:
-        said = [process.stdout.readline().split() for _ in range(2)]
-        with httpx.Client(base_url=said[1][1], headers=bearer(said[0][1]), timeout=10) as client:
+        key, address = (first_word(process, start) for start in ("la_", "http://"))
+        with httpx.Client(base_url=address, headers=bearer(key), timeout=10) as client:
             wait(lambda: client.get("/readyz").status_code == 200)
             yield process, client
     finally:
         process.kill()
         process.wait()
+
+
+def first_word(process, start: str) -> str:
+    """The first word that begins so in what the process says."""
+    for line in process.stdout:
+        for word in line.split():
+            if word.startswith(start):
+                return word
+    raise AssertionError(f"it never said {start}")
 
 
 def wait(until, seconds: float = 120.0) -> None:
