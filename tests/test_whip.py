@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from liveavatar.serving.egress import Destination, Target
+from liveavatar.serving.egress import Destination
 from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.targets import Target
 from onair import Station
 
 aiortc = pytest.importorskip("aiortc", reason="aiortc is missing: pip install 'liveavatar[serve]'")
