@@ -101,23 +101,19 @@ def test_a_filled_queue_shows_and_what_it_dropped_stays_counted():
     assert (seen['queue_depth{edge="viewer"}'], seen['frames_dropped_total{edge="viewer"}']) == (1, 4)
 
 
-def test_gauges_of_several_sessions_become_one():
-    class Talk:
-        def __init__(self, mode, drift, buffered, state="speaking"):
-            self.state, self.said = state, {"mode": mode, "av_drift_seconds": drift, "audio_buffered_seconds": buffered, "degradation_step": 1}
-
-        def stats(self):
-            return self.said
-
+def test_several_sources_of_a_gauge_become_one():
+    """Of drifts the worst, with its sign; of destinations that share a name one that is down; of brightness the extreme."""
     metrics = Metrics(version="1")
-    sessions = {"a": Talk("conversation", 0.01, 3.0), "b": Talk("conversation", -0.06, 9.0), "c": Talk("livestream", None, 0.0, "closed")}
-    probes.watch_sessions(metrics, sessions)
+    for drift, up, luma in ((0.01, 1, 0.5), (-0.06, 0, 0.9), (0.03, 1, 0.2)):
+        metrics.watch("av_drift_seconds", lambda drift=drift: [(("webrtc",), drift)])
+        metrics.watch("output_up", lambda up=up: [(("rtmp",), up)])
+        metrics.watch("frame_luma_mean", lambda luma=luma: [(("rtmp",), luma)])
+    end = metrics.watch("audio_buffered_seconds", lambda: [(("0",), 9.0)])
     seen = values(metrics)
-    assert seen['sessions_active{mode="conversation"}'] == 2 and seen['sessions_active{mode="livestream"}'] == 0
-    assert seen['av_drift_seconds{sink="webrtc"}'] == -0.06  # the worst, with its sign
-    assert seen['audio_buffered_seconds{group="0"}'] == 9 and seen['degradation_step{group="0"}'] == 1
-    sessions.clear()
-    assert 'degradation_step{group="0"}' not in values(metrics)
+    assert (seen['av_drift_seconds{sink="webrtc"}'], seen['output_up{output="rtmp"}'], seen['frame_luma_mean{output="rtmp"}']) == (-0.06, 0, 0.9)
+    assert seen['audio_buffered_seconds{group="0"}'] == 9
+    end()
+    assert 'audio_buffered_seconds{group="0"}' not in values(metrics)
 
 
 # ---------------------------------------------------------------- the engine, watched

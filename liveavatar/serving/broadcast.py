@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
+from liveavatar.telemetry import now as monotonic
 
 KEYFRAME_PAUSE = 0.5  # seconds between keyframes that viewers ask for (7.3)
 
@@ -17,12 +18,14 @@ class Broadcast:
     """The sinks of one session and the encoders they need. width, height: of the ticks' pictures.
 
     Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
-    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget.
+    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. seen: told
+    of each tick that left, to whom, and seconds of encoding by codec.
     """
 
     def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float]):
         self.size, self.config, self.sinks = (width, height), config, list[Sink]()
         self.encode_seconds = 0.0
+        self.seen: Callable[[Tick, tuple[Sink, ...], dict[str, float]], None] = lambda tick, sinks, encoded: None
         self._executor, self._clock = executor, clock
         self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
         self._keyframe, self._last_keyframe = False, float("-inf")
@@ -66,14 +69,16 @@ class Broadcast:
         if keyframe:
             self._keyframe, self._last_keyframe = False, made
         encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
-        packets = []
+        packets, took = [], {}
         if encoders:
-            packets = await asyncio.get_running_loop().run_in_executor(self._executor, _encoded, encoders, tick, made, keyframe)
+            packets, took = await asyncio.get_running_loop().run_in_executor(self._executor, _encoded, encoders, tick, made, keyframe)
             self.encode_seconds = self._clock() - made
-        for sink in tuple(self.sinks):
+        sinks = tuple(self.sinks)
+        for sink in sinks:
             for item in (tick, *packets):
                 if ("raw" if item is tick else item.codec) in sink.wants:
                     sink.put(item)
+        self.seen(tick, sinks, took)
 
     def flush(self, epoch: int) -> None:
         """After an interruption: what waits in a sink and is older than `epoch` goes."""
@@ -88,8 +93,11 @@ class Broadcast:
         self._encoders.clear()
 
 
-def _encoded(encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:
-    packets = []
+def _encoded(encoders: dict, tick: Tick, made: float, keyframe: bool) -> tuple[list, dict[str, float]]:
+    """(packets, seconds by codec)."""
+    packets, took = [], {}
     for codec, encoder in encoders.items():
+        began = monotonic()
         packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
-    return packets
+        took[codec] = monotonic() - began
+    return packets, took

@@ -33,12 +33,15 @@ class Studio:
     """Sessions by id, on an engine that is kept alive.
 
     marker: makes what is drawn into a session's pictures: (session's role, height, width) -> uint8 [H, W, 3] -> the same.
-    watch: told what happens to the chain: (name, data).
+    watch: told what happens to the chain: (name, data). notes: is given every line of the engine's trace, spans of its
+    roles included. opened: told of each session that runs, and the seconds its opening took.
     """
 
     def __init__(self, config: ServeConfig, *, marker: Callable[[Role, int, int], Mark] | None = None,
-                 watch: Callable[[str, dict], None] = lambda name, data: None, clock: Callable[[], float] = monotonic):  # fmt: skip
-        self.config, self.clock, self.watch = config, clock, watch
+                 watch: Callable[[str, dict], None] = lambda name, data: None, notes: Callable[[dict], None] | None = None,
+                 opened: Callable[[LiveSession, float], None] = lambda session, seconds: None,
+                 clock: Callable[[], float] = monotonic):  # fmt: skip
+        self.config, self.clock, self.watch, self.notes, self.opened = config, clock, watch, notes, opened
         self.sessions: dict[str, LiveSession] = {}
         self.engine: Engine | None = None
         self.draining, self.restarts, self.factor = False, 0, 0.0
@@ -60,8 +63,9 @@ class Studio:
 
     async def _launch(self, config: ServeConfig) -> Engine:
         if config.engine_kind == "testcard":
-            return start_test_card(config.engine, clock=self.clock)
-        return await Engine.start(config.engine, clock=self.clock)
+            return start_test_card(config.engine, clock=self.clock, watch=self.notes)
+        runtime = replace(config.engine.runtime, spans=config.engine.runtime.spans or self.notes is not None)
+        return await Engine.start(replace(config.engine, runtime=runtime), clock=self.clock, watch=self.notes)
 
     async def _warm(self) -> None:
         """Run a few blocks, measure how many times faster than real time they come (BP-4) and how long one takes alone."""
@@ -121,6 +125,7 @@ class Studio:
         if self.reasons:
             raise Capacity("; ".join(self.reasons), kind="draining" if self.draining else "capacity")
         self._reserved += 1
+        asked = self.clock()
         try:
             engine_session = await self._opened(role)
             still = (await self.engine.fitted(role.picture)).permute(1, 2, 0).numpy()
@@ -131,6 +136,7 @@ class Studio:
         self.sessions[session.id] = session
         session.start(engine_session)
         session.on_end(lambda: self.sessions.pop(session.id, None))
+        self.opened(session, self.clock() - asked)
         return session
 
     async def _opened(self, role: Role) -> Session:
