@@ -26,8 +26,6 @@ from liveavatar.serving.problems import Invalid, RateLimited
 from liveavatar.serving.stages import PARTS, Stages
 from liveavatar.serving.viewer_report import FIELDS, RATES, Viewer
 
-PROCESSES = ("head", "rank0", "rank1")
-
 
 def values(metrics: Metrics) -> dict[str, float]:
     """Every sample of a scrape, e.g. queue_depth{edge="viewer"} -> 3.0, labels in the order of their names."""
@@ -121,7 +119,7 @@ def test_several_sources_of_a_gauge_become_one():
 
 def test_a_chain_that_is_watched_tells_its_stages(tiny_folder, portrait):
     """Two ranks of a tiny checkpoint, no trace file: spans reach the head live and become histograms, load and a budget."""
-    metrics = Metrics(version="1", processes=PROCESSES)
+    metrics = Metrics(version="1")
     lines: list[dict] = []
 
     async def talk():
@@ -159,7 +157,7 @@ def say(stages: Stages, event: str, t: float, session: str = "s", **more) -> Non
 
 def test_real_time_factor_and_budget_of_a_known_course():
     """Two sessions, a chain of two ranks of which the second works 0.3 s for each block of 0.48 s: 1.6 in all, 0.8 for each."""
-    metrics, time = Metrics(version="1", processes=PROCESSES), [0.0]
+    metrics, time = Metrics(version="1"), [0.0]
     stages = Stages(metrics, clock=lambda: time[0], wall=lambda: 1e9)
     say(stages, "trace", 0.0, fps=25, facts={"stages": [["condition", "step0"], ["decode"]]})
     for name in "ab":

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
-from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, Sink, Tick
+from liveavatar.serving.metrics import Metrics, sink_kind
+from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
-from liveavatar.telemetry import now as monotonic
 
+DEAD_BAND = 0.01  # seconds a picture may be late (CLK-2)
 KEYFRAME_PAUSE = 0.5  # seconds between keyframes that viewers ask for (7.3)
 
 
@@ -18,17 +19,16 @@ class Broadcast:
     """The sinks of one session and the encoders they need. width, height: of the ticks' pictures.
 
     Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
-    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. seen: told
-    of each tick that left, to whom, and seconds of encoding by codec.
+    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget.
     """
 
-    def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float]):
+    def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float], metrics: Metrics):
         self.size, self.config, self.sinks = (width, height), config, list[Sink]()
         self.encode_seconds = 0.0
-        self.seen: Callable[[Tick, tuple[Sink, ...], dict[str, float]], None] = lambda tick, sinks, encoded: None
-        self._executor, self._clock = executor, clock
+        self._executor, self._clock, self._metrics = executor, clock, metrics
         self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
         self._keyframe, self._last_keyframe = False, float("-inf")
+        self._sent: float | None = None  # when the tick before left
 
     def add(self, sink: Sink) -> None:
         """From the next tick on; its first picture is a keyframe. Raises ConfigError when nothing here can encode."""
@@ -69,16 +69,32 @@ class Broadcast:
         if keyframe:
             self._keyframe, self._last_keyframe = False, made
         encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
-        packets, took = [], {}
+        packets = []
         if encoders:
-            packets, took = await asyncio.get_running_loop().run_in_executor(self._executor, _encoded, encoders, tick, made, keyframe)
+            packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, encoders, tick, made, keyframe)
             self.encode_seconds = self._clock() - made
-        sinks = tuple(self.sinks)
-        for sink in sinks:
+        for sink in tuple(self.sinks):
             for item in (tick, *packets):
                 if ("raw" if item is tick else item.codec) in sink.wants:
                     sink.put(item)
-        self.seen(tick, sinks, took)
+        self._count(tick)
+
+    def _count(self, tick: Tick) -> None:
+        now = self._clock()
+        for sink in self.sinks:
+            interval = None if self._sent is None else now - self._sent
+            self._metrics.frames_sent(kind := sink_kind(sink), interval=interval, late=tick.late > DEAD_BAND)
+            if tick.kind == "filler":
+                self._metrics.filler(kind, "underrun", float(TICK_SECONDS))
+        self._sent = now
+
+    def _encoded(self, encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:
+        packets = []
+        for codec, encoder in encoders.items():
+            began = self._clock()
+            packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
+            self._metrics.encoded(codec, self._clock() - began)
+        return packets
 
     def flush(self, epoch: int) -> None:
         """After an interruption: what waits in a sink and is older than `epoch` goes."""
@@ -91,13 +107,3 @@ class Broadcast:
             sink.close()
         self.sinks.clear()
         self._encoders.clear()
-
-
-def _encoded(encoders: dict, tick: Tick, made: float, keyframe: bool) -> tuple[list, dict[str, float]]:
-    """(packets, seconds by codec)."""
-    packets, took = [], {}
-    for codec, encoder in encoders.items():
-        began = monotonic()
-        packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
-        took[codec] = monotonic() - began
-    return packets, took

@@ -29,11 +29,9 @@ ROLES = ("testcard",)
 
 
 def start_test_card(config: Config, *, block_seconds: float = 0.0, clock: Callable[[], float] = monotonic,
-                    watch: Callable[[dict], None] | None = None) -> Engine:  # fmt: skip
-    """An Engine over a TestCard. config: its video size (default 128), runtime.sessions and queues hold. block_seconds: a block takes.
-
-    watch: as of Engine.start; a test card has no roles, so no spans come.
-    """
+                    watch: Callable[[dict], None] | None = None) -> Engine:
+    """An Engine over a TestCard. config: its video size (default 128), runtime.sessions and queues hold. block_seconds: a
+    block takes. watch: see Engine.start."""
     geometry = Geometry(height=config.video.height or SIZE, width=config.video.width or SIZE)
     source = SimpleNamespace(geometry=geometry, lookahead_samples=LOOKAHEAD, refresh_block=0)
     config = replace(config, stages=(ROLES,))
