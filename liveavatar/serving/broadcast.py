@@ -19,12 +19,13 @@ class Broadcast:
     """The sinks of one session and the encoders they need. width, height: of the ticks' pictures.
 
     Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
-    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget.
+    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. filler: why
+    that tick's picture is an old one (metrics.FILLERS), or None.
     """
 
     def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float], metrics: Metrics):
         self.size, self.config, self.sinks = (width, height), config, list[Sink]()
-        self.encode_seconds = 0.0
+        self.encode_seconds, self.filler = 0.0, None
         self._executor, self._clock, self._metrics = executor, clock, metrics
         self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
         self._keyframe, self._last_keyframe = False, float("-inf")
@@ -84,8 +85,8 @@ class Broadcast:
         for sink in self.sinks:
             interval = None if self._sent is None else now - self._sent
             self._metrics.frames_sent(kind := sink_kind(sink), interval=interval, late=tick.late > DEAD_BAND)
-            if tick.kind == "filler":
-                self._metrics.filler(kind, "underrun", float(TICK_SECONDS))
+            if self.filler is not None:
+                self._metrics.filler(kind, self.filler, float(TICK_SECONDS))
         self._sent = now
 
     def _encoded(self, encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:

@@ -289,8 +289,10 @@ class LiveSession:
         self.gauges.ticked(late, kind)
         if late > LATE_SECONDS:
             self.metrics.reanchored("late")
+        self.broadcast.filler = None
         if kind == "filler":
-            self.metrics.frames_repeated("restart" if self._engine is None else "parked" if self._engine.parked else "underrun")
+            self.broadcast.filler = "restart" if self._engine is None else "parked" if self._engine.parked else "underrun"
+            self.metrics.frames_repeated(self.broadcast.filler)
 
     def _announce(self, marks) -> None:
         for mark in marks:

@@ -19,6 +19,8 @@ def watch_studio(metrics: Metrics, studio: Studio, folder: str | Path) -> None:
     watch("sessions_active", lambda: [((mode,), sum(session.mode == mode for session in tuple(live.values()))) for mode in MODES])
     watch("sessions_capacity", lambda: [((GROUP,), studio.capacity)])
     watch("viewers_active", lambda: [((kind,), count) for kind, count in _viewers(live).items()])
+    watch("filler_active", lambda: [((sink_kind(sink), session.broadcast.filler), 1) for session in tuple(live.values())
+                                    for sink in session.broadcast.sinks if session.broadcast.filler is not None])  # fmt: skip
     watch("draining", lambda: [((), studio.draining)])
     metrics.edge("audio_in", lambda: _fullest(live))
     for name in ("audio_buffered_seconds", "degradation_step"):
