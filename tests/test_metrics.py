@@ -279,7 +279,7 @@ def test_gpu_metrics_are_what_the_driver_says_or_absent():
     gpus = probes.Gpus(Driver())
     metrics = Metrics(version="1", gpus=gpus.names)
     gpus.watch(metrics)
-    assert (gpus.faults(metrics), gpus.faults(metrics)) == (2, 0)
+    assert values(metrics)['gpu_xid_errors_total{gpu="0"}'] == 0  # what a scrape learns of them, the next one tells
     seen = values(metrics)
     assert (seen['gpu_utilization_ratio{gpu="0"}'], seen['gpu_memory_used_bytes{gpu="1"}'], seen['gpu_temperature_celsius{gpu="1"}']) == (0.75, 30, 41)
     assert seen['gpu_power_watts{gpu="0"}'] == 250 and 'gpu_power_watts{gpu="1"}' not in seen

@@ -75,10 +75,15 @@ class Gpus:
         return True
 
     def watch(self, metrics: Metrics) -> None:
-        """Export what the driver supports; a GPU that cannot tell something has no such sample."""
+        """Export what the driver supports; a GPU that cannot tell something has no such sample. Faults are asked for at each scrape."""
         n = self._nvml
+
+        def utilization() -> list:
+            self.faults(metrics)
+            return self._each(lambda handle: n.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+
+        metrics.watch("gpu_utilization_ratio", utilization)
         for name, read in {
-            "gpu_utilization_ratio": lambda handle: n.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
             "gpu_memory_used_bytes": lambda handle: n.nvmlDeviceGetMemoryInfo(handle).used,
             "gpu_temperature_celsius": lambda handle: n.nvmlDeviceGetTemperature(handle, n.NVML_TEMPERATURE_GPU),
             "gpu_power_watts": lambda handle: n.nvmlDeviceGetPowerUsage(handle) / 1000,
@@ -98,7 +103,7 @@ class Gpus:
         return found
 
     def faults(self, metrics: Metrics) -> int:
-        """Count the Xid errors since the last call, at once; returns how many. Call it every few seconds."""
+        """Count the Xid errors since the last call; returns how many, at once."""
         seen = 0
         while any(self._faults):
             try:
