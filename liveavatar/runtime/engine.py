@@ -25,6 +25,7 @@ from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
 from liveavatar.runtime import placement
+from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
 from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
@@ -68,7 +69,7 @@ class Session:
                                  refresh_block=engine.source.refresh_block)
         self.playout, self.asked = Playout(), 0.0
         self.error: LiveAvatarError | None = None
-        self.opened = self.closing = self.closed = False
+        self.opened = self.closing = self.closed = self.parked = False
         self.changed = Signal()
         self._engine, self._intake, self._pushing = engine, Intake(), asyncio.Lock()
 
@@ -105,6 +106,17 @@ class Session:
             self._engine.trace.note("ended", session=self.name)
             self._engine.wake()
             self.changed.fire()
+
+    async def end_utterance(self) -> None:
+        """What was pushed so far is whole: a live session speaks its last, short block without waiting for more."""
+        self._check_audio()
+        await self._queue(self._intake.flush())
+        self.timeline.settle()
+
+    def park(self, parked: bool = True) -> None:
+        """A parked live session asks for no idle blocks: it costs nothing until it is pushed audio or woken (park(False))."""
+        self.parked = parked
+        self._engine.wake()
 
     # ------------------------------------------------------------ control, each at the next block boundary
 
@@ -173,7 +185,8 @@ class Session:
     def candidate(self) -> Candidate | None:
         """How the scheduler sees it; None when it has nothing to ask for."""
         t = self.timeline
-        if not self.opened or self.closing or self.error or (t.ended and t.queued_seconds == 0):
+        nothing = t.queued_seconds == 0 and (t.ended or self.parked)
+        if not self.opened or self.closing or self.error or nothing:
             return None
         live = self.pace == "live"
         return Candidate(self.name, t.has_audio, t.in_flight, live, self.playout.deadline(float(t.next_pts)) if live else None,
@@ -220,7 +233,13 @@ class Engine:
         """
         config, source = resolve(config if launcher is None else with_launcher(config, launcher))
         trace = open_trace(config, source, clock)
-        engine = cls(config, source, await _launched(config), clock, trace)
+        return cls.over(config, source, await _launched(config), clock, trace)
+
+    @classmethod
+    def over(cls, config: Config, source: StageSource, chain: Chain, clock: Callable[[], float] = monotonic,
+             trace: Trace | NoTrace | None = None) -> Engine:
+        """The head of a chain that is ready, whoever made it. config: with its stages written out."""
+        engine = cls(config, source, chain, clock, trace or NoTrace())
         engine._tasks = [asyncio.create_task(engine._pump()), asyncio.create_task(engine._read())]
         for task in engine._tasks:
             task.add_done_callback(engine._ended)

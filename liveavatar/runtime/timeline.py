@@ -19,11 +19,12 @@ from liveavatar.core import FPS, SAMPLE_RATE, Audio, CleanLatent, Frames, Geomet
 
 @dataclass(frozen=True)
 class Admitted:
-    """A block inside the chain. pcm: float32, the sound of the pictures that will be shown. at: clock seconds."""
+    """A block inside the chain. pcm: float32, the sound of the pictures that will be shown. source: see Output. at: clock seconds."""
 
     epoch: int
     pictures: int
     pcm: np.ndarray
+    source: tuple[int, int]
     at: float
 
 
@@ -33,7 +34,8 @@ class Output:
 
     index: block. pts: seconds (exact) at which its first picture is due, counted over all that left the head.
     pictures: uint8 [n, H, W, 3], n = frames_per_block except for a last, shorter one; pcm: float32 [n * 640],
-    the very samples those pictures were made for.
+    the very samples those pictures were made for. source: which of the samples pushed so far, counted from 0 and
+    [start, stop), the block begins with; the rest of it is silence that nobody pushed.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Output:
     pts: Fraction
     pictures: np.ndarray
     pcm: np.ndarray
+    source: tuple[int, int]
 
 
 class Timeline:
@@ -54,6 +57,8 @@ class Timeline:
         self.session, self.geometry, self.lookahead = session, geometry, lookahead
         self.refresh_at: int | None = refresh_block or None
         self.epoch, self.next_block, self.ended = 0, 0, False
+        self.received = 0  # samples pushed so far
+        self._used, self._silence = 0, 0  # of those, before the next block; samples of idle silence in front of the others
         self._pcm = np.zeros(0, dtype=np.float32)  # from the start of next_block on
         self._arriving = False  # the PCM that waits may be going on: some came since the last idle block
         self._ahead = self._pcm  # look-ahead the chain was already sent beyond the start of next_block
@@ -102,6 +107,11 @@ class Timeline:
         """Append float32 [n] 16 kHz mono."""
         assert not self.ended and pcm.dtype == np.float32 and pcm.ndim == 1
         self._pcm, self._arriving = np.concatenate([self._pcm, pcm]), True
+        self.received += len(pcm)
+
+    def settle(self) -> None:
+        """What waits is the end of an utterance: when its time has come it goes at once, silence behind it."""
+        self._arriving = False
 
     def end(self) -> None:
         """No more PCM will come."""
@@ -113,7 +123,7 @@ class Timeline:
         utterance: it goes now, silence behind it."""
         size = self.geometry.samples_per_block
         if self._arriving or not len(self._pcm):
-            self._pcm = np.concatenate([np.zeros(size, np.float32), self._pcm])
+            self._pcm, self._silence = np.concatenate([np.zeros(size, np.float32), self._pcm]), self._silence + size
         elif len(self._pcm) < size:
             self._pcm = np.concatenate([self._pcm, np.zeros(size - len(self._pcm), np.float32)])
         self._arriving = False
@@ -122,6 +132,7 @@ class Timeline:
         """A new epoch begins with the next block: forget queued PCM and pictures nobody took."""
         self.epoch += 1
         self._pcm = self._ahead = np.zeros(0, dtype=np.float32)
+        self._used, self._silence = self.received, 0
         self._ready.clear()
         return Interrupt(self.session, epoch=self.epoch, sample=self._start)
 
@@ -155,6 +166,7 @@ class Timeline:
         messages.append(Audio(self.session, index=self.next_block, epoch=self.epoch, start=self._start + len(self._ahead),
                               pcm=torch.from_numpy(fresh.copy())))
         self._inside[self.next_block] = self._admitted(window[:size], now)
+        self._silence = max(0, self._silence - size)
         self._ahead, self._pcm = window[size:], self._pcm[size:].copy()
         self.next_block += 1
         return messages
@@ -162,7 +174,13 @@ class Timeline:
     def _admitted(self, pcm: np.ndarray, now: float) -> Admitted:
         per_picture = self.geometry.samples_per_block // self.geometry.frames_per_block
         pictures = min(self.geometry.frames_per_block, math.ceil(len(self._pcm) / per_picture))
-        return Admitted(self.epoch, pictures, pcm[: pictures * per_picture].copy(), now)
+        return Admitted(self.epoch, pictures, pcm[: pictures * per_picture].copy(), self._source(len(pcm)), now)
+
+    def _source(self, size: int) -> tuple[int, int]:
+        """Pushed samples the next block begins with; an idle block has none."""
+        start = self._used
+        self._used += 0 if self._silence else min(size, self.received - start)
+        return start, self._used
 
     # ------------------------------------------------------------ from the chain
 
@@ -184,4 +202,4 @@ class Timeline:
             return None
         index, admitted, pictures = self._ready.popleft()
         pts, self._shown = Fraction(self._shown, FPS), self._shown + admitted.pictures
-        return Output(index, admitted.epoch, pts, pictures[: admitted.pictures], admitted.pcm)
+        return Output(index, admitted.epoch, pts, pictures[: admitted.pictures], admitted.pcm, admitted.source)
