@@ -189,8 +189,13 @@ class Session:
         if not self.opened or self.closing or self.error or nothing:
             return None
         live = self.pace == "live"
-        return Candidate(self.name, t.has_audio, t.in_flight, live, self.playout.deadline(float(t.next_pts)) if live else None,
-                         t.gated, self.asked)
+        due = self.playout.deadline(float(t.next_pts)) if live and not t.urgent else None
+        return Candidate(self.name, t.has_audio, t.in_flight, live, due, t.gated, self.asked)
+
+    def paced(self, due: float) -> None:
+        """The consumer plays by its own clock: the block after the last one taken is due at `due` (clock seconds)."""
+        self.playout.origin = due - float(self.timeline.shown)
+        self._engine.wake()
 
     def fail(self, error: LiveAvatarError) -> None:
         """Every call and the iterator raise `error` from now on."""
