@@ -77,6 +77,13 @@ class QueueOutput(QueueAudioOutput):
         super().__init__(sample_rate=None, wait_playback_start=True)
         self._video = video
 
+    def clear_buffer(self) -> None:
+        """Silence. The runner reports the segment it knows of; those it had not read yet end here, or their agent would wait for ever."""
+        unread = self._pending_playback_count - self._video.speaking
+        super().clear_buffer()
+        for _ in range(unread):
+            self.on_playback_finished(playback_position=0.0, interrupted=True)
+
     def notify_playback_finished(self, playback_position: float, interrupted: bool) -> None:
         """What was heard, not what was queued (rule 6)."""
         super().notify_playback_finished(*self._video.outcome)
