@@ -18,7 +18,7 @@ from liveavatar.core import FPS
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.livekit_video import SessionVideo, rtc  # says what to install where LiveKit is missing
 from liveavatar.serving.packets import SOUND_RATE
-from liveavatar.serving.problems import Invalid, Problem
+from liveavatar.serving.problems import Invalid, JoinFailed
 
 from livekit.agents.voice.avatar import AvatarOptions, AvatarRunner, DataStreamAudioReceiver, QueueAudioOutput  # isort: skip
 
@@ -27,12 +27,6 @@ DISCLOSURE = {"ai_generated": "true"}  # attributes everybody in the room can re
 CONNECT_SECONDS = 10.0
 AGENT_SECONDS = 60.0  # the agent must be in the room by then
 QUEUE_MS = 160  # of the synchroniser: the cushion and two ticks
-
-
-class JoinFailed(Problem):
-    """The room did not let us in, or cannot be reached."""
-
-    status, kind, title = 502, "livekit_join", "LiveKit room cannot be joined"
 
 
 class Runner(AvatarRunner):
