@@ -188,7 +188,7 @@ class Metrics:
         self._made = {row.name: self._make(row) for row in TABLE.values() if row.kind != "gauge"}
         self._set: dict[str, dict[tuple[str, ...], float]] = {}
         self._readers: dict[str, list[Callable]] = {}
-        self._edges: list[_Edge] = []
+        self._watched: list[_Watched] = []
         self.registry.register(_Gauges(self._sampled))
         self.gauge("build_info", 1, version, commit)
 
@@ -245,15 +245,15 @@ class Metrics:
         Returns what ends it, to be called when the queue is gone; what it dropped until then stays counted.
         """
         self._check("queue_depth", (name,))
-        self._edges.append(edge := _Edge(name, read))
+        self._watched.append(edge := _Watched(name, read))
         return lambda: self._end_edge(edge)
 
-    def _end_edge(self, edge: _Edge) -> None:
-        if edge in self._edges:
+    def _end_edge(self, edge: _Watched) -> None:
+        if edge in self._watched:
             self._read_edge(edge)
-            self._edges.remove(edge)
+            self._watched.remove(edge)
 
-    def _read_edge(self, edge: _Edge) -> Level:
+    def _read_edge(self, edge: _Watched) -> Level:
         level = edge.read()
         self.count("frames_dropped_total", max(0, level.drops - edge.counted), edge.name)
         edge.counted = level.drops
@@ -272,7 +272,7 @@ class Metrics:
 
     def _fullest(self) -> dict[str, Level]:
         levels: dict[str, Level] = {}
-        for edge in self._edges:
+        for edge in self._watched:
             level = self._read_edge(edge)
             if edge.name not in levels or level.depth / level.capacity > levels[edge.name].depth / levels[edge.name].capacity:
                 levels[edge.name] = level
@@ -401,7 +401,7 @@ class Metrics:
         self.count("provenance_errors_total", 1, reason)
 
 
-class _Edge:
+class _Watched:
     """A watched queue, and how many of its drops were counted."""
 
     def __init__(self, name: str, read: Callable[[], Level]):

@@ -114,7 +114,7 @@ async def change_session(session_id: SessionId, change: SessionChange, who: Who,
 
 async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: Principal, at: Services) -> None:
     """Steer a running session. Raises a Problem; an avatar is checked before anything changes."""
-    portrait = None if avatar_id is None else at.desk.usable(avatar_id, who)
+    portrait = None if avatar_id is None else at.desk.portrait(who, avatar_id, lease.mode)
     if prompt is not None:
         await lease.session.set_prompt(prompt)
         at.desk.change(lease, prompt=prompt)
@@ -157,7 +157,7 @@ async def push_recording(
     if segment is None and not end:
         raise Invalid("a piece of a segment names it: give segment")
     at.quotas.may_speak(who.key)
-    pcm, rate = await read_speech(request, rate, at.decode)
+    pcm, rate = await read_speech(request, rate)
     seconds = len(pcm) / rate
     lease.need_running()
     accepted = _fed(lease, pieces(pcm, rate), epoch, segment, end, seconds)

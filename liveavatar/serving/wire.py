@@ -186,6 +186,26 @@ class AvatarList(Wire):
     avatars: list[AvatarView]
 
 
+class ConsentView(Wire):
+    """A record of consent. subject: None after erasure. state: valid, expired, revoked, erased. media: SHA-256 of the picture."""
+
+    id: str
+    subject: str | None
+    scope: list[str]
+    method: str
+    media: str
+    state: str
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    signature: str
+    avatars: list[str]
+
+
+class ConsentList(Wire):
+    consents: list[ConsentView]
+
+
 class KeyWish(Wire):
     """Body of POST /v1/keys."""
 
