@@ -7,7 +7,7 @@ moves here by changing a base URL:
     bithuman   BITHUMAN_API_URL=https://HOST/v1/compat/bithuman   BITHUMAN_API_TOKEN=la_...   model="expression"
 
 Keys come as bearer token or X-Api-Key. `livekit_url` and picture links are a caller's words: they pass the SSRF check
-first (18.4). A picture becomes an avatar only with a record of consent, like any other: `?consent_id=` or
+first (18.4), by what `outputs.hosts` and `outputs.private` allow. A picture becomes an avatar only with a record of consent, like any other: `?consent_id=` or
 `?synthetic=true` in the URL the plugin is given.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import Annotated, Literal
 
@@ -29,6 +28,8 @@ from liveavatar.serving.desk import Lease, Wish
 from liveavatar.serving.problems import Invalid, NotInstalled
 from liveavatar.serving.routes_avatars import register
 from liveavatar.serving.services import BEARER, At, Services, Who
+from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.ssrf import check_url, fetch
 from liveavatar.serving.wire import Wire, problems
 
 Url = Annotated[str, Field(min_length=1, max_length=2048)]
@@ -72,13 +73,9 @@ class Joined(Wire):
     avatar_id: str
 
 
-def router(*, check: Callable[[str], Awaitable[str]], fetch: Callable[[str], Awaitable[bytes]]) -> APIRouter:
-    """The routes. They answer once the avatar is in the room; its tracks follow when somebody subscribes.
-
-    check: a LiveKit address -> the one to connect to; raises Invalid, Forbidden (ssrf). fetch: what is behind a link, by
-    the same rules.
-    """
-    hall = _Hall(check)
+def router() -> APIRouter:
+    """The routes. They answer once the avatar is in the room; its tracks follow when somebody subscribes."""
+    hall = _Hall()
     routes = APIRouter(tags=["livekit"], dependencies=[BEARER], responses=FAILURES)
 
     @routes.post("/v1/livekit/join", status_code=201)
@@ -105,41 +102,47 @@ def router(*, check: Callable[[str], Awaitable[str]], fetch: Callable[[str], Awa
         consent_id: Annotated[str | None, Query(max_length=64)] = None, synthetic: Annotated[bool, Query()] = False,
     ) -> Joined:  # fmt: skip
         """The same, as the LiveKit plugin of bitHuman asks it with model="expression"."""
-        await hall.inspect(who, livekit_url, livekit_token, room_name)
+        await hall.inspect(who, at, livekit_url, livekit_token, room_name)
         if avatar_id is None:
-            picture = await _picture(fetch, avatar_image, avatar_image_url)
+            picture = await _picture(at, avatar_image, avatar_image_url)
             avatar_id = (await register(picture, "livekit", consent_id, synthetic, who, at)).id
         return await hall.show(who, at, avatar_id, livekit_url, livekit_token)
 
     return routes
 
 
-async def _picture(fetch: Callable[[str], Awaitable[bytes]], image: UploadFile | None, url: str | None) -> bytes:
+async def _picture(at: Services, image: UploadFile | None, url: str | None) -> bytes:
     if url is not None:
-        return await fetch(url)
+        return await fetch(url, limit=at.settings.access.image_bytes, private=at.settings.outputs.private)
     if image is None:
         raise Invalid("say avatar_id, avatar_image or avatar_image_url")
     return await image.read()  # its size was bounded at the gate
 
 
+def _address(url: str, outputs: OutputsConfig) -> str:
+    """Where to connect: the address that was checked, unless TLS needs the name. Blocks on DNS. Raises Invalid, Forbidden."""
+    target = check_url(url, ("ws", "wss", "http", "https"), hosts=outputs.hosts, private=outputs.private)
+    return target.pinned if target.scheme in ("ws", "http") else url
+
+
 class _Hall:
     """Opens sessions and sends them into rooms; holds the workers while they stay."""
 
-    def __init__(self, check: Callable[[str], Awaitable[str]]):
-        self._check, self._stays = check, set[asyncio.Task]()
+    def __init__(self):
+        self._stays = set[asyncio.Task]()
 
-    async def inspect(self, who: Principal, url: str, token: str, room: str | None = None) -> str:
+    async def inspect(self, who: Principal, at: Services, url: str, token: str, room: str | None = None) -> str:
         """Refuse what cannot work before anything is opened; returns the address to join. Raises Invalid, Forbidden, NotInstalled."""
         who.need_key()
         who.need(CONTROL)
         claims = (await _worker_module()).read_token(token)
         if room is not None and claims["video"].get("room") != room:
             raise Invalid("room_name is not the room of livekit_token")
-        return await self._check(url)
+        return await asyncio.to_thread(_address, url, at.settings.outputs)
 
     async def show(self, who: Principal, at: Services, avatar: str, url: str, token: str, agent: str | None = None) -> Joined:
         """A new session of whoever asks, in the room. What fails leaves nothing behind."""
-        address = await self.inspect(who, url, token)
+        address = await self.inspect(who, at, url, token)
         module, lease, worker = await _worker_module(), await at.desk.open(who, Wish(avatar=avatar)), None
         try:
             worker = await module.join(lease.session, address, token, agent=agent)
