@@ -42,7 +42,7 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
     quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
     store, consents, metrics = AvatarStore(folder / "avatars"), ConsentLog(folder), metrics or Metrics(version=__version__)
     at = Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                  desk=Desk(studio, settings, quotas, _usable(store, consents)), webhooks=Webhooks(),
+                  desk=Desk(studio, settings, quotas, _usable(store, consents)), webhooks=Webhooks(settings.outputs.private, metrics.webhook),
                   consents=consents, metrics=metrics, probe=LoopProbe(metrics), speak=speak)  # fmt: skip
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
