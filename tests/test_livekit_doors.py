@@ -113,7 +113,8 @@ def test_doors_refuse_before_anything_is_opened(sfu, tmp_path):
 async def job(sfu: str, room: rtc.Room, identity: str):
     """What a job of livekit-agents has about it: its identity, LiveKit's API, an HTTP session."""
     client = api.LiveKitAPI(sfu.replace("ws", "http", 1), livekit_sfu.KEY, livekit_sfu.SECRET)
-    context = SimpleNamespace(local_participant_identity=identity, api=client, room=room, add_shutdown_callback=lambda callback: None)
+    context = SimpleNamespace(local_participant_identity=identity, api=client, room=room, add_shutdown_callback=lambda callback: None,
+                              proc=SimpleNamespace(http_proxy=None))
     mark = _JobContextVar.set(context)
     try:
         async with http_context.open():
