@@ -13,7 +13,7 @@ from livekit.agents.voice.avatar import DataStreamAudioOutput
 
 from liveavatar.serving.livekit_worker import ON_BEHALF
 from liveavatar.serving.packets import SOUND_RATE
-from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.settings import ServeConfig, SessionsConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.testcard import read_code
 
@@ -37,8 +37,9 @@ def avatar_token(room: str, identity: str = "avatar", agent: str = "agent") -> s
 
 
 @contextlib.asynccontextmanager
-async def studio():
-    made = Studio(ServeConfig(engine_kind="testcard"))
+async def studio(**limits):
+    """A Studio on the test card. limits: of SessionsConfig."""
+    made = Studio(ServeConfig(engine_kind="testcard", sessions=SessionsConfig(**limits)))
     await made.start()
     try:
         yield made

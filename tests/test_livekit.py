@@ -21,6 +21,7 @@ from livekit.agents.voice.avatar import AudioSegmentEnd
 from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studio, tone, until
 
 from liveavatar.core import FPS
+from liveavatar.serving import livekit_worker
 from liveavatar.serving.live import Role
 from liveavatar.serving.livekit_video import SessionVideo, Source
 from liveavatar.serving.livekit_worker import join
@@ -64,9 +65,9 @@ class Pictures:
 
 
 @contextlib.asynccontextmanager
-async def played():
+async def played(**limits):
     """A SessionVideo on a live session, taken as AvatarRunner takes it, without a room. Yields (video, session, pictures, notes)."""
-    async with studio() as place:
+    async with studio(**limits) as place:
         session = await place.open(Role(avatar="a", picture=FACE))
         video, pictures, notes = SessionVideo(session), Pictures(), []
         sounds = rtc.AudioSource(SOUND_RATE, 1, queue_size_ms=160)
@@ -164,6 +165,20 @@ def test_somebody_else_interrupts():
     run(scene())
 
 
+def test_a_full_buffer_makes_the_agent_wait():
+    """Speech comes faster than it is spoken and beyond sessions.audio_seconds: none is lost, none is refused to the agent."""
+
+    async def scene():
+        async with played(audio_seconds=0.5) as (video, session, _, notes):
+            began = time.monotonic()
+            await pushed(video, 1.4)
+            assert time.monotonic() - began > 0.7
+            await until(lambda: any(name == "end" for name, *_ in notes))
+            return notes[-1][2]
+
+    assert run(scene()) == (pytest.approx(1.4, abs=0.01), False)
+
+
 # ---------------------------------------------------------------- rooms
 
 
@@ -225,16 +240,16 @@ def test_interruptions_are_heard_at_once(sfu):
     async def scene():
         async with scene_in(sfu, "barge") as (_, agent, viewer, worker):
             for turn in range(6):
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.1)
                 agent.events.clear()
                 began = time.monotonic()
-                await agent.say(4.0)
-                await until(lambda: len(viewer.loud(began)) > 20 + 9 * turn)
+                await agent.say(2.0)
+                await until(lambda: len(viewer.loud(began)) > 20 + 7 * turn)
                 asked = time.monotonic()
                 agent.output.clear_buffer()
                 event = await agent.output.wait_for_playout()
                 finished = time.monotonic()
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.4)
                 loud = viewer.loud(began)
                 silences.append(loud[-1] - asked)
                 errors.append(abs(0.01 * len(loud) - event.playback_position))
@@ -287,5 +302,32 @@ def test_rooms_do_not_hear_each_other(sfu):
             await asyncio.sleep(0.3)
             assert worker.session.epoch == before
             await stranger.room.disconnect()
+
+    run(scene())
+
+
+def test_how_a_stay_ends(sfu, monkeypatch):
+    """API-2: the session ends with the stay and the stay with the session; an agent that never comes, or sends nonsense, costs nothing for long."""
+
+    async def scene():
+        async with studio() as place:
+
+            async def enter(room: str):
+                return await join(await place.open(Role(avatar="a", picture=FACE)), sfu, avatar_token(room))
+
+            monkeypatch.setattr(livekit_worker, "AGENT_SECONDS", 0.5)
+            alone = await enter("alone")
+            assert await alone.over() == "the agent did not come" and not place.sessions
+            agent = await Agent().enter(sfu, "ends")
+            worker = await enter("ends")
+            await until(lambda: "avatar" in agent.room.remote_participants)
+            await worker.session.close("the operator")
+            assert await worker.over() == "the session ended" and not place.sessions
+            await until(lambda: not agent.room.remote_participants)
+            worker = await enter("ends")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(agent.output.capture_frame(rtc.AudioFrame(bytes(200), 100, 1, 100)), 5)  # 100 Hz
+            assert await worker.over() == "the worker failed" and not place.sessions
+            await agent.room.disconnect()
 
     run(scene())

@@ -101,6 +101,8 @@ def test_doors_refuse_before_anything_is_opened(sfu, tmp_path):
             await asked(400, "invalid", "/v1/compat/bithuman", data=bithuman(sfu, "x", room_name="y"))
             await asked(400, "invalid", "/v1/compat/bithuman", data=bithuman(sfu, "x"))
             await asked(403, "ssrf", "/v1/compat/bithuman", data=bithuman(sfu, "x", avatar_image_url="http://10.0.0.1/face.png"))
+            server.studio.capacity = 0
+            await asked(503, "capacity", json=wish(sfu, "x"))
             await asked(403, "consent_required", "/v1/compat/bithuman", data=bithuman(sfu, "x"), files={"avatar_image": ("a.jpg", portrait("JPEG"))})
 
     run(scene())
@@ -110,18 +112,17 @@ def test_doors_refuse_before_anything_is_opened(sfu, tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def job(sfu: str, room: rtc.Room, identity: str):
-    """What a job of livekit-agents has about it: its identity, LiveKit's API, an HTTP session."""
-    client = api.LiveKitAPI(sfu.replace("ws", "http", 1), livekit_sfu.KEY, livekit_sfu.SECRET)
-    context = SimpleNamespace(local_participant_identity=identity, api=client, room=room, add_shutdown_callback=lambda callback: None,
-                              proc=SimpleNamespace(http_proxy=None))
-    mark = _JobContextVar.set(context)
-    try:
-        async with http_context.open():
-            yield
-    finally:
-        _JobContextVar.reset(mark)
-        await client.aclose()
+async def job(sfu: str, identity: str):
+    """What plugins ask of a job of livekit-agents: the agent's identity, LiveKit's API, an HTTP session."""
+    async with api.LiveKitAPI(sfu.replace("ws", "http", 1), livekit_sfu.KEY, livekit_sfu.SECRET) as client:
+        context = SimpleNamespace(local_participant_identity=identity, api=client, add_shutdown_callback=lambda callback: None,
+                                  proc=SimpleNamespace(http_proxy=None))  # fmt: skip
+        mark = _JobContextVar.set(context)
+        try:
+            async with http_context.open():
+                yield
+        finally:
+            _JobContextVar.reset(mark)
 
 
 async def voice(seconds: float):
@@ -130,13 +131,14 @@ async def voice(seconds: float):
         yield frame
 
 
-async def conversation(avatar, room: rtc.Room, viewer: Viewer, **where) -> dict:
+async def conversation(sfu: str, room: rtc.Room, viewer: Viewer, avatar, **where) -> dict:
     """Two utterances of a real AgentSession through an avatar, the second interrupted. Returns what there is to know."""
     talk, metrics, loop = AgentSession(), [], asyncio.get_running_loop()
     avatar.on("metrics_collected", metrics.append)
     await talk.start(Talker(instructions=""))
-    await avatar.start(talk, room, **where)
-    await avatar.wait_for_join(timeout=10)
+    async with job(sfu, "agent"):
+        await avatar.start(talk, room, **where)
+        await avatar.wait_for_join(timeout=10)
     began = loop.time()
     await asyncio.wait_for(talk.say("two seconds", audio=voice(2.0)).wait_for_playout(), 8)
     whole = loop.time() - began
@@ -144,12 +146,17 @@ async def conversation(avatar, room: rtc.Room, viewer: Viewer, **where) -> dict:
     since = viewer.sounds[-1][0]
     await until(lambda: len(viewer.loud(since)) > 60)
     speech.interrupt()
+    asked = loop.time()
     await asyncio.wait_for(speech.wait_for_playout(), 2)
-    messages = [item for item in talk.history.items if item.type == "message"]
-    identity = avatar.avatar_identity
+    known = {"seconds": whole, "stopped": loop.time() - asked, "metrics": metrics, "identity": avatar.avatar_identity,
+             "interrupted": [item for item in talk.history.items if item.type == "message"][-1].interrupted}  # fmt: skip
     await talk.aclose()
-    await avatar.aclose()
-    return {"seconds": whole, "interrupted": messages[-1].interrupted, "metrics": metrics, "identity": identity}
+    async with job(sfu, "agent"):
+        await avatar.aclose()
+    return known
+
+
+LIVEKIT = {"livekit_api_key": livekit_sfu.KEY, "livekit_api_secret": livekit_sfu.SECRET}
 
 
 def test_an_agent_session_speaks_through_the_plugin(sfu, tmp_path):
@@ -159,10 +166,8 @@ def test_an_agent_session_speaks_through_the_plugin(sfu, tmp_path):
         async with serving(tmp_path) as (server, url):
             room, viewer = rtc.Room(), await Viewer().enter(sfu, "plugin")
             await room.connect(sfu, token("agent", "plugin", "agent"))
-            async with job(sfu, room, "agent"):
-                avatar = plugin.AvatarSession(api_url=url, api_key=server.key)
-                where = {"livekit_url": sfu, "livekit_api_key": livekit_sfu.KEY, "livekit_api_secret": livekit_sfu.SECRET}
-                known = await conversation(avatar, room, viewer, **where)
+            avatar = plugin.AvatarSession(api_url=url, api_key=server.key)
+            known = await conversation(sfu, room, viewer, avatar, livekit_url=sfu, **LIVEKIT)
             await until(lambda: not server.studio.sessions)
             assert avatar.session_id and known["identity"] == "liveavatar-avatar"
             await asyncio.gather(room.disconnect(), viewer.room.disconnect())
@@ -182,7 +187,7 @@ def test_an_avatar_in_the_agents_own_process(sfu):
             room, viewer = rtc.Room(), await Viewer().enter(sfu, "local")
             await room.connect(sfu, token("agent", "local", "agent"))
             avatar = plugin.LocalAvatarSession(place, Role(avatar="a", picture=FACE))
-            known = await conversation(avatar, room, viewer)
+            known = await conversation(sfu, room, viewer, avatar)
             assert not place.sessions and known["identity"] == "agent" and "avatar_video" in viewer.tracks
             await asyncio.gather(room.disconnect(), viewer.room.disconnect())
             return known
@@ -209,14 +214,12 @@ def test_plugins_of_others_find_their_way(sfu, tmp_path, name):
         async with serving(tmp_path) as (server, url):
             room, viewer = rtc.Room(), await Viewer().enter(sfu, name)
             await room.connect(sfu, token("agent", name, "agent"))
-            async with job(sfu, room, "agent"):
-                if name == "bey":
-                    avatar = module.AvatarSession(avatar_id="default", api_url=f"{url}/v1/compat/bey", api_key=server.key)
-                else:
-                    avatar = module.AvatarSession(avatar_id="default", api_url=f"{url}/v1/compat/bithuman", api_token=server.key, api_secret="unused",
-                                                  model="expression")  # fmt: skip
-                where = {"livekit_url": sfu, "livekit_api_key": livekit_sfu.KEY, "livekit_api_secret": livekit_sfu.SECRET}
-                known = await conversation(avatar, room, viewer, **where)
+            if name == "bey":
+                avatar = module.AvatarSession(avatar_id="default", api_url=f"{url}/v1/compat/bey", api_key=server.key)
+            else:
+                avatar = module.AvatarSession(avatar_id="default", api_url=f"{url}/v1/compat/bithuman", api_token=server.key, api_secret="unused",
+                                              model="expression")  # fmt: skip
+            known = await conversation(sfu, room, viewer, avatar, livekit_url=sfu, **LIVEKIT)
             await until(lambda: not server.studio.sessions)
             await asyncio.gather(room.disconnect(), viewer.room.disconnect())
             return known

@@ -158,8 +158,7 @@ class _Hall:
         lease.holders += 1  # as long as the agent is there, silence does not end it
         log.info("livekit_joined", session=lease.id, room=worker.room.name, agent=worker.agent)
         reason = await worker.over()
-        lease.holders -= 1
-        await at.desk.close(lease)
+        await at.desk.close(lease, "failed" if lease.session.state == "failed" else "closed")
         log.info("livekit_left", session=lease.id, reason=reason)
 
 

@@ -192,6 +192,9 @@ class SessionVideo(VideoGenerator):
     def close(self) -> None:
         """The session is over: the stream of frames ends."""
         self._closed = True
+        for task in self._cuts:
+            task.cancel()
+        self._calm.set()
         self._fresh.set()
 
     async def _next(self) -> Tick | None:
@@ -283,7 +286,7 @@ class SessionVideo(VideoGenerator):
 def video_frame(picture: np.ndarray) -> rtc.VideoFrame:
     """uint8 [H, W, 3] RGB."""
     height, width, _ = picture.shape
-    return rtc.VideoFrame(width, height, rtc.VideoBufferType.RGB24, np.ascontiguousarray(picture).data)
+    return rtc.VideoFrame(width, height, rtc.VideoBufferType.RGB24, picture.tobytes())
 
 
 def audio_frame(sound: np.ndarray) -> rtc.AudioFrame:

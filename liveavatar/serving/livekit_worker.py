@@ -10,9 +10,9 @@ The session belongs to the worker from then on: when the agent leaves, it is clo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import jwt
+import structlog
 
 from liveavatar.core import FPS
 from liveavatar.serving.live import LiveSession
@@ -27,6 +27,8 @@ DISCLOSURE = {"ai_generated": "true"}  # attributes everybody in the room can re
 CONNECT_SECONDS = 10.0
 AGENT_SECONDS = 60.0  # the agent must be in the room by then
 QUEUE_MS = 160  # of the synchroniser: the cushion and two ticks
+
+log = structlog.get_logger("liveavatar.livekit")
 
 
 class Runner(AvatarRunner):
@@ -98,10 +100,10 @@ def receiver(room: rtc.Room, video: SessionVideo, agent: str) -> DataStreamAudio
 
 
 class AvatarWorker:
-    """A session's stay in a room. reason: why it ended."""
+    """A session's stay in a room. agent: identity. discloses: it may say that it is made by a machine. reason: why it ended."""
 
-    def __init__(self, session: LiveSession, room: rtc.Room, agent: str):
-        self.session, self.room, self.agent, self.reason = session, room, agent, ""
+    def __init__(self, session: LiveSession, room: rtc.Room, agent: str, discloses: bool):
+        self.session, self.room, self.agent, self.reason, self._discloses = session, room, agent, "", discloses
         self.video = SessionVideo(session)
         self.runner = Runner(room, self.video, receiver(room, self.video, agent), (session.width, session.height), session.config.media.bitrate)
         self._left = asyncio.Event()
@@ -110,7 +112,6 @@ class AvatarWorker:
     async def over(self) -> str:
         """Wait until it has ended; returns the reason."""
         await asyncio.wait([self._task])
-        self._task.result()
         return self.reason
 
     async def aclose(self, reason: str = "closed") -> None:
@@ -126,25 +127,28 @@ class AvatarWorker:
         self.room.on("participant_disconnected", lambda who: who.identity == self.agent and self._leave("the agent left"))
         self.room.on("disconnected", lambda reason: self._leave("removed from the room"))
         self.session.on_end(lambda: self._leave("the session ended"))
-        working = asyncio.create_task(self._work())
-        left = asyncio.create_task(self._left.wait())
+        working, left = asyncio.create_task(self._work()), asyncio.create_task(self._left.wait())
         try:
             await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
-            self._leave("the agent did not come" if working.done() and not working.exception() else "the worker failed")
+            if working.done() and working.exception() is not None:
+                log.error("livekit_failed", session=self.session.id, exc_info=working.exception())
+                self._leave("the worker failed")
         finally:
             for task in (working, left):
                 task.cancel()
             await asyncio.gather(working, left, return_exceptions=True)
             await self._clean_up()
-        if not working.cancelled() and working.exception() is not None:
-            raise working.exception()
 
     async def _work(self) -> None:
-        """Ends early only if the agent does not come."""
-        with contextlib.suppress(TimeoutError):
+        """Does not end by itself, unless the agent does not come."""
+        if self._discloses:
+            await self.room.local_participant.set_attributes(DISCLOSURE)
+        try:
             async with asyncio.timeout(AGENT_SECONDS):
                 await self.runner.start()
-            await self.runner.wait_for_complete()
+        except TimeoutError:
+            return self._leave("the agent did not come")
+        await self.runner.wait_for_complete()
 
     async def _clean_up(self) -> None:
         await self.session.close(self.reason)
@@ -169,9 +173,7 @@ async def join(session: LiveSession, url: str, token: str, *, agent: str | None 
             await room.connect(url, token, options)
     except (rtc.ConnectError, TimeoutError) as error:
         raise JoinFailed(str(error) or "it does not answer") from None
-    if claims["video"].get("canUpdateOwnMetadata"):
-        await room.local_participant.set_attributes(DISCLOSURE)
-    return AvatarWorker(session, room, agent)
+    return AvatarWorker(session, room, agent, bool(claims["video"].get("canUpdateOwnMetadata")))
 
 
 def read_token(token: str) -> dict:
