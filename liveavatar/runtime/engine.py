@@ -189,8 +189,13 @@ class Session:
         if not self.opened or self.closing or self.error or nothing:
             return None
         live = self.pace == "live"
-        return Candidate(self.name, t.has_audio, t.in_flight, live, self.playout.deadline(float(t.next_pts)) if live else None,
-                         t.gated, self.asked)
+        due = self.playout.deadline(float(t.next_pts)) if live and not t.urgent else None
+        return Candidate(self.name, t.has_audio, t.in_flight, live, due, t.gated, self.asked)
+
+    def paced(self, due: float) -> None:
+        """The consumer plays by its own clock: the block after the last one taken is due at `due` (clock seconds)."""
+        self.playout.origin = due - float(self.timeline.shown)
+        self._engine.wake()
 
     def fail(self, error: LiveAvatarError) -> None:
         """Every call and the iterator raise `error` from now on."""
@@ -225,14 +230,17 @@ class Engine:
         self._clearing: set[asyncio.Task] = set()  # sessions whose opening was cancelled
 
     @classmethod
-    async def start(cls, config: Config, launcher: str | None = None, clock: Callable[[], float] = monotonic) -> Engine:
+    async def start(cls, config: Config, launcher: str | None = None, clock: Callable[[], float] = monotonic,
+                    watch: Callable[[dict], None] | None = None) -> Engine:
         """Load the chain of `config` onto its ranks.
 
-        launcher: instead of config.runtime.launcher. Raises ConfigError, WeightsError, PlacementError
-        (with numbers, when memory is too little) and RankFailure (a rank could not start).
+        launcher: instead of config.runtime.launcher. watch: is given every line of the trace as it happens, with or
+        without a file, and must return at once; spans come where runtime.spans or runtime.trace asks for them. Raises
+        ConfigError, WeightsError, PlacementError (with numbers, when memory is too little) and RankFailure (a rank
+        could not start).
         """
         config, source = resolve(config if launcher is None else with_launcher(config, launcher))
-        trace = open_trace(config, source, clock)
+        trace = open_trace(config, source, clock, watch)
         return cls.over(config, source, await _launched(config), clock, trace)
 
     @classmethod

@@ -44,9 +44,13 @@ class Decision:
 
 
 class PipeTime:
-    """How long a block has been taking from admission to its pictures: a high percentile of the last few."""
+    """How long a block has been taking from admission to its pictures: a high percentile of the last few.
 
-    def __init__(self, initial: float = 0.0, window: int = 64, percentile: float = 0.95):
+    The window is short and one hitch in it counts for nothing: blocks that are admitted early for long after a hitch
+    are what makes a talk slow.
+    """
+
+    def __init__(self, initial: float = 0.0, window: int = 24, percentile: float = 0.95):
         self.initial, self.percentile, self._seen = initial, percentile, deque(maxlen=window)
 
     def observe(self, seconds: float) -> None:
@@ -60,7 +64,8 @@ class PipeTime:
         if not self._seen:
             return self.initial
         ordered = sorted(self._seen)
-        return ordered[max(0, math.ceil(self.percentile * len(ordered)) - 1)]
+        place = math.ceil(self.percentile * len(ordered)) - 1
+        return ordered[max(0, min(place, len(ordered) - 2))]
 
 
 class Scheduler:

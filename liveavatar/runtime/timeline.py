@@ -61,6 +61,8 @@ class Timeline:
         self._used, self._silence = 0, 0  # of those, before the next block; samples of idle silence in front of the others
         self._pcm = np.zeros(0, dtype=np.float32)  # from the start of next_block on
         self._arriving = False  # the PCM that waits may be going on: some came since the last idle block
+        self._settled = False  # what waits is the end of an utterance
+        self._idled = True  # the last block was idle
         self._ahead = self._pcm  # look-ahead the chain was already sent beyond the start of next_block
         self._inside: dict[int, Admitted] = {}
         self._ready: deque[tuple[int, Admitted, np.ndarray]] = deque()  # pictures not yet taken
@@ -81,9 +83,14 @@ class Timeline:
 
     @property
     def has_audio(self) -> bool:
-        """The next block may go: all its samples and the look-ahead are there, or no more will come."""
+        """The next block may go: all its samples and the look-ahead are there, or no more will come of this utterance."""
         need = self.geometry.samples_per_block + self.lookahead
-        return len(self._pcm) >= need or (self.ended and len(self._pcm) > 0)
+        return len(self._pcm) >= need or ((self.ended or self._settled) and len(self._pcm) > 0)
+
+    @property
+    def urgent(self) -> bool:
+        """Speech is there and the last block was idle: somebody waits for an answer."""
+        return self.has_audio and self._idled
 
     @property
     def gated(self) -> bool:
@@ -96,6 +103,11 @@ class Timeline:
         return self.ended and len(self._pcm) == 0 and self.in_flight == 0
 
     @property
+    def shown(self) -> Fraction:
+        """Seconds of pictures that were taken."""
+        return Fraction(self._shown, FPS)
+
+    @property
     def next_pts(self) -> Fraction:
         """pts the next admitted block will have if nothing is interrupted; seconds."""
         waiting = [*self._inside.values(), *(admitted for _, admitted, _ in self._ready)]
@@ -106,12 +118,12 @@ class Timeline:
     def push(self, pcm: np.ndarray) -> None:
         """Append float32 [n] 16 kHz mono."""
         assert not self.ended and pcm.dtype == np.float32 and pcm.ndim == 1
-        self._pcm, self._arriving = np.concatenate([self._pcm, pcm]), True
+        self._pcm, self._arriving, self._settled = np.concatenate([self._pcm, pcm]), True, False
         self.received += len(pcm)
 
     def settle(self) -> None:
-        """What waits is the end of an utterance: when its time has come it goes at once, silence behind it."""
-        self._arriving = False
+        """What waits is the end of an utterance: it need not wait for more, silence goes behind it."""
+        self._arriving, self._settled = False, True
 
     def end(self) -> None:
         """No more PCM will come."""
@@ -124,8 +136,6 @@ class Timeline:
         size = self.geometry.samples_per_block
         if self._arriving or not len(self._pcm):
             self._pcm, self._silence = np.concatenate([np.zeros(size, np.float32), self._pcm]), self._silence + size
-        elif len(self._pcm) < size:
-            self._pcm = np.concatenate([self._pcm, np.zeros(size - len(self._pcm), np.float32)])
         self._arriving = False
 
     def interrupt(self) -> Interrupt:
@@ -154,6 +164,8 @@ class Timeline:
         """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe."""
         assert not self.gated and len(self._pcm)
         size, messages = self.geometry.samples_per_block, []
+        if not self.ended:  # the end of an utterance; the stream goes on behind it
+            self._pcm = np.concatenate([self._pcm, np.zeros(max(0, size - len(self._pcm)), np.float32)])
         if self.refresh_at == self.next_block:
             messages.append(Refresh(self.session, reference=self._clean))
             self.refresh_at = None
@@ -178,8 +190,8 @@ class Timeline:
 
     def _source(self, size: int) -> tuple[int, int]:
         """Pushed samples the next block begins with; an idle block has none."""
-        start = self._used
-        self._used += 0 if self._silence else min(size, self.received - start)
+        start, self._idled = self._used, self._silence > 0 or self.received == self._used
+        self._used += 0 if self._idled else min(size, self.received - start)
         return start, self._used
 
     # ------------------------------------------------------------ from the chain

@@ -25,7 +25,7 @@ from liveavatar.serving.packets import TICK_SAMPLES, Sink, Tick
 from liveavatar.serving.playout import Pacer, Playout, Slot
 from liveavatar.serving.problems import Conflict
 from liveavatar.serving.settings import ServeConfig
-from liveavatar.serving.speech import Speech
+from liveavatar.serving.utterances import Speech
 from liveavatar.telemetry import now as monotonic
 
 FEED_SAMPLES = SAMPLE_RATE // 2  # handed to the engine at a time
@@ -233,6 +233,7 @@ class LiveSession:
                 async for output in engine:
                     self.playout.push(self._slots(output))
                     self.gauges.blocks += 1
+                    engine.paced(self._pacer.due + len(self.playout) / FPS)
                 return  # the engine session was closed under us: the studio is closing
             except InputError:
                 raise

@@ -61,12 +61,14 @@ class Slot:
 @dataclass
 class Counts:
     """Of one session, in ticks. repeated: an old picture stood in; filled: the idle loop did; skipped: pictures not
-    shown because their sound was played ahead; stale: slots of an older epoch that were thrown away."""
+    shown because their sound was played ahead; hurried: idle ones not shown because speech came; stale: slots of an
+    older epoch that were thrown away."""
 
     fresh: int = 0
     repeated: int = 0
     filled: int = 0
     skipped: int = 0
+    hurried: int = 0
     stale: int = 0
 
 
@@ -97,7 +99,12 @@ class Playout:
         return self._queue[-1].source[1] if self._queue else None
 
     def push(self, slots: list[Slot]) -> None:
-        """One generated block; what is older than the epoch is dropped, so are pictures whose sound went ahead."""
+        """One generated block; what is older than the epoch is dropped, so are pictures whose sound went ahead.
+
+        Speech in a conversation does not wait behind idle pictures that nobody has seen yet: they go, and a blend hides it.
+        """
+        if self.mode == "conversation" and slots and slots[0].kind == "speech" and self._queue and self._queue[-1].kind == "idle":
+            self.counts.hurried += self._hurry()
         for slot in slots:
             if slot.epoch < self.epoch:
                 self.counts.stale += 1
@@ -106,6 +113,13 @@ class Playout:
                 self.counts.skipped += 1
             else:
                 self._queue.append(slot)
+
+    def _hurry(self) -> int:
+        before = len(self._queue)
+        while self._queue and self._queue[-1].kind == "idle":
+            self._queue.pop()
+        self._blend_from, self._blend = self._last.picture, BLEND_TICKS
+        return before - len(self._queue)
 
     def interrupt(self, epoch: int) -> None:
         """Nothing older than `epoch` is shown or heard from now on; the sound that stops is faded out."""

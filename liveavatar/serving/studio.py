@@ -14,6 +14,7 @@ import torch
 from liveavatar.core import LiveAvatarError, RankFailure
 from liveavatar.runtime.engine import Engine, Session, resolve
 from liveavatar.runtime.placement import cut
+from liveavatar.runtime.scheduler import PipeTime
 from liveavatar.serving.live import LiveSession, Role
 from liveavatar.serving.problems import Capacity
 from liveavatar.serving.settings import ServeConfig
@@ -63,15 +64,17 @@ class Studio:
         return await Engine.start(config.engine, clock=self.clock)
 
     async def _warm(self) -> None:
-        """Run a few blocks and measure how many times faster than real time they come (BP-4)."""
+        """Run a few blocks, measure how many times faster than real time they come (BP-4) and how long one takes alone."""
         g = self.engine.geometry
         session = await self.engine.open(torch.full((3, g.height, g.width), 128, dtype=torch.uint8), name="warm-up")
-        await session.push_audio(np.zeros(WARM_BLOCKS * g.samples_per_block, np.float32))
+        await session.push_audio(np.zeros((WARM_BLOCKS + 1) * g.samples_per_block - 1, np.float32))  # the last one lacks its look-ahead
+        times = [self.clock() for _ in range(WARM_BLOCKS) if await anext(session)]
+        began = self.clock()
         await session.end_audio()
-        times = [self.clock() async for _ in session]
+        await anext(session)
+        self.engine.scheduler.pipe_time = PipeTime(initial=self.clock() - began)
         await session.close()
-        wall = max(1e-9, times[-1] - times[0])
-        self.factor = (len(times) - 1) * float(g.block_seconds) / wall
+        self.factor = (len(times) - 1) * float(g.block_seconds) / max(1e-9, times[-1] - times[0])
         room = math.floor(self.factor * (1 - self.config.sessions.headroom))
         self.capacity = max(1, min(self.config.engine.runtime.sessions, room))  # one is let in even where it will be slow
         self.watch("warm", {"factor": self.factor, "capacity": self.capacity})
