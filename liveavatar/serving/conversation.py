@@ -126,7 +126,7 @@ class Conversation:
         self._answer: Answer | None = None  # being made or spoken
         self._stopped: Answer | None = None  # by speech of which we do not know yet whether it says anything
         self._mouths = 0  # beginnings of speech whose text has not come yet
-        self._stopped_at = 0.0
+        self._silent_since = 0.0
 
     # ------------------------------------------------------------ from the user
 
@@ -138,9 +138,9 @@ class Conversation:
         self.state = LISTENING
         return [Hush(self.turn)]
 
-    def ended(self) -> list[Order]:
-        """The user is silent; the text will follow."""
-        self._stopped_at = self._clock()
+    def ended(self, quiet: float = 0.0) -> list[Order]:
+        """The user is silent, for so many seconds already; the text will follow."""
+        self._silent_since = self._clock() - quiet
         return []
 
     def said(self, text: str) -> list[Order]:
@@ -167,7 +167,7 @@ class Conversation:
             return []
         self.turn += 1
         self.state, self._answer = THINKING, Answer(self.turn)
-        self.exchange = Exchange(self.turn, self.history[-1].text, times={"asked": self._stopped_at, "understood": self._clock()})
+        self.exchange = Exchange(self.turn, self.history[-1].text, times={"asked": self._silent_since, "understood": self._clock()})
         return [Think(self.turn, tuple(self.history))]
 
     def _again(self, stopped: Answer) -> list[Order]:

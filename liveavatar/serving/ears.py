@@ -97,9 +97,10 @@ class Began:
 
 @dataclass(frozen=True)
 class Ended:
-    """A turn is over. at: seconds of the stream of its last speech. pcm: float32 [n], 16 kHz, with a lead and a tail."""
+    """A turn is over. at: seconds of the stream of its last speech; quiet: how many passed since. pcm: float32 [n], 16 kHz, with both."""
 
     at: float
+    quiet: float
     pcm: np.ndarray
 
 
@@ -142,7 +143,7 @@ class Turns:
         if not self._speaking:
             return None
         turn, self._turn, self._speaking, self._run = self._turn, [], False, 0
-        return Ended((self._at - self._quiet) * WINDOW_SECONDS, np.concatenate(turn))
+        return Ended((self._at - self._quiet) * WINDOW_SECONDS, self._quiet * WINDOW_SECONDS, np.concatenate(turn))
 
 
 def _windows(seconds: float) -> int:
@@ -191,6 +192,7 @@ class WhisperRecogniser:
         if not (path / "model.bin").is_file():
             raise ConfigError(f"{path}: no CTranslate2 model (model.bin) there")
         self._model = WhisperModel(str(path), device="cpu", compute_type="int8", cpu_threads=threads, local_files_only=True)
+        self._transcribe(np.zeros(WINDOW, np.float32))  # the first turn would pay for what is loaded late: 1.5 s
         self._one = asyncio.Lock()
 
     async def recognise(self, pcm: np.ndarray) -> str:

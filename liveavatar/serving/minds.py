@@ -98,6 +98,7 @@ NUMBERS = {word: n for n, word in enumerate(
 NUMBERS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 SIGNS = {"plus": "+", "and": "+", "minus": "-", "less": "-", "times": "*", "multiplied by": "*", "x": "*", "divided by": "/", "over": "/"}
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+GREETING = "Hello. I am a small companion made of rules. Ask me what I can do."
 ABILITIES = "I can tell the time and the date, do sums, remember your name and what you said, and count. Interrupt me whenever you like."
 
 
@@ -113,15 +114,22 @@ class Companion:
             yield sentence + " "
 
     def reply(self, history: Sequence[Said]) -> str:
-        """The whole answer."""
-        asked, earlier = history[-1].text, [said for said in history[:-1] if said.role == "user"]
+        """The whole answer: one to each sentence of the question that a rule knows."""
+        asked, earlier = history[-1].text, [said.text for said in history[:-1] if said.role == "user"]
+        parts = [part for part in re.split(r"(?<=[.!?])\s+", asked) if _spoken(part)]
+        answers = [self._reply(part, earlier + parts[:n]) for n, part in enumerate(parts)]
+        known = list(dict.fromkeys(filter(None, answers)))
+        greeting = known and known[0] == GREETING and len(known) > 1
+        return " ".join(["Hello.", *known[1:]] if greeting else known) or (
+            f"I heard: {asked.strip().rstrip('.!?')}. I am a small program of rules without a language model, so that is all I can do with it. "
+            "Connect one, and I will be its voice and face.")  # fmt: skip
+
+    def _reply(self, asked: str, earlier: Sequence[str]) -> str:
         words = re.sub(r"[^\w\s'+*/.-]", " ", asked.lower().replace("’", "'")).strip(" .")
         for pattern, rule in self._rules():
-            if found := re.search(pattern, words):
-                if answer := rule(found, asked, earlier):
-                    return answer
-        return (f"I heard: {asked.strip().rstrip('.!?')}. I am a small program of rules without a language model, so that is all I can do with it. "
-                "Connect one, and I will be its voice and face.")  # fmt: skip
+            if (found := re.search(pattern, words)) and (answer := rule(found, asked, earlier)):
+                return answer
+        return ""
 
     def _rules(self) -> tuple:
         return (
@@ -138,19 +146,19 @@ class Companion:
             (r"\bthank", lambda *_: "You are welcome."),
             (r"\b(good ?bye|bye|see you|good night)\b", lambda *_: "Goodbye. It was good to talk to you."),
             (r"\bhow are you", lambda *_: "All my parts are running. Thank you for asking."),
-            (r"\b(hello|hi|hey|good (morning|afternoon|evening))\b", lambda *_: "Hello. I am a small companion made of rules. Ask me what I can do."),
+            (r"\b(hello|hi|hey|good (morning|afternoon|evening))\b", lambda *_: GREETING),
         )  # fmt: skip
 
 
-def _name(earlier: Sequence[Said]) -> str:
+def _name(earlier: Sequence[str]) -> str:
     for said in reversed(earlier):
-        if found := re.search(r"\b(?:my name is|call me) ([\w'-]+)", said.text, re.IGNORECASE):
+        if found := re.search(r"\b(?:my name is|call me) ([\w'-]+)", said, re.IGNORECASE):
             return f"Your name is {found[1].title()}. You told me."
     return "You have not told me your name yet."
 
 
-def _last(earlier: Sequence[Said]) -> str:
-    return f"You said: {earlier[-1].text.strip().rstrip('.!?')}." if earlier else "This is the first thing you said to me."
+def _last(earlier: Sequence[str]) -> str:
+    return f"You said: {earlier[-1].strip().rstrip('.!?')}." if earlier else "This is the first thing you said to me."
 
 
 def _count(word: str) -> str:

@@ -80,7 +80,7 @@ class Talk:
             if isinstance(event, Began):
                 await self._inbox.put(self.conversation.began)
                 continue
-            await self._inbox.put(self.conversation.ended)
+            await self._inbox.put(partial(self.conversation.ended, event.quiet))
             if self._spoken.full():
                 self._spoken.get_nowait()
                 await self._inbox.put(partial(self.conversation.said, ""))

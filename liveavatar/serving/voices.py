@@ -95,6 +95,7 @@ class HibariVoice:
             self._model = Hibari(speaker, model=voice_path(speaker, download_missing=False))
         except FileNotFoundError as error:
             raise ConfigError(f"speech.speaker={speaker}: {error} is not here; only heart comes with the package") from None
+        self._model("Ready.")  # the first sentence pays for lexicon and tagger: 0.5 s
         self._one = asyncio.Lock()  # the model is one object: one sentence at a time
 
     async def speak(self, text: str) -> AsyncIterator[Sound]:
