@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from liveavatar.serving.talk import Talk
 
 MIND_KEY, VOICE_KEY, EARS_KEY = "LIVEAVATAR_MIND_KEY", "LIVEAVATAR_VOICE_KEY", "LIVEAVATAR_EARS_KEY"  # environment: keys are no arguments
+USUAL = ("engine.runtime.launcher=local", "media.scale=3")  # without a config: the embedded avatar in a process of its own, 384 px
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "liveavatar talk --say 'Hello. What can you do?' --out answer.mp4   [dim]no key, no network, no sound card[/dim]\n\n"
@@ -55,7 +56,7 @@ def talk(
     from liveavatar.serving.rehearsal import recorded_turns
     from liveavatar.serving.settings import ServeConfig
 
-    settings = load(config, overrides or (), ServeConfig)
+    settings = load(config, [*(() if config else USUAL), *(overrides or ())], ServeConfig)
     turns = recorded_turns(audio or (), say or (), barge_in)
     parts = {"mind": _mind(mind, model), "voice": _voice(voice), "recogniser": _recogniser(ears, bool(audio)), "ears": _ears(bool(audio))}
     done = asyncio.run(_held(settings, image, turns, parts, out, not only_avatar))
