@@ -21,7 +21,7 @@ from liveavatar.serving.ice import IceServers
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.outputs import Outputs
-from liveavatar.serving.probes import LoopProbe, watch_process, watch_sessions
+from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.recorder import Sign
 from liveavatar.serving.services import BEARER, Services, Speak
@@ -55,8 +55,6 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
     app.state.services = at
     if settings.listen.admin_port is None:
         app.include_router(routes_server.metrics)
-    watch_process(at.metrics, folder)
-    watch_sessions(at.metrics, studio.sessions)
     answers.install(app)
     for router in (routes_server.probes, routes_server.router, routes_avatars.router, routes_provenance.router, routes_sessions.router, routes_outputs.router, stream_socket.router):
         app.include_router(router)
