@@ -96,7 +96,7 @@ def _guard(app: FastAPI, at: Services) -> None:
     """What every request passes; the last one added comes first."""
     access, listen = at.settings.access, at.settings.listen
     app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, metrics=at.metrics, bounds=(
-        ("/v1/avatars|/v1/consents", access.image_bytes + FORM_BYTES),
+        ("/v1/avatars|/v1/consents|/v1/compat/bithuman", access.image_bytes + FORM_BYTES),
         ("/v1/sessions/[^/]+/audio", access.audio_bytes),
     ))  # fmt: skip
     if listen.origins:
