@@ -81,6 +81,7 @@ async def erase_consent(consent_id: ConsentId, who: Who, at: At) -> Response:
     await _end_sessions(consent_id, at)
     for avatar in at.store.with_consent(consent_id):
         await asyncio.to_thread(at.store.erase, avatar.id)
+        at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
     return Response(status_code=204)
 
 
