@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 
 import numpy as np
@@ -164,4 +165,42 @@ async def until(condition, seconds: float = 10.0) -> float:
     return time.monotonic() - start
 
 
-__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "playing", "read_bar_code", "until"]
+def own_address() -> str | None:
+    """Of this machine as others see it; None if nobody does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))  # sends nothing
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def coturn(folder, host: str, secret: str):
+    """Gives its TURN URL."""
+    port = free_port(host)
+    command = ["turnserver", "-n", "--listening-ip", host, "--relay-ip", host, "--listening-port", str(port), "--min-port", "50000", "--max-port", "50999",
+               "--use-auth-secret", f"--static-auth-secret={secret}", "--realm=avatar.test", "--no-tls", "--no-dtls", "--no-cli",
+               "--log-file=stdout", "--pidfile", str(folder / "turn.pid"), "--db", str(folder / "turndb"), "--simple-log"]  # fmt: skip
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        await until(lambda: process.returncode is not None or bound(host, port))
+        yield f"turn:{host}:{port}?transport=udp"
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def bound(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
+__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "coturn", "free_port", "own_address", "playing", "read_bar_code", "until"]

@@ -15,7 +15,7 @@ from liveavatar.core import LiveAvatarError
 from liveavatar.serving.access import Principal
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
@@ -96,18 +96,17 @@ class Desk:
     """All leases of one server; used from its event loop alone.
 
     usable(avatar id, mode, whether it sees an owner): the portrait, or a Problem for an avatar that may not be used.
-    ended: called with each lease that is over.
     """
 
     def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, *,
                  clock: Callable[[], float] = monotonic, wall: Callable[[], float] = time.time,
-                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep, ended: Callable[[Lease], None] = lambda lease: None):  # fmt: skip
+                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
         self.studio, self.settings, self.quotas, self._usable = studio, settings, quotas, usable
-        self._clock, self._wall, self._sleep, self._ended = clock, wall, sleep, ended
+        self._clock, self._wall, self._sleep = clock, wall, sleep
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
         self._building: Counter[str] = Counter()  # sessions of a key that are being opened: they count already
-        self.started = False
+        self._started = False
 
     # ------------------------------------------------------------ whose is it
 
@@ -147,9 +146,7 @@ class Desk:
             raise Capacity("the server is shutting down", kind="draining", retry_after=30)
         role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, wish.mode), prompt=wish.prompt or "", owner=principal.owner,
                     metadata=wish.metadata)  # fmt: skip
-        self.quotas.count("sessions", principal.key)
-        if self._held(principal.key) >= self.settings.access.sessions:
-            raise RateLimited(f"{self.settings.access.sessions} sessions at once with this key", kind="quota", headers={"Retry-After": "5"})
+        self.quotas.sessions(principal.key, self._held(principal.key))
         self._building[principal.key] += 1
         try:
             session = await self.studio.open(role, mode=wish.mode)
@@ -204,7 +201,7 @@ class Desk:
         await lease.session.close(reason)
         for task in lease.tasks:
             task.cancel()
-        self._ended(lease)
+        self.studio.metrics.session_ended(reason)
         log.info("session_ended", session=lease.id, owner=lease.owner, reason=lease.reason, seconds=round(self._clock() - lease.opened, 1))
 
     # ------------------------------------------------------------ leases
@@ -238,8 +235,13 @@ class Desk:
         """Tick until cancelled."""
         while True:
             await self._sleep(TICK_SECONDS)
-            self.started = self.started or self.studio.alive
             await self.tick()
+
+    @property
+    def started(self) -> bool:
+        """The chain was up at least once."""
+        self._started = self._started or self.studio.alive
+        return self._started
 
     # ------------------------------------------------------------ drain
 
@@ -247,6 +249,7 @@ class Desk:
         """From now on no session is opened (17.2)."""
         if not self.studio.draining:
             self.studio.draining = True
+            self.studio.metrics.draining(True)
             log.info("draining", sessions=len(self._leases))
 
     async def drain(self) -> None:

@@ -44,13 +44,14 @@ async def add_avatar(
     data = await portrait.read()
 
     async def make() -> Response:
-        avatar = await _added(data, name, consent_id, synthetic, who, at)
+        avatar = await register(data, name, consent_id, synthetic, who, at)
         return JSONResponse(view(avatar).model_dump(), 201, {"Location": f"/v1/avatars/{avatar.id}"})
 
     return await at.idempotency.once(who.owner, "avatars", once, b"\0".join((data, name.encode(), repr((consent_id, synthetic)).encode())), make)
 
 
-async def _added(data: bytes, name: str, consent_id: str | None, synthetic: bool, who: Principal, at: Services) -> Avatar:
+async def register(data: bytes, name: str, consent_id: str | None, synthetic: bool, who: Principal, at: Services) -> Avatar:
+    """An uploaded picture as an avatar of the asker's. Raises Forbidden (no consent), and what reading the picture raises."""
     if (consent_id is None) != synthetic:
         raise Forbidden("a person's face needs consent_id; a face that is nobody's, synthetic=true; never both", kind="consent_required")
     media = media_hash(data)

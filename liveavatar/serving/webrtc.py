@@ -29,7 +29,7 @@ from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 
 from liveavatar.serving import packets
 from liveavatar.serving.offers import CANDIDATES, Fragment, Offer
-from liveavatar.serving.problems import Problem, Unprocessable
+from liveavatar.serving.problems import Capacity, Problem, Unprocessable
 
 Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz
 
@@ -198,7 +198,7 @@ class Viewer:
     # -- signalling
 
     async def answer(self, offer: Offer) -> str:
-        """Our SDP, with all candidates. Raises Unprocessable when we share no codec with the peer."""
+        """Our SDP, with all candidates. Raises Unprocessable when we share no codec with the peer, Capacity when it could not reach us."""
         self._offer, self.wants = offer, offer.wants
         for codec in (c for c, (kind, _) in TRACKS.items() if kind in offer.kinds):
             self._send(codec)
@@ -208,8 +208,12 @@ class Viewer:
         except REFUSALS as error:
             await self.aclose("refused")
             raise Unprocessable("offer: H.264 and Opus are what we send, and this peer cannot take them") from error
+        answer = self._peer.localDescription.sdp
+        if "a=candidate:" not in answer:
+            await self.aclose("no candidate")
+            raise Capacity("no way to be reached: the TURN server does not answer, or refuses us", kind="network")
         self._keep(self._watch())
-        return self._peer.localDescription.sdp
+        return answer
 
     def _send(self, codec: str) -> None:
         """A transceiver that can speak `codec` alone; must be there before the offer is, or VP8 is chosen (7.2)."""

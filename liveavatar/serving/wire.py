@@ -164,6 +164,26 @@ class InterruptedView(Wire):
     position_ms: int
 
 
+class OutputView(Wire):
+    """How a destination does. url: server and application alone. state: connecting, live, waiting (for the next try), closed."""
+
+    id: str
+    name: str
+    kind: str
+    url: str | None
+    state: str
+    reconnects: int
+    failures: int
+    last_error: str | None
+    bytes: int
+    drops: int
+    links: dict[str, str]
+
+
+class OutputList(Wire):
+    outputs: list[OutputView]
+
+
 # ---------------------------------------------------------------- avatars, keys, the server
 
 
