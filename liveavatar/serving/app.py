@@ -78,7 +78,7 @@ def _usable(store: AvatarStore, consents: ConsentLog) -> Usable:
     def usable(avatar_id: str, mode: str, sees: Callable[[str], bool]) -> Path:
         avatar = store.get(avatar_id, sees)
         if avatar.consent is not None:
-            consents.require(avatar.consent, mode, avatar.media)
+            consents.check(avatar.consent, avatar.owner, use=mode, media=avatar.media)
         return store.portrait(avatar.id)
 
     return usable

@@ -60,7 +60,7 @@ def count(metrics: Metrics, problem: Problem, path: str) -> None:
     elif problem.status == 429:
         metrics.rate_limited(LIMITED.get(problem.kind) or LIMITED.get(getattr(problem, "what", ""), "requests"))
     elif problem.kind == "ssrf":
-        metrics.ssrf_blocked("address")
+        metrics.ssrf_blocked(getattr(problem, "reason", "address"))
     elif UPLOADS.fullmatch(path) and problem.status in REJECTED:
         metrics.upload_rejected("consent" if problem.kind.startswith("consent") else REJECTED[problem.status])
     elif path == "/v1/sessions" and problem.kind.startswith("consent"):

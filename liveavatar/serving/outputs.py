@@ -15,11 +15,12 @@ import structlog
 from liveavatar.core import ConfigError
 from liveavatar.serving.desk import Lease
 from liveavatar.serving.durable import private_folder
-from liveavatar.serving.egress import FORMS, Destination, OutputStatus, Target
+from liveavatar.serving.egress import Destination, OutputStatus
 from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
 from liveavatar.serving.recorder import Recorder, Sign
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.ssrf import check_url
+from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.wire import OutputWish
 
 MOST = 8  # of one session
@@ -93,9 +94,11 @@ class Outputs:
         if wanted.url is not None:
             await self._allowed(wanted.kind, wanted.url)
 
-    async def _allowed(self, kind: str, url: str) -> None:
+    async def _allowed(self, kind: str, url: str) -> str:
+        """Where to connect: the address that was checked; with TLS the name stays, for certificates speak of names."""
         outputs = self._settings.outputs
-        await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        target = await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        return url if target.scheme.endswith("s") else target.pinned
 
     async def start(self, lease: Lease, wanted: Wanted) -> Output:
         """Send the session there from now on. Raises what check() raises, RateLimited, Unprocessable, Conflict."""
@@ -131,7 +134,7 @@ class Outputs:
         except ConfigError as error:
             raise Unprocessable(str(error)) from None
         return Destination(wanted.kind, target, *size, settings.outputs, ask_keyframe=session.ask_keyframe, report=report, clock=session.clock,
-                           check=None if folder else lambda target: self._allowed(target.kind, target.url))  # fmt: skip
+                           check=None if folder else lambda url: self._allowed(wanted.kind, url))  # fmt: skip
 
     def _spawn(self, work) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)

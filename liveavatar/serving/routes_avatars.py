@@ -11,7 +11,6 @@ from fastapi.responses import FileResponse, JSONResponse
 from liveavatar.serving.access import CONTROL, VIEW, Principal
 from liveavatar.serving.consent import media_hash
 from liveavatar.serving.problems import Forbidden
-from liveavatar.serving.routes_provenance import found
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.store import EVERYBODY, Avatar
 from liveavatar.serving.uploads import portrait as clean_portrait
@@ -56,7 +55,7 @@ async def register(data: bytes, name: str, consent_id: str | None, synthetic: bo
         raise Forbidden("a person's face needs consent_id; a face that is nobody's, synthetic=true; never both", kind="consent_required")
     media = media_hash(data)
     if consent_id is not None:
-        at.consents.require(consent_id, found(consent_id, who, at).scope[0], media)
+        at.consents.check(consent_id, who.owner, media=media)
     clean = await asyncio.to_thread(clean_portrait, data)
     return await asyncio.to_thread(lambda: at.store.add(clean, name=name, owner=who.owner, consent=consent_id, media=media))
 
