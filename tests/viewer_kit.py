@@ -117,7 +117,8 @@ class Peer:
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[RTCIceServer(**s) for s in servers], **options))
         self.pc.on("track", lambda track: self._tasks.append(asyncio.ensure_future(self._read(track))))
         for kind in kinds:
-            self.pc.addTransceiver(microphone if microphone and kind == "audio" else kind, "sendrecv" if microphone and kind == "audio" else "recvonly")
+            speaks = microphone is not None and kind == "audio"
+            self.pc.addTransceiver(microphone if speaks else kind, "sendrecv" if speaks else "recvonly")
         self.channel = self.pc.createDataChannel("pulse") if channel else None
         if channel:
             self.channel.on("message", self._message)
@@ -185,9 +186,10 @@ def free_port(host: str) -> int:
 async def coturn(folder, host: str, secret: str):
     """Gives its TURN URL."""
     port = free_port(host)
-    command = ["turnserver", "-n", "--listening-ip", host, "--relay-ip", host, "--listening-port", str(port), "--min-port", "50000", "--max-port", "50999",
-               "--use-auth-secret", f"--static-auth-secret={secret}", "--realm=avatar.test", "--no-tls", "--no-dtls", "--no-cli",
-               "--log-file=stdout", "--pidfile", str(folder / "turn.pid"), "--db", str(folder / "turndb"), "--simple-log"]  # fmt: skip
+    command = ["turnserver", "-n", "--listening-ip", host, "--relay-ip", host, "--listening-port", str(port),
+               "--min-port", "50000", "--max-port", "50999", "--use-auth-secret", f"--static-auth-secret={secret}", "--realm=avatar.test",
+               "--no-tls", "--no-dtls", "--no-cli", "--log-file=stdout", "--simple-log",
+               "--pidfile", str(folder / "turn.pid"), "--db", str(folder / "turndb")]  # fmt: skip
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL)
     try:
         await until(lambda: process.returncode is not None or bound(host, port))

@@ -4,6 +4,9 @@ The session encodes once; every viewer gets the same packets (serving.md 7.3), s
 else. A viewer is a `packets.Sink` with an edge for pictures and one for sound, which its two tracks empty. Nothing
 leaves before both have something (CLK-3), and the first picture is a keyframe.
 
+A data channel that the peer opens carries JSON: {"type": "ping" | "pong", "t": ...} both ways (a pong of ours also has
+"server", Unix ms), and from the page {"type": "stats", "report": {...}}, figures of its getStats().
+
 Two things of aiortc's sender are private, hence the exact version in setup.py and a test that fails when they change:
 `_send_keyframe`, called when the peer lost pictures (PLI, FIR), is ours; and the wall time of its sender reports is
 that of the packet's pts, not of the moment of sending, so both tracks tell the peer the same clock to the microsecond.
@@ -30,6 +33,7 @@ from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 from liveavatar.serving import packets
 from liveavatar.serving.offers import CANDIDATES, Fragment, Offer
 from liveavatar.serving.problems import Capacity, Problem, Unprocessable
+from liveavatar.telemetry import now as monotonic
 
 Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz
 
@@ -41,8 +45,6 @@ MESSAGE_BYTES = 4096  # of a peer's message on its data channel
 REFUSALS = (ValueError, AssertionError, exceptions.InvalidAccessError, exceptions.InvalidStateError, exceptions.OperationError,
             exceptions.InternalError)  # fmt: skip
 TRACKS = {packets.H264: ("video", ("video/h264", "video/rtx")), packets.OPUS: ("audio", ("audio/opus",))}
-REPORTED = {"jitterBufferDelay": 1e9, "jitterBufferEmittedCount": 1e12, "freezeCount": 1e9, "framesDropped": 1e12, "framesDecoded": 1e12,
-            "pliCount": 1e9, "nackCount": 1e9}  # of a browser's inbound-rtp (MET-2), and the most that is believed  # fmt: skip
 
 log = structlog.get_logger(__name__)
 
@@ -171,19 +173,19 @@ class Microphone:
 class Viewer:
     """One peer of one session; a sink of it from the moment it is connected.
 
-    ice: RTCIceServer dictionaries for our own side. heard: gets its microphone. gone: told once when it has closed.
+    ice: RTCIceServer dictionaries for our own side. heard: gets its microphone. told: gets what its page says of its
+    reception (MET-2), unchecked; may raise Problem. gone: told once when it has closed.
     """
 
     def __init__(self, session: Source, *, ice: list[dict] = (), relay_only: bool = False, heard: Heard | None = None,
-                 gone: Callable[[Viewer], None] = lambda viewer: None, patience: Patience = Patience(),
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+                 told: Callable[[object], None] = lambda figures: None, gone: Callable[[Viewer], None] = lambda viewer: None,
+                 patience: Patience = Patience(), clock: Callable[[], float] = monotonic):  # fmt: skip
         self.id, self.etag = secrets.token_urlsafe(16), secrets.token_hex(8)
         self.name, self.wants, self.state = f"webrtc:{self.id[:6]}", frozenset(), "new"
-        self.reported: dict[str, float] = {}  # what its page said of itself (MET-2)
         self.stats = ViewerStats()
         self.edges = {codec: packets.Edge(f"{self.name}.{kind}", seconds=EDGE_SECONDS, sound_seconds=EDGE_SECONDS, ask_keyframe=session.ask_keyframe)
                       for codec, (kind, _) in TRACKS.items()}  # fmt: skip
-        self._session, self._heard, self._gone, self._patience, self._clock = session, heard, gone, patience, clock
+        self._session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
         self._offer: Offer | None = None
         self._barrier, self._timing = asyncio.Event(), Clock()
         self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
@@ -234,17 +236,22 @@ class Viewer:
             raise Unprocessable(f"more than {CANDIDATES} candidates")
         for candidate in (c for c in fragment.candidates if c.sdpMid == self._offer.mid):  # those of bundled sections are not used
             await self._peer.addIceCandidate(candidate)
-        if fragment.complete:
-            await self._peer.addIceCandidate(None)
 
     def _changed(self) -> None:
         state = self._peer.connectionState
         if state == "connected" and self.state == "new":
-            self.state, self._sign = "connected", self._clock()
-            self._session.add_sink(self)
-            self._session.ask_keyframe()  # a late joiner must not wait for the next one that is due
+            self._begin()
         elif state in ("failed", "closed"):
             self.close(state)
+
+    def _begin(self) -> None:
+        try:
+            self._session.add_sink(self)
+        except Problem as problem:  # the session ended while this peer was on its way
+            self.close(problem.kind)
+        else:
+            self.state, self._sign = "connected", self._clock()
+            self._session.ask_keyframe()  # a late joiner must not wait for the next one that is due
 
     # -- packets.Sink
 
@@ -296,7 +303,13 @@ class Viewer:
         if message.get("type") == "ping":
             self._say({"type": "pong", "t": message.get("t"), "server": time.time() * 1000})
         elif message.get("type") == "stats":
-            self.reported = {key: float(min(message[key], most)) for key, most in REPORTED.items() if _counts(message.get(key))}
+            self._report(message.get("report"))
+
+    def _report(self, figures: object) -> None:
+        try:
+            self._told(figures)
+        except Problem as problem:
+            log.info("report", viewer=self.name, refused=problem.detail)
 
     def _say(self, message: dict) -> None:
         if self._channel is not None and self._channel.readyState == "open":
@@ -377,6 +390,3 @@ def _read_message(text: str | bytes) -> dict:
         return {}
     return message if isinstance(message, dict) else {}
 
-
-def _counts(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
