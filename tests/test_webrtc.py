@@ -105,6 +105,12 @@ def a_viewer(*wants: str) -> Viewer:
     return viewer
 
 
+def a_track(viewer: Viewer, kind: str, codec: str, fresh, clock=lambda: 0.0) -> webrtc.PacketTrack:
+    track = webrtc.PacketTrack(kind, viewer.edges[codec], viewer._barrier, viewer._wall, fresh, clock)
+    track.sender = viewer
+    return track
+
+
 def test_nothing_leaves_before_both_have_something_and_pictures_begin_with_a_keyframe():
     """CLK-3; what cannot be decoded is not sent, and sound of before the first picture would only be late."""
 
@@ -149,8 +155,7 @@ def test_after_an_interruption_nothing_of_the_past_leaves():
     async def body():
         viewer = a_viewer()
         viewer.put(picture(0, key=True)), viewer.put(sound(0)), viewer.put(sound(1))
-        track = webrtc.PacketTrack("audio", viewer.edges[OPUS], viewer._barrier, viewer._timing, lambda item: item.epoch >= viewer._epoch)
-        track.sender = viewer
+        track = a_track(viewer, "audio", OPUS, lambda item: item.epoch >= viewer._epoch)
         assert (await track.recv()).pts == 0
         held = asyncio.ensure_future(track.recv())  # sound(1) is out of the edge, held back for 20 ms
         await asyncio.sleep(0)
@@ -167,21 +172,46 @@ def test_after_an_interruption_nothing_of_the_past_leaves():
     asyncio.run(body())
 
 
+def test_what_is_late_is_not_held_back():
+    """Pictures leave 20 ms after their tick and a tick's second sound with them; a burst after a stall leaves at once."""
+
+    async def body():
+        late, viewer = 0.0, a_viewer()
+        pictures, sounds = a_track(viewer, "video", H264, lambda item: True, lambda: late), a_track(viewer, "audio", OPUS, lambda item: True, lambda: late)
+        viewer.put(picture(0, key=True)), viewer.put(sound(0)), viewer.put(sound(1))
+
+        async def took(track) -> float:
+            start = time.monotonic()
+            await track.recv()
+            return time.monotonic() - start
+
+        assert await took(pictures) >= 0.019 and await took(sounds) < 0.015 and await took(sounds) >= 0.019
+        late = 1.0
+        for tick in range(1, 5):
+            viewer.put(picture(tick)), viewer.put(sound(2 * tick)), viewer.put(sound(2 * tick + 1))
+        start = time.monotonic()
+        for track in [pictures] * 4 + [sounds] * 8:
+            await track.recv()
+        assert time.monotonic() - start < 0.1  # 0.16 s if each were held
+
+    asyncio.run(body())
+
+
 def test_both_tracks_tell_one_clock_and_pts_may_be_weeks_long():
     """CLK-1, CLK-6: wall time of a pts differs from another's by exactly the media time between them."""
-    clock = webrtc.Clock()
+    clock = webrtc.WallClock()
     first = clock.ntp(0.04)
     assert abs(first / 2**32 - (time.time() + 2_208_988_800)) < 1
     assert clock.ntp(0.04) == first and clock.ntp(30 * 86_400 + 0.04) - first == 30 * 86_400 << 32
+
     async def body():
         viewer = a_viewer(H264)
-        track = webrtc.PacketTrack("video", viewer.edges[H264], viewer._barrier, viewer._timing, lambda item: True)
-        track.sender = viewer
+        track = a_track(viewer, "video", H264, lambda item: True)
         far = 60 * 86_400 * 25  # ticks: RTP's 32 bits have wrapped a hundred times
         viewer.put(picture(far, key=True)), viewer.put(picture(far + 1))
         packets = [await track.recv(), await track.recv()]
         assert [p.pts * p.time_base for p in packets] == [Fraction(far, 25), Fraction(far + 1, 25)]
-        assert viewer._RTCRtpSender__ntp_timestamp == viewer._timing.ntp(far / 25)
+        assert viewer._RTCRtpSender__ntp_timestamp == viewer._wall.ntp(far / 25)
 
     asyncio.run(body())
 

@@ -19,10 +19,12 @@ from liveavatar.core import FPS
 from liveavatar.serving.encoder import OpusEncoder, VideoEncoder
 from liveavatar.serving.packets import H264, OPUS, SOUND_RATE, TICK_SAMPLES, Tick
 from liveavatar.serving.settings import MediaConfig
+from liveavatar.telemetry import now as monotonic
 
 WIDTH, HEIGHT, CELL = 320, 240, 10  # pixels; 32 cells of the bar code: 20 bits of milliseconds, 12 that check them
 SPACING = 0.5  # seconds between keyframes that are asked for, as the session holds it
 LEVEL = 0.5  # of the beep
+LATE = 0.3  # seconds after which the card's clock is set anew
 
 
 def bar_code(milliseconds: int) -> np.ndarray:
@@ -92,10 +94,11 @@ class Card:
         self.index += 1
 
     async def run(self) -> None:
-        start = time.monotonic()
+        due = monotonic()
         while True:
-            await asyncio.sleep(max(0.0, start + self.index / FPS - time.monotonic()))
-            self.step(time.monotonic())
+            await asyncio.sleep(max(0.0, due - monotonic()))
+            self.step(now := monotonic())
+            due = due + 1 / FPS if now - due < LATE else now + 1 / FPS  # CLK-2: re-anchored, no burst
 
 
 @contextlib.asynccontextmanager

@@ -38,7 +38,7 @@ from liveavatar.telemetry import now as monotonic
 Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz
 
 EDGE_SECONDS = 0.2  # what waits for a viewer: five pictures, 200 ms of sound (serving.md 4)
-PICTURE_HOLD = 0.02  # seconds, see PacketTrack._pause
+PICTURE_HOLD = 0.02  # seconds, see PacketTrack._hold
 HEARD_RATE = 16_000  # Hz, of what a microphone brings
 HEARD_FRAMES = 50  # of 20 ms that wait for whoever listens; then the oldest goes
 MESSAGE_BYTES = 4096  # of a peer's message on its data channel
@@ -84,7 +84,7 @@ class ViewerStats:
     heard_drops: int = 0
 
 
-class Clock:
+class WallClock:
     """Wall time of a pts, the same for both tracks: the first packet's, then as the pts go. Never set again, for what
     counts is that pictures and sound agree."""
 
@@ -100,17 +100,20 @@ class Clock:
 
 
 class PacketTrack(MediaStreamTrack):
-    """Hands a viewer's packets of one codec to aiortc, which sends them as they are. fresh: whether a packet may still leave."""
+    """Hands a viewer's packets of one codec to aiortc, which sends them as they are. fresh: whether a packet may still leave.
+    clock: the session's, by which packets were made."""
 
-    def __init__(self, kind: str, edge: packets.Edge, barrier: asyncio.Event, clock: Clock, fresh: Callable[[packets.Packet], bool]):
+    def __init__(self, kind: str, edge: packets.Edge, barrier: asyncio.Event, wall: WallClock, fresh: Callable[[packets.Packet], bool],
+                 clock: Callable[[], float]):  # fmt: skip
         super().__init__()
         self.kind, self.sender = kind, None
-        self._edge, self._barrier, self._clock, self._fresh, self._sent = edge, barrier, clock, fresh, None
+        self._edge, self._barrier, self._wall, self._fresh, self._clock = edge, barrier, wall, fresh, clock
+        self._sent: packets.Packet | None = None
 
     async def recv(self) -> av.Packet:
         """The next packet; raises MediaStreamError when the viewer is closed."""
         if self._sent is not None:  # aiortc has just stamped what it sent with the time of sending
-            self.sender._RTCRtpSender__ntp_timestamp = self._clock.ntp(self._sent.seconds)
+            self.sender._RTCRtpSender__ntp_timestamp = self._wall.ntp(self._sent.seconds)
         await self._barrier.wait()
         item = self._sent = await self._next()
         packet = av.Packet(item.data)
@@ -119,15 +122,17 @@ class PacketTrack(MediaStreamTrack):
 
     async def _next(self) -> packets.Packet:
         while (item := await self._edge.get()) is not None:
-            await asyncio.sleep(self._pause(item))
+            hold = self._hold(item)
+            await asyncio.sleep(min(hold, max(0.0, item.made + hold - self._clock())))  # what is late anyway is not held back
             if self._fresh(item):
                 return item
         raise MediaStreamError
 
-    def _pause(self, item: packets.Packet) -> float:
-        """Seconds an item is held back, for the jitter buffer of a browser's sound is the longer one: pictures a little;
-        and a tick's second 20 ms of sound, which come with the first, so that they do not look like jitter to it.
-        Measured in Chromium, sound behind pictures: 56 ms, with the spacing alone 41 ms, with both 16-31 ms."""
+    def _hold(self, item: packets.Packet) -> float:
+        """Seconds after its tick an item leaves at the earliest, for the jitter buffer of a browser's sound is the longer
+        one: pictures a little later; and a tick's second 20 ms of sound, which come with the first, not with it, which
+        would look like jitter. Measured in Chromium, sound behind pictures: 56 ms, with the spacing alone 41 ms, with
+        both 16-31 ms."""
         if self.kind == "video":
             return PICTURE_HOLD
         return item.duration / item.rate if self._sent is not None and item.made == self._sent.made else 0.0
@@ -187,7 +192,7 @@ class Viewer:
                       for codec, (kind, _) in TRACKS.items()}  # fmt: skip
         self._session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
         self._offer: Offer | None = None
-        self._barrier, self._timing = asyncio.Event(), Clock()
+        self._barrier, self._wall = asyncio.Event(), WallClock()
         self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
         self._sign, self._reports, self._channel, self._microphone = clock(), {}, None, None
         self._tasks: set[asyncio.Task] = set()
@@ -221,7 +226,7 @@ class Viewer:
         """A transceiver that can speak `codec` alone; must be there before the offer is, or VP8 is chosen (7.2)."""
         kind, types = TRACKS[codec]
         speaks = codec == packets.OPUS and self._heard is not None and self._offer.speaks
-        track = PacketTrack(kind, self.edges[codec], self._barrier, self._timing, lambda item: item.epoch >= self._epoch)
+        track = PacketTrack(kind, self.edges[codec], self._barrier, self._wall, lambda item: item.epoch >= self._epoch, self._clock)
         transceiver = self._peer.addTransceiver(track, "sendrecv" if speaks else "sendonly")
         transceiver.setCodecPreferences([c for c in RTCRtpSender.getCapabilities(kind).codecs if c.mimeType.lower() in types])
         track.sender = transceiver.sender
