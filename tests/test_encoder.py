@@ -10,17 +10,9 @@ from liveavatar.core import ConfigError
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.packets import TICK_SAMPLES, Tick
 from liveavatar.serving.settings import MediaConfig
+from onair import SIZE, moving_tick
 
-SIZE, EVENT, START = 64, 30, 1_000  # the event's tick, counted from the first; sessions are long when somebody joins
-
-
-def moving_tick(index: int, *, event: int | None = None, size: int = SIZE) -> Tick:
-    """A grey picture with a bar that moves, silence; at tick `event` a white picture and a click on its first samples."""
-    picture, sound = np.full((size, size, 3), 60, np.uint8), np.zeros(TICK_SAMPLES, np.int16)
-    picture[:, index % size] = (200, 30, 90)
-    if index == event:
-        picture[:], sound[:24] = 255, 20_000
-    return Tick(index=index, epoch=index // 50, kind="speech", picture=picture, sound=sound)
+EVENT, START = 30, 1_000  # the event's tick, counted from the first; sessions are long when somebody joins
 
 
 def decoded(codec: str, packets, extradata=None) -> list:
@@ -40,7 +32,7 @@ def units(data: bytes) -> list[int]:
 
 def heard(encoder, decoder: str, extradata=None) -> tuple[float, list]:
     """Seconds at which the click sits in what is decoded, and the packets."""
-    packets = [p for i in range(START, START + 60) for p in encoder.encode(moving_tick(i, event=START + EVENT))]
+    packets = [p for i in range(START, START + 60) for p in encoder.encode(moving_tick(i, event=i == START + EVENT))]
     frames = decoded(decoder, packets, extradata)
     sound = np.concatenate([f.to_ndarray()[0] for f in frames]).astype(np.float64)
     sound = np.abs(sound) / np.abs(sound).max()
@@ -79,7 +71,7 @@ def test_colours_survive():
 def test_flash_and_click_meet():
     """Exact A/V: the event of tick n is seen at n / 25 s and heard within 1 ms of it, by either codec."""
     video = VideoEncoder(SIZE, SIZE, MediaConfig(encoder="libx264"))
-    packets = [p for i in range(START, START + 60) for p in video.encode(moving_tick(i, event=START + EVENT), 0.0)]
+    packets = [p for i in range(START, START + 60) for p in video.encode(moving_tick(i, event=i == START + EVENT), 0.0)]
     seen = [f.pts / 90_000 for f in decoded("h264", packets) if f.reformat(format="gray").to_ndarray().mean() > 200]
     assert seen == [(START + EVENT) / 25]
     opus, aac = OpusEncoder(MediaConfig()), AacEncoder(MediaConfig())

@@ -12,64 +12,89 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from liveavatar import __version__
-from liveavatar.serving import answers, routes_avatars, routes_server, routes_sessions, stream_socket
-from liveavatar.serving.access import Access, Principal
-from liveavatar.serving.desk import Desk
+from liveavatar.serving import answers, routes_avatars, routes_outputs, routes_provenance, routes_server, routes_sessions, stream_socket, whep
+from liveavatar.serving.access import Access
+from liveavatar.serving.consent import ConsentLog
+from liveavatar.serving.desk import Desk, Lease, Usable
 from liveavatar.serving.gate import FORM_BYTES, OPENAPI, Gate
+from liveavatar.serving.ice import IceServers
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
+from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.outputs import Outputs
+from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
-from liveavatar.serving.recorded import Decode
-from liveavatar.serving.services import Consents, Services, Speak
+from liveavatar.serving.recorder import Sign
+from liveavatar.serving.services import BEARER, Services, Speak
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.signing import Signer
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.webhooks import Webhooks
+from liveavatar.serving.whep import Viewers
 
 CONSOLE = Path(__file__).parent / "console"
-GOODBYE_SECONDS = 5.0  # for webhooks that wait when the server ends
 EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED)  # headers a listed page may read
 
 
-def create_app(studio: Studio, settings: ServeConfig, *, portraits: Callable[[bytes], bytes], decode: Decode, consents: Consents, webhooks: Webhooks,
-               speak: Speak | None = None) -> FastAPI:  # fmt: skip
+def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, speak: Speak | None = None) -> FastAPI:
     """The application of one server. It owns leases and whatever ends with the process, but not the studio.
+
+    speak: text to speech. Raises ConfigError, LogError for files in storage.folder that are not what they were.
 
     Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
     sessions, `desk.lease` tells whose one is.
     """
     quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
-    store = AvatarStore(folder / "avatars")
+    store, consents, metrics = AvatarStore(folder / "avatars"), ConsentLog(folder), metrics or studio.metrics
     at = Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                  desk=Desk(studio, settings, quotas, _usable(store, consents)), webhooks=webhooks, portraits=portraits, decode=decode,
-                  consents=consents, speak=speak)  # fmt: skip
+                  desk=Desk(studio, settings, quotas, _usable(store, consents)), webhooks=Webhooks(settings.outputs.private, metrics.webhook),
+                  outputs=Outputs(settings, facts=_facts(store), sign=_sign(settings)), viewers=Viewers(IceServers(settings.network), settings.access.viewers),
+                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), speak=speak)  # fmt: skip
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
     app.state.services = at
+    if settings.listen.admin_port is None:
+        app.include_router(routes_server.metrics)
     answers.install(app)
-    for router in (routes_server.probes, routes_server.router, routes_avatars.router, routes_sessions.router, stream_socket.router):
+    for router in (routes_server.probes, routes_server.router, routes_avatars.router, routes_provenance.router, routes_sessions.router, routes_outputs.router, stream_socket.router):
         app.include_router(router)
+    app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=at.microphone), dependencies=[BEARER])
     if CONSOLE.is_dir():
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)
     return app
 
 
-def _usable(store: AvatarStore, consents: Consents) -> Callable[[str, Principal], Path]:
-    def usable(avatar_id: str, who: Principal) -> Path:
-        """The portrait of an avatar this one may use now. Raises NotFound, Forbidden (consent_revoked)."""
-        avatar = store.get(avatar_id, lambda owner: who.sees(owner, who.session))
+def _facts(store: AvatarStore) -> Callable[[Lease], dict]:
+    def facts(lease: Lease) -> dict:
+        """What the side-car of a recording says of its session (REC-4)."""
+        avatar = lease.wish.avatar
+        return {"session": lease.id, "owner": lease.owner, "avatar": avatar, "consent": store.get(avatar).consent}
+
+    return facts
+
+
+def _usable(store: AvatarStore, consents: ConsentLog) -> Usable:
+    def usable(avatar_id: str, mode: str, sees: Callable[[str], bool]) -> Path:
+        avatar = store.get(avatar_id, sees)
         if avatar.consent is not None:
-            consents.check(avatar.consent, avatar.owner)
+            consents.require(avatar.consent, mode, avatar.media)
         return store.portrait(avatar.id)
 
     return usable
 
 
+def _sign(settings: ServeConfig) -> Sign | None:
+    """What signs recordings, where they are to be signed. Raises ConfigError."""
+    wanted = settings.provenance
+    return Signer(settings.storage.folder, wanted.certificate, wanted.key).sign if wanted.sign else None
+
+
 def _guard(app: FastAPI, at: Services) -> None:
     """What every request passes; the last one added comes first."""
     access, listen = at.settings.access, at.settings.listen
-    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, bounds=(
-        ("/v1/avatars", access.image_bytes + FORM_BYTES),
+    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, metrics=at.metrics, bounds=(
+        ("/v1/avatars|/v1/consents|/v1/compat/bithuman", access.image_bytes + FORM_BYTES),
         ("/v1/sessions/[^/]+/audio", access.audio_bytes),
     ))  # fmt: skip
     if listen.origins:
@@ -80,11 +105,11 @@ def _guard(app: FastAPI, at: Services) -> None:
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     at: Services = app.state.services
-    ticking = asyncio.create_task(at.desk.run())
+    tasks = [asyncio.create_task(work) for work in (at.desk.run(), at.probe.run())]
     try:
         yield
     finally:
-        ticking.cancel()
-        await asyncio.gather(ticking, return_exceptions=True)
-        await at.desk.close_all("drain")
-        await at.webhooks.close(GOODBYE_SECONDS)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await at.close()

@@ -15,16 +15,17 @@ from liveavatar.core import LiveAvatarError
 from liveavatar.serving.access import Principal
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, RateLimited
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.studio import Studio
 from liveavatar.telemetry import now as monotonic
 
+Usable = Callable[[str, str, Callable[[str], bool]], Path]
 OVER = ("closing", "closed", "failed")
 REMEMBERED = 1000  # sessions that are over and can still be asked about
 EPOCHS_AHEAD = 1000  # a client may be
 TICK_SECONDS = 0.5  # between two looks at all leases
-SLOW_LOOP = 2.0  # seconds the event loop may be late before /livez says so
 
 log = structlog.get_logger("liveavatar.sessions")
 
@@ -94,19 +95,18 @@ class Lease:
 class Desk:
     """All leases of one server; used from its event loop alone.
 
-    studio: Studio. usable(avatar id, principal): its portrait, or raises a Problem for an avatar this one may not use.
-    ended: called with each lease that is over.
+    usable(avatar id, mode, whether it sees an owner): the portrait, or a Problem for an avatar that may not be used.
     """
 
-    def __init__(self, studio, settings: ServeConfig, quotas: Quotas, usable: Callable[[str, Principal], Path], *,
+    def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, *,
                  clock: Callable[[], float] = monotonic, wall: Callable[[], float] = time.time,
-                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep, ended: Callable[[Lease], None] = lambda lease: None):  # fmt: skip
-        self.studio, self.settings, self.quotas, self.usable = studio, settings, quotas, usable
-        self._clock, self._wall, self._sleep, self._ended = clock, wall, sleep, ended
+                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
+        self.studio, self.settings, self.quotas, self._usable = studio, settings, quotas, usable
+        self._clock, self._wall, self._sleep = clock, wall, sleep
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
         self._building: Counter[str] = Counter()  # sessions of a key that are being opened: they count already
-        self._ticked, self.lag, self.started = clock(), 0.0, False
+        self._started = False
 
     # ------------------------------------------------------------ whose is it
 
@@ -144,17 +144,27 @@ class Desk:
         principal.need_key()
         if self.studio.draining:
             raise Capacity("the server is shutting down", kind="draining", retry_after=30)
-        role = Role(avatar=wish.avatar, picture=self.usable(wish.avatar, principal), prompt=wish.prompt or "", owner=principal.owner,
+        role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, wish.mode), prompt=wish.prompt or "", owner=principal.owner,
                     metadata=wish.metadata)  # fmt: skip
-        self.quotas.count("sessions", principal.key)
-        if self._held(principal.key) >= self.settings.access.sessions:
-            raise RateLimited(f"{self.settings.access.sessions} sessions at once with this key", kind="quota", headers={"Retry-After": "5"})
+        self.quotas.sessions(principal.key, self._held(principal.key))
         self._building[principal.key] += 1
         try:
             session = await self.studio.open(role, mode=wish.mode)
         finally:
             self._building[principal.key] -= 1
         return self._admit(principal, wish, session)
+
+    def portrait(self, principal: Principal, avatar_id: str, mode: str | None) -> Path:
+        """The picture of an avatar this one may show in this mode. Raises NotFound, Forbidden (consent_...)."""
+        return self._usable(avatar_id, mode or self.settings.mode, lambda owner: principal.sees(owner, principal.session))
+
+    def _revoked(self, lease: Lease) -> bool:
+        """Whether the face may not be shown any more: consents expire, and are revoked from the command line, too."""
+        try:
+            self._usable(lease.wish.avatar, lease.mode, lambda owner: True)
+        except Problem:
+            return True
+        return False
 
     def _held(self, key: str) -> int:
         return self._building[key] + sum(lease.key == key for lease in self._leases.values())
@@ -167,7 +177,7 @@ class Desk:
         lease.feeder = Feeder(session, lambda error: log.warning("speech_failed", session=session.id, reason=type(error).__name__), errors=(LiveAvatarError,))
         self._leases[session.id] = lease
         self.spawn(lease, lease.feeder.run())
-        log.info("session_opened", session=session.id, owner=lease.owner, key=lease.key, avatar=wish.avatar, mode=lease.mode)
+        log.info("session_opened", session=session.id, owner=lease.owner, prefix=lease.key, avatar=wish.avatar, mode=lease.mode)
         return lease
 
     def spawn(self, lease: Lease, work) -> asyncio.Task:
@@ -191,7 +201,7 @@ class Desk:
         await lease.session.close(reason)
         for task in lease.tasks:
             task.cancel()
-        self._ended(lease)
+        self.studio.metrics.session_ended(reason)
         log.info("session_ended", session=lease.id, owner=lease.owner, reason=lease.reason, seconds=round(self._clock() - lease.opened, 1))
 
     # ------------------------------------------------------------ leases
@@ -214,24 +224,24 @@ class Desk:
             lease.seen = max(lease.seen, lease.session.used_at)  # somebody watches, or pushed speech
             if lease.over:
                 await self.close(lease, "failed" if lease.session.state == "failed" else "closed")
+            elif self._revoked(lease):
+                await self.close(lease, "consent")
             elif now - lease.opened >= lease.length_seconds:
                 await self.close(lease, "length")
             elif now - lease.seen >= lease.idle_seconds:
                 await self.close(lease, "idle")
 
     async def run(self) -> None:
-        """Tick until cancelled, and measure how late the event loop is."""
+        """Tick until cancelled."""
         while True:
-            self._ticked = before = self._clock()
             await self._sleep(TICK_SECONDS)
-            self.lag = max(0.0, self._clock() - before - TICK_SECONDS)
-            self.started = self.started or self.studio.alive
             await self.tick()
 
     @property
-    def alive(self) -> bool:
-        """The loop turns, and not too late."""
-        return self.lag < SLOW_LOOP and self._clock() - self._ticked < SLOW_LOOP + TICK_SECONDS
+    def started(self) -> bool:
+        """The chain was up at least once."""
+        self._started = self._started or self.studio.alive
+        return self._started
 
     # ------------------------------------------------------------ drain
 
@@ -239,6 +249,7 @@ class Desk:
         """From now on no session is opened (17.2)."""
         if not self.studio.draining:
             self.studio.draining = True
+            self.studio.metrics.draining(True)
             log.info("draining", sessions=len(self._leases))
 
     async def drain(self) -> None:

@@ -37,6 +37,7 @@ def bind(settings: ServeConfig) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((settings.listen.host, settings.listen.port))
+    listening.listen()  # who comes before the application is up waits
     return listening
 
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from liveavatar.serving.packets import CODECS
+from liveavatar.serving.packets import CODECS, Sink
 from liveavatar.serving.settings import ENGINES, MODES
 
 PREFIX = "liveavatar_"
@@ -26,6 +26,7 @@ prometheus_client.disable_created_metrics()  # a second series for each, which n
 SINKS = ("webrtc", "rtmp", "hls", "whip", "record", "livekit", "pipecat", "socket")
 EDGES = ("audio_in", "engine_in", "playout", "viewer", "rtmp", "hls", "whip", "record", "livekit", "pipecat", "events", "webhooks")
 STAGES = ("condition", *(f"step{k}" for k in range(8)), "decode", "other")
+PROCESSES = ("head", *(f"rank{n}" for n in range(64)))
 FILLERS = ("schedule", "underrun", "restart", "degraded", "parked")
 
 QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -150,6 +151,12 @@ TABLE = {row.name: row for row in (
 )}  # fmt: skip
 
 
+def sink_kind(sink: Sink) -> str:
+    """The label of a sink: what stands before the colon of its name ("webrtc:4f2a", "rtmp:main"); any other is a socket."""
+    kind = sink.name.split(":")[0]
+    return kind if kind in SINKS else "socket"
+
+
 class Level(NamedTuple):
     """A queue now. drops: since it was made."""
 
@@ -174,21 +181,21 @@ class _Gauges(Collector):
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own. Everything but `exposition` is quick; one thread calls.
+    """The metrics of one server, in a registry of their own. `count` and `observe` from any thread, the rest from one.
 
     groups, outputs: the chains and the configured destinations (a destination a client makes counts under its kind).
-    gpus, processes: see probes.py. A value outside a label's set is a mistake of ours: AssertionError.
+    gpus: see probes.py. A value outside a label's set is a mistake of ours: AssertionError.
     """
 
     def __init__(self, *, version: str, commit: str = "unknown", groups: Iterable[str] = ("0",), outputs: Iterable[str] = (),
-                 gpus: Iterable[str] = (), processes: Iterable[str] = ("head",)):  # fmt: skip
+                 gpus: Iterable[str] = ()):  # fmt: skip
         self.registry = CollectorRegistry(auto_describe=False)
         self._open = {"version": (version,), "commit": (commit,), "group": tuple(groups), "output": (*SINKS, *outputs), "gpu": tuple(gpus),
-                      "process": tuple(processes)}  # fmt: skip
+                      "process": PROCESSES}  # fmt: skip
         self._made = {row.name: self._make(row) for row in TABLE.values() if row.kind != "gauge"}
         self._set: dict[str, dict[tuple[str, ...], float]] = {}
         self._readers: dict[str, list[Callable]] = {}
-        self._edges: list[_Edge] = []
+        self._watched: list[_Watched] = []
         self.registry.register(_Gauges(self._sampled))
         self.gauge("build_info", 1, version, commit)
 
@@ -245,15 +252,15 @@ class Metrics:
         Returns what ends it, to be called when the queue is gone; what it dropped until then stays counted.
         """
         self._check("queue_depth", (name,))
-        self._edges.append(edge := _Edge(name, read))
+        self._watched.append(edge := _Watched(name, read))
         return lambda: self._end_edge(edge)
 
-    def _end_edge(self, edge: _Edge) -> None:
-        if edge in self._edges:
+    def _end_edge(self, edge: _Watched) -> None:
+        if edge in self._watched:
             self._read_edge(edge)
-            self._edges.remove(edge)
+            self._watched.remove(edge)
 
-    def _read_edge(self, edge: _Edge) -> Level:
+    def _read_edge(self, edge: _Watched) -> Level:
         level = edge.read()
         self.count("frames_dropped_total", max(0, level.drops - edge.counted), edge.name)
         edge.counted = level.drops
@@ -272,7 +279,7 @@ class Metrics:
 
     def _fullest(self) -> dict[str, Level]:
         levels: dict[str, Level] = {}
-        for edge in self._edges:
+        for edge in self._watched:
             level = self._read_edge(edge)
             if edge.name not in levels or level.depth / level.capacity > levels[edge.name].depth / levels[edge.name].capacity:
                 levels[edge.name] = level
@@ -401,7 +408,7 @@ class Metrics:
         self.count("provenance_errors_total", 1, reason)
 
 
-class _Edge:
+class _Watched:
     """A watched queue, and how many of its drops were counted."""
 
     def __init__(self, name: str, read: Callable[[], Level]):

@@ -1,20 +1,22 @@
-"""Speech in the body of a request: raw PCM, or any recording, decoded out of our reach."""
+"""Speech in the body of a request: raw PCM, or any recording, which another process decodes (uploads.py)."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator
 
 import numpy as np
 from fastapi import Request
 
+from liveavatar.core import SAMPLE_RATE
 from liveavatar.serving.problems import Invalid, Unprocessable, Unsupported
+from liveavatar.serving.uploads import recording
 
-Decode = Callable[[bytes], Awaitable[tuple[np.ndarray, int]]]  # an upload -> (int16 or float32 [n] mono, Hz); raises a Problem
 PCM = ("audio/pcm", "audio/x-pcm")
 RECORDINGS = ("audio/", "video/", "application/octet-stream", "application/ogg")
 
 
-async def read_speech(request: Request, rate: int, decode: Decode) -> tuple[np.ndarray, int]:
+async def read_speech(request: Request, rate: int) -> tuple[np.ndarray, int]:
     """Samples and their rate. rate: Hz of audio/pcm. Raises Unsupported, Invalid, Unprocessable, TooLarge."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if not kind.startswith(RECORDINGS):
@@ -23,7 +25,7 @@ async def read_speech(request: Request, rate: int, decode: Decode) -> tuple[np.n
     if not data:
         raise Unprocessable("the body is empty", kind="empty")
     if kind not in PCM:
-        return await decode(data)
+        return await asyncio.to_thread(recording, data), SAMPLE_RATE
     if len(data) % 2:
         raise Invalid("PCM has two bytes a sample")
     return np.frombuffer(data, "<i2"), rate

@@ -9,9 +9,12 @@ from fastapi import APIRouter, File, Form, Path, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 
 from liveavatar.serving.access import CONTROL, VIEW, Principal
+from liveavatar.serving.consent import media_hash
 from liveavatar.serving.problems import Forbidden
+from liveavatar.serving.routes_provenance import found
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.store import EVERYBODY, Avatar
+from liveavatar.serving.uploads import portrait as clean_portrait
 from liveavatar.serving.wire import AvatarList, AvatarView, problems
 
 router = APIRouter(prefix="/v1/avatars", tags=["avatars"], dependencies=[BEARER])
@@ -41,19 +44,21 @@ async def add_avatar(
     data = await portrait.read()
 
     async def make() -> Response:
-        avatar = await _added(data, name, consent_id, synthetic, who, at)
+        avatar = await register(data, name, consent_id, synthetic, who, at)
         return JSONResponse(view(avatar).model_dump(), 201, {"Location": f"/v1/avatars/{avatar.id}"})
 
     return await at.idempotency.once(who.owner, "avatars", once, b"\0".join((data, name.encode(), repr((consent_id, synthetic)).encode())), make)
 
 
-async def _added(data: bytes, name: str, consent_id: str | None, synthetic: bool, who: Principal, at: Services) -> Avatar:
+async def register(data: bytes, name: str, consent_id: str | None, synthetic: bool, who: Principal, at: Services) -> Avatar:
+    """An uploaded picture as an avatar of the asker's. Raises Forbidden (no consent), and what reading the picture raises."""
     if (consent_id is None) != synthetic:
         raise Forbidden("a person's face needs consent_id; a face that is nobody's, synthetic=true; never both", kind="consent_required")
-    clean = await asyncio.to_thread(at.portraits, data)
+    media = media_hash(data)
     if consent_id is not None:
-        at.consents.check(consent_id, who.owner)
-    return await asyncio.to_thread(at.store.add, clean, name=name, owner=who.owner, consent=consent_id)
+        at.consents.require(consent_id, found(consent_id, who, at).scope[0], media)
+    clean = await asyncio.to_thread(clean_portrait, data)
+    return await asyncio.to_thread(lambda: at.store.add(clean, name=name, owner=who.owner, consent=consent_id, media=media))
 
 
 @router.get("", response_model=AvatarList, responses=problems(403))
@@ -63,38 +68,38 @@ async def list_avatars(who: Who, at: At) -> AvatarList:
     return AvatarList(avatars=[view(avatar) for avatar in at.store.list(lambda owner: who.sees(owner, who.session))])
 
 
-def _found(avatar_id: str, who: Principal, at: Services) -> Avatar:
-    found = at.store.get(avatar_id, lambda owner: who.sees(owner, who.session))
+def _seen(avatar_id: str, who: Principal, at: Services) -> Avatar:
+    avatar = at.store.get(avatar_id, lambda owner: who.sees(owner, who.session))
     who.need(VIEW, CONTROL)
-    return found
+    return avatar
 
 
 @router.get("/{avatar_id}", response_model=AvatarView, responses=problems(403, 404))
 async def get_avatar(avatar_id: AvatarId, who: Who, at: At) -> AvatarView:
     """One of them."""
-    return view(_found(avatar_id, who, at))
+    return view(_seen(avatar_id, who, at))
 
 
 @router.get("/{avatar_id}/portrait", response_class=FileResponse, responses={**problems(403, 404), **PICTURE})
 async def get_portrait(avatar_id: AvatarId, who: Who, at: At) -> FileResponse:
     """Its picture."""
-    return FileResponse(at.store.portrait(_found(avatar_id, who, at).id))
+    return FileResponse(at.store.portrait(_seen(avatar_id, who, at).id))
 
 
 @router.get("/{avatar_id}/thumbnail", response_class=Response, responses={**problems(403, 404), **PICTURE})
 async def get_thumbnail(avatar_id: AvatarId, who: Who, at: At) -> Response:
     """Its picture, small."""
-    return Response(await asyncio.to_thread(at.store.thumbnail, _found(avatar_id, who, at).id), media_type="image/webp")
+    return Response(await asyncio.to_thread(at.store.thumbnail, _seen(avatar_id, who, at).id), media_type="image/webp")
 
 
 @router.delete("/{avatar_id}", status_code=204, responses=problems(403, 404, 409))
 async def erase_avatar(avatar_id: AvatarId, who: Who, at: At) -> Response:
     """Erase a face and everything made of it. Sessions that show it end."""
-    found = _found(avatar_id, who, at)
+    avatar = _seen(avatar_id, who, at)
     who.need_key()
     who.need(CONTROL)
-    if found.owner != EVERYBODY:
-        for lease in at.desk.using(found.id):
+    if avatar.owner != EVERYBODY:
+        for lease in at.desk.using(avatar.id):
             await at.desk.close(lease)
-    await asyncio.to_thread(at.store.erase, found.id)
+    await asyncio.to_thread(at.store.erase, avatar.id)
     return Response(status_code=204)

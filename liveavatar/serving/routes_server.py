@@ -9,11 +9,14 @@ from fastapi.responses import JSONResponse
 
 from liveavatar import __version__
 from liveavatar.serving.access import ADMIN
+from liveavatar.serving.gate import METRICS
+from liveavatar.serving.metrics import CONTENT_TYPE
 from liveavatar.serving.services import BEARER, At, Services, Who
 from liveavatar.serving.wire import KeyList, KeyView, KeyWish, NewKey, ServerView, problems
 
-probes = APIRouter(tags=["probes"])
+probes, metrics = APIRouter(tags=["probes"]), APIRouter()
 router = APIRouter(prefix="/v1", tags=["server"], dependencies=[BEARER])
+SLOW_SECONDS = 2.0  # the event loop may be late before /livez says so
 Prefix = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$")]
 
 
@@ -28,7 +31,7 @@ def _probe(good: bool, **more) -> JSONResponse:
 @probes.get("/livez")
 async def live(at: At) -> JSONResponse:
     """The event loop turns in time. Not: sessions can be opened."""
-    return _probe(at.desk.alive)
+    return _probe(at.probe.lag < SLOW_SECONDS)
 
 
 @probes.get("/ready", include_in_schema=False)
@@ -43,6 +46,12 @@ async def ready(at: At) -> JSONResponse:
 async def started(at: At) -> JSONResponse:
     """The chain was up at least once."""
     return _probe(at.desk.started)
+
+
+@metrics.get(METRICS, response_class=Response, include_in_schema=False)
+async def scrape(at: At) -> Response:
+    """For Prometheus. The gate lets in this machine, and keys with scope admin."""
+    return Response(at.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 # ---------------------------------------------------------------- the server

@@ -12,7 +12,8 @@ from liveavatar.conditioning.identity import load_picture
 from liveavatar.serving.access import CONTROL, PUBLISH, VIEW, Principal
 from liveavatar.serving.desk import Lease, Wish
 from liveavatar.serving.feeder import Utterance
-from liveavatar.serving.problems import Invalid, Unprocessable
+from liveavatar.serving.outputs import wanted
+from liveavatar.serving.problems import Invalid, Problem, Unprocessable
 from liveavatar.serving.recorded import pieces, read_speech
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import (
@@ -50,18 +51,28 @@ async def open_session(wish: SessionWish, who: Who, at: At, once: OnceKey = None
 
 
 def _content(wish: SessionWish) -> bytes:
-    secret = wish.webhook.secret.get_secret_value() if wish.webhook else ""
-    return (wish.model_dump_json() + secret).encode()
+    """All that was asked for; the JSON hides secrets, so they follow it."""
+    secrets = [wish.webhook and wish.webhook.secret, *(output.token for output in wish.outputs)]
+    return "\0".join([wish.model_dump_json(), *(secret.get_secret_value() if secret else "" for secret in secrets)]).encode()
 
 
 async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
     who.need(CONTROL)
+    outputs = [wanted(output) for output in wish.outputs]
     if wish.webhook is not None:
         await at.webhooks.check(wish.webhook.url)
+    for output in outputs:
+        await at.outputs.check(output)
     lease = await at.desk.open(who, Wish(avatar=wish.avatar_id, mode=wish.mode, prompt=wish.prompt, metadata=dict(wish.metadata),
                                          idle_seconds=wish.limits.idle_seconds, length_seconds=wish.limits.length_seconds))  # fmt: skip
     if wish.webhook is not None:
         at.webhooks.follow(lease.session, wish.webhook.url, wish.webhook.secret.get_secret_value())
+    try:
+        for output in outputs:
+            await at.outputs.start(lease, output)
+    except Problem:
+        await at.desk.close(lease, "failed")
+        raise
     return lease
 
 
@@ -114,7 +125,7 @@ async def change_session(session_id: SessionId, change: SessionChange, who: Who,
 
 async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: Principal, at: Services) -> None:
     """Steer a running session. Raises a Problem; an avatar is checked before anything changes."""
-    portrait = None if avatar_id is None else at.desk.usable(avatar_id, who)
+    portrait = None if avatar_id is None else at.desk.portrait(who, avatar_id, lease.mode)
     if prompt is not None:
         await lease.session.set_prompt(prompt)
         at.desk.change(lease, prompt=prompt)
@@ -127,6 +138,7 @@ async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: 
 async def interrupt(session_id: SessionId, who: Who, at: At) -> InterruptedView:
     """Silence now. Says how much of the running segment was heard."""
     done = await at.desk.running(who, session_id, PUBLISH, CONTROL).session.interrupt()
+    at.metrics.interrupted("api")
     return InterruptedView(epoch=done.epoch, position_ms=done.position_ms)
 
 
@@ -157,7 +169,7 @@ async def push_recording(
     if segment is None and not end:
         raise Invalid("a piece of a segment names it: give segment")
     at.quotas.may_speak(who.key)
-    pcm, rate = await read_speech(request, rate, at.decode)
+    pcm, rate = await read_speech(request, rate)
     seconds = len(pcm) / rate
     lease.need_running()
     accepted = _fed(lease, pieces(pcm, rate), epoch, segment, end, seconds)

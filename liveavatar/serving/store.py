@@ -28,12 +28,15 @@ UNFINISHED = "."  # how the names of folders begin that are being written or era
 
 @dataclass(frozen=True, kw_only=True)
 class Avatar:
-    """One face that may speak. owner: tenant, "" for the embedded. consent: id of the record, None for nobody's face. digest: SHA-256 of portrait.png."""
+    """One face that may speak. owner: tenant, "" for the embedded. consent: id of the record, None for nobody's face.
+    media: SHA-256 of what was uploaded, which the record names. digest: of portrait.png.
+    """
 
     id: str
     name: str
     owner: str
     consent: str | None
+    media: str | None
     digest: str
     created: float
 
@@ -75,9 +78,9 @@ class AvatarStore:
         path = self.portrait(avatar_id).with_name("thumbnail.webp")
         return path.read_bytes() if path.exists() else _small(self.portrait(avatar_id).read_bytes())
 
-    def add(self, portrait: bytes, *, name: str, owner: str, consent: str | None) -> Avatar:
+    def add(self, portrait: bytes, *, name: str, owner: str, consent: str | None, media: str) -> Avatar:
         """portrait: PNG that we encoded ourselves, never what a client sent. Blocks on the disk."""
-        avatar = Avatar(id=f"av_{secrets.token_hex(16)}", name=name, owner=owner, consent=consent,
+        avatar = Avatar(id=f"av_{secrets.token_hex(16)}", name=name, owner=owner, consent=consent, media=media,
                         digest=hashlib.sha256(portrait).hexdigest(), created=self._clock())  # fmt: skip
         home = private_folder(self._folder / f"{UNFINISHED}{avatar.id}")
         for file, data in (("portrait.png", portrait), ("thumbnail.webp", _small(portrait)), ("avatar.json", json.dumps(asdict(avatar)).encode())):
@@ -101,7 +104,7 @@ class AvatarStore:
 
 
 def _embedded(name: str, path: Path) -> Avatar:
-    return Avatar(id=name, name=name, owner=EVERYBODY, consent=None, digest=hashlib.sha256(path.read_bytes()).hexdigest(), created=0.0)
+    return Avatar(id=name, name=name, owner=EVERYBODY, consent=None, media=None, digest=hashlib.sha256(path.read_bytes()).hexdigest(), created=0.0)
 
 
 def _read(home: Path) -> Avatar:

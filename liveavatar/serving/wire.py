@@ -164,6 +164,26 @@ class InterruptedView(Wire):
     position_ms: int
 
 
+class OutputView(Wire):
+    """How a destination does. url: server and application alone. state: connecting, live, waiting (for the next try), closed."""
+
+    id: str
+    name: str
+    kind: str
+    url: str | None
+    state: str
+    reconnects: int
+    failures: int
+    last_error: str | None
+    bytes: int
+    drops: int
+    links: dict[str, str]
+
+
+class OutputList(Wire):
+    outputs: list[OutputView]
+
+
 # ---------------------------------------------------------------- avatars, keys, the server
 
 
@@ -184,6 +204,26 @@ class AvatarList(Wire):
     """All avatars the asker may use."""
 
     avatars: list[AvatarView]
+
+
+class ConsentView(Wire):
+    """A record of consent. subject: None after erasure. state: valid, expired, revoked, erased. media: SHA-256 of the picture."""
+
+    id: str
+    subject: str | None
+    scope: list[str]
+    method: str
+    media: str
+    state: str
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    signature: str
+    avatars: list[str]
+
+
+class ConsentList(Wire):
+    consents: list[ConsentView]
 
 
 class KeyWish(Wire):
