@@ -28,6 +28,7 @@ def verify(
     key: Annotated[Optional[Path], typer.Option("--key", "-k", metavar="FILE", help="The watermark's key. Default: watermark.key in the folder.")] = None,
     folder: Folder = Path("var"),
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures to read; 25 are enough of most video.")] = 500,
+    deep: Annotated[bool, typer.Option("--deep", help="Also try every size from 0.6 to 1.6 times: a part cut out and enlarged. Slow: give --pictures 25.")] = False,
 ) -> None:
     """Is this video ours? Its watermark and its C2PA manifest, a line each. Exit status 0: watermark found, 1: not found, 2: cannot be read."""
     from liveavatar.core import ConfigError
@@ -36,7 +37,7 @@ def verify(
     key = key or folder / watermark.KEY_FILE
     if not key.is_file():
         raise ConfigError(f"{key}: no such key: name the watermark's key with --key, or the server's folder with --folder")
-    reading = watermark.read_video(file, watermark.server_key(folder, key), pictures)
+    reading = watermark.read_video(file, watermark.server_key(folder, key), pictures, deep)
     typer.echo(watermark_line(reading))
     typer.echo(_manifest(file))
     raise typer.Exit(0 if reading.found else NOT_FOUND)
