@@ -222,9 +222,10 @@ def _spoken(text: str) -> bool:
 def _end(text: str) -> int | None:
     """Where the first sentence of `text` ends; None while that is not known."""
     for found in ENDS.finditer(text):
-        word = text[: found.start()].rsplit(maxsplit=1)[-1:] or [""]
-        bare = word[0].lstrip("(\"'“‘").lower()
-        if found[0][0] != "." or not (bare in SHORT_FORMS or re.fullmatch(r"[a-z]", bare)):
+        words = text[: found.start()].split()
+        bare = words[-1].lstrip("(\"'“‘").lower() if words else ""
+        numbered = len(words) == 1 and bare.isdigit()  # "1. First": the number of what follows
+        if found[0][0] != "." or not (numbered or bare in SHORT_FORMS or re.fullmatch(r"[a-z]", bare)):
             return found.end()
     if len(text) <= SENTENCE_LIMIT:
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import itertools
 import json
 from collections import OrderedDict
@@ -395,10 +396,14 @@ class ClientSocket:
 
 async def bridge(socket, avatar: LiveSession, backend: Backend) -> None:
     """Serve one accepted Starlette WebSocket until either side ends; closes it with the reason. The caller has checked who it is."""
-    try:
-        async with await BackendSocket.open(backend) as upstream:
-            await RealtimeBridge(avatar, ClientSocket(socket), upstream).run()
-        await socket.close(1000)
-    except LiveAvatarError as error:
-        await socket.send_json({"type": "error", "error": {"type": "server_error", "code": getattr(error, "kind", "internal"), "message": str(error)}})
-        await socket.close(1011)
+    from starlette.websockets import WebSocketDisconnect
+
+    code = 1000
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client left first: there is nobody to tell
+        try:
+            async with await BackendSocket.open(backend) as upstream:
+                await RealtimeBridge(avatar, ClientSocket(socket), upstream).run()
+        except LiveAvatarError as error:
+            code, kind = 1011, getattr(error, "kind", "internal")
+            await socket.send_json({"type": "error", "error": {"type": "server_error", "code": kind, "message": str(error)}})
+        await socket.close(code)

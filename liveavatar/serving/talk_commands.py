@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from liveavatar.serving.settings import ServeConfig
     from liveavatar.serving.talk import Talk
 
+PORTRAIT = Path(__file__).parents[1] / "assets" / "portrait.png"
 MIND_KEY, VOICE_KEY, EARS_KEY = "LIVEAVATAR_MIND_KEY", "LIVEAVATAR_VOICE_KEY", "LIVEAVATAR_EARS_KEY"  # environment: keys are no arguments
 USUAL = ("engine.runtime.launcher=local", "media.scale=3")  # without a config: the embedded avatar in a process of its own, 384 px
 EPILOG = (
@@ -92,7 +93,6 @@ def _ears(needed: bool):
 
 
 async def _held(settings: ServeConfig, image: Path | None, turns: list[Turn], parts: dict, out: Path, both: bool) -> Rehearsed:
-    from liveavatar.generate import PORTRAIT
     from liveavatar.serving.live import Role
     from liveavatar.serving.rehearsal import rehearse
     from liveavatar.serving.studio import Studio
