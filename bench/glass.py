@@ -58,7 +58,7 @@ async def measure(config: ServeConfig, seconds: float, picture: Path | None = No
         "onset_ms": percentiles(offsets(settled("flashes"), seen["beeps"])), "late_joiner_ms": late, "decoded": seen["decoded"],
         "freezes": seen["freezes"],
         "video_jitter_buffer_ms": round(seen["jitter_ms"], 1), "sound_jitter_buffer_ms": round(seen["sound_jitter_ms"], 1),
-        "concealed_ratio": round(seen["concealed"] / seen["samples"], 4), "lost": sum(s.lost for s in sent), "drops": sum(s.drops for s in sent),
+        "concealed_ratio": round(seen["concealed"] / seen["samples"], 4), "lost": sum(s.lost for s in sent), "drops": [s.drops for s in sent],
     }  # fmt: skip
     return figures
 

@@ -123,7 +123,9 @@ class PacketTrack(MediaStreamTrack):
     async def _next(self) -> packets.Packet:
         while (item := await self._edge.get()) is not None:
             hold = self._hold(item)
-            await asyncio.sleep(min(hold, max(0.0, item.made + hold - self._clock())))  # what is late anyway is not held back
+            wait = min(hold, item.made + hold - self._clock())
+            if wait > 0:  # what is late anyway leaves at once, and with it all that came in a burst
+                await asyncio.sleep(wait)
             if self._fresh(item):
                 return item
         raise MediaStreamError
