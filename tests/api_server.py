@@ -39,6 +39,11 @@ class Running:
     key: str
 
     @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return Path(self.studio.config.storage.folder)
+
+    @property
     def at(self) -> Services:
         return self.app.state.services
 

@@ -32,6 +32,7 @@ from liveavatar.telemetry import now as monotonic
 
 FEED_SAMPLES = SAMPLE_RATE // 2  # handed to the engine at a time
 PER_TICK = SAMPLE_RATE // FPS  # 16 kHz samples to a picture
+ENDS = {"draining": "drain", "the server stops": "drain", "idle": "idle", "length": "length"}  # reason -> label of sessions_ended_total
 STATES = ("creating", "ready", "idle", "speaking", "closing", "closed", "failed")
 
 
@@ -140,6 +141,7 @@ class LiveSession:
         self._announce(marks)
         self._settle_state(speaking=False)
         self.gauges.interrupts += 1
+        self.metrics.interrupted("api")
         engine = self._engine
         if engine is not None:
             with contextlib.suppress(RankFailure, SessionClosed):  # a dead chain has nothing to forget; _take mends it
@@ -287,8 +289,10 @@ class LiveSession:
         self.gauges.ticked(late, kind)
         if late > LATE_SECONDS:
             self.metrics.reanchored("late")
+        self.broadcast.filler = None
         if kind == "filler":
-            self.metrics.frames_repeated("restart" if self._engine is None else "parked" if self._engine.parked else "underrun")
+            self.broadcast.filler = "restart" if self._engine is None else "parked" if self._engine.parked else "underrun"
+            self.metrics.frames_repeated(self.broadcast.filler)
 
     def _announce(self, marks) -> None:
         for mark in marks:
@@ -321,6 +325,7 @@ class LiveSession:
 
     def _over(self, state: str) -> None:
         self._state(state, reason=self.reason)
+        self.metrics.session_ended("failed" if state == "failed" else ENDS.get(self.reason, "closed"))
         self.happenings.close()
         while self._told:
             self._told.pop()()

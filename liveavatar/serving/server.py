@@ -18,6 +18,8 @@ from liveavatar.serving.badge import Badge
 from liveavatar.serving.durable import private_folder, replace_file
 from liveavatar.serving.live import Role
 from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.monitor import watch_studio
+from liveavatar.serving.probes import find_gpus
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.studio import Mark, Studio
@@ -39,7 +41,8 @@ def run(settings: ServeConfig, say: Callable[[str], None] = print) -> None:
 
 async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
     listening = listen.bind(settings)
-    metrics = Metrics(version=__version__)
+    gpus = find_gpus()
+    metrics = Metrics(version=__version__, gpus=gpus.names if gpus else ())
     stages = Stages(metrics, engine=settings.engine_kind)
     provider = spans.provider(settings.monitoring.otlp, __version__) if settings.monitoring.otlp else None
     watchers = [stages.note] + ([spans.Spans(provider.get_tracer("liveavatar")).note] if provider else [])
@@ -49,6 +52,9 @@ async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
             watcher(line)
 
     studio = Studio(settings, marker=marker(settings), metrics=metrics, notes=notes, watch=lambda name, data: log.info(name, **data))
+    watch_studio(metrics, studio, private_folder(Path(settings.storage.folder)))
+    if gpus is not None:
+        gpus.watch(metrics)
     app = create_app(studio, settings, metrics=metrics)
     app.state.stages = stages
     if (key := app.state.services.access.first_key()) is not None:

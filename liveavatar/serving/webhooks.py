@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from liveavatar.serving.problems import Problem
+from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
+from liveavatar.serving.ssrf import check_url, request
 
 TRIES, FIRST_WAIT, WAIT_FACTOR = 5, 1.0, 4.0  # seconds: 1, 4, 16, 64, each with jitter
+TRY_SECONDS = 10.0  # for one answer
+SCHEMES = ("https", "http")
 WAITING = 256  # events of one target; beyond, the oldest goes
 QUIET = frozenset({"stats"})  # too many of them to be posted
 
@@ -44,15 +47,17 @@ def signature(secret: str, timestamp: str, body: bytes) -> str:
 class Webhook:
     """Delivers to one target, one event after the other. post: (url, body, headers) -> None, raising DeliveryFailed or Problem (ssrf).
 
-    What is full, refused or failed five times is dropped and counted in `outcomes` (delivered, failed, dropped).
+    Refused, or failed five times: it is dropped. Too many that wait: the oldest goes, counted in `drops`. count(outcome): of
+    each delivery: delivered, retried, failed, refused.
     """
 
     def __init__(self, target: Target, post: Callable[[str, bytes, dict[str, str]], Awaitable[None]], *,
-                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep, clock: Callable[[], float] = time.time):  # fmt: skip
-        self._target, self._post, self._sleep, self._clock = target, post, sleep, clock
+                 count: Callable[[str], None] = lambda outcome: None, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+                 clock: Callable[[], float] = time.time):  # fmt: skip
+        self._target, self._post, self._count, self._sleep, self._clock = target, post, count, sleep, clock
         self._waiting: deque[dict] = deque()
         self._something, self._ending = asyncio.Event(), False
-        self.outcomes = {"delivered": 0, "failed": 0, "dropped": 0}
+        self.drops = 0
 
     def put(self, event: dict) -> None:
         """event: {n, type, t, ...}; returns at once."""
@@ -60,7 +65,7 @@ class Webhook:
             return
         if len(self._waiting) >= WAITING:
             self._waiting.popleft()
-            self.outcomes["dropped"] += 1
+            self.drops += 1
         self._waiting.append(event)
         self._something.set()
 
@@ -76,13 +81,13 @@ class Webhook:
                 self._something.clear()
                 await self._something.wait()
                 continue
-            outcome = await self._deliver(self._waiting.popleft())
-            self.outcomes[outcome] += 1
+            self._count(await self._deliver(self._waiting.popleft()))
 
     async def _deliver(self, event: dict) -> str:
         body = json.dumps({"session": self._target.session, **event}, separators=(",", ":")).encode()
         for attempt in range(TRIES):
             if attempt:
+                self._count("retried")
                 await self._sleep(FIRST_WAIT * WAIT_FACTOR ** (attempt - 1) * random.uniform(0.5, 1.5))
             try:
                 await self._post(self._target.url, body, self._headers(event, body))
@@ -91,7 +96,7 @@ class Webhook:
                 log.info("webhook_failed", session=self._target.session, attempt=attempt + 1, reason=str(error))
             except Problem as problem:  # its address is not allowed (any more): no try helps
                 log.warning("webhook_refused", session=self._target.session, reason=problem.kind)
-                return "failed"
+                return "refused"
         return "failed"
 
     def _headers(self, event: dict, body: bytes) -> dict[str, str]:
@@ -105,15 +110,31 @@ class Webhook:
 
 
 class Webhooks:
-    """All targets of one server. check(url): raises a Problem for an address that is not allowed. Deliveries end with their session."""
+    """All targets of one server; deliveries end with their session. private: networks that are allowed although not public.
 
-    def __init__(self, post: Callable[[str, bytes, dict[str, str]], Awaitable[None]], check: Callable[[str], Awaitable[None]]):
-        self._post, self.check = post, check
+    count(outcome): told of each delivery: delivered, retried, failed, refused.
+    """
+
+    def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None):
+        self._private, self._count = private, count
         self._tasks: set[asyncio.Task] = set()
+
+    async def check(self, url: str) -> None:
+        """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
+        await asyncio.to_thread(check_url, url, SCHEMES, private=self._private)
+
+    async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> None:
+        """One try, to the address that was checked, without following anybody anywhere."""
+        try:
+            status, _ = await request("POST", url, body=body, headers=headers, seconds=TRY_SECONDS, private=self._private)
+        except (TooLarge, Unprocessable) as problem:
+            raise DeliveryFailed(problem.detail) from None
+        if not 200 <= status < 300:
+            raise DeliveryFailed(f"status {status}")
 
     def follow(self, session, url: str, secret: str) -> None:
         """Post this session's events from its first one on."""
-        hook = Webhook(Target(session.id, url, secret), self._post)
+        hook = Webhook(Target(session.id, url, secret), self._post, count=self._count)
         for work in (_fill(hook, session), hook.run()):
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
