@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import gc
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("aiortc", reason="WebRTC needs the extra: pip install 'liveavatar[serve]'")
 
+import api_server
 import httpx
+import numpy as np
 from browser_kit import application
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -50,11 +53,12 @@ def run(body):
 
     async def watched():
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: lost.append(context))
-        await body()
+        return await body()
 
-    asyncio.run(watched())
+    result = asyncio.run(watched())
     gc.collect(1)  # a task that failed says so when it goes
     assert not lost, lost
+    return result
 
 
 def test_the_offer_of_a_browser_is_answered_with_h264_alone():
@@ -229,6 +233,36 @@ def test_we_send_checks_to_peers_not_to_ourselves():
     offer = read_offer(OFFER.replace("192.0.2.2 58897", "127.0.0.1 58897"))
     assert "127.0.0.1 58897" not in offer.text and "fd00::2" in offer.text and " tcp " not in offer.text
     assert offer.wants == {"h264", "opus"} and not offer.speaks and offer.ufrag == UFRAG and offer.mid == "0"
+
+
+def test_a_viewer_of_a_whole_server_hears_speech_then_silence_then_the_end(tmp_path):
+    """BRG-1 at the viewer: 250 ms on an idle machine. When the session ends, its viewers are told, not left."""
+
+    async def body():
+        async with api_server.running(api_server.settings(tmp_path)) as server:
+            name = await server.opened()
+            peer = Peer()
+            made = await server.http.post(f"/v1/sessions/{name}/whep", content=await peer.offer(), headers=SDP)
+            assert made.status_code == 201, made.text
+            await peer.accept(made.text)
+            await until(lambda: peer.pictures and peer.sound)
+            loud = lambda: [at for at, pcm in peer.sound if np.abs(pcm.astype(int)).max() > 2000]  # noqa: E731
+            assert not loud()
+            await server.studio.sessions[name].push_audio(api_server.tone(6.0), 16_000, end=True)
+            await until(loud)
+            await asyncio.sleep(0.5)
+            interrupted = time.monotonic()
+            said = await server.http.post(f"/v1/sessions/{name}/interrupt")
+            assert said.status_code == 200 and 300 < said.json()["position_ms"] < 6000, said.text
+            await asyncio.sleep(1.0)
+            silence = max(loud()) - interrupted
+            assert silence < 0.8, silence
+            assert (await server.http.delete(f"/v1/sessions/{name}")).status_code in (200, 204)
+            await until(lambda: peer.channel.readyState == "closed" and server.at.viewers.all() == [])
+            await peer.close()
+            return silence
+
+    print(f"silence {1000 * run(body):.0f} ms after the interruption")
 
 
 LINES = OFFER.splitlines()
