@@ -194,7 +194,7 @@ def test_what_is_late_is_not_held_back():
 
     async def body():
         late, viewer = 0.0, a_viewer()
-        pictures, sounds = a_track(viewer, "video", H264, lambda item: True, lambda: late), a_track(viewer, "audio", OPUS, lambda item: True, lambda: late)
+        pictures, sounds = (a_track(viewer, kind, codec, lambda item: True, lambda: late) for kind, codec in (("video", H264), ("audio", OPUS)))
         viewer.put(picture(0, key=True)), viewer.put(sound(0)), viewer.put(sound(1))
 
         async def took(track) -> float:
