@@ -48,6 +48,16 @@ def test_a_target_that_cannot_be_is_refused_without_repeating_it(wrong):
     assert "key" not in str(error.value) and "passwd" not in str(error.value)
 
 
+@pytest.mark.parametrize("url, address, opened", [
+    ("rtmp://me:pass@live.example:1936/app/key", "192.0.2.7", "rtmp://me:pass@192.0.2.7:1936/app/key"),
+    ("rtmp://live.example/app/key?a=b", "2001:db8::7", "rtmp://[2001:db8::7]/app/key?a=b"),
+    ("rtmp://live.example/app/key", None, "rtmp://live.example/app/key"),
+    ("rtmps://live.example/app/key", "192.0.2.7", "rtmps://live.example/app/key"),  # TLS must hear the name
+])  # fmt: skip
+def test_the_checked_address_is_the_one_connected_to(url, address, opened):
+    assert Target(kind="rtmp", url=url).job(address, 64, 64, 0)["url"] == opened
+
+
 def test_the_writing_process_is_light():
     """It starts in a moment because it imports PyAV and the standard library alone (torch takes seconds and a GB)."""
     found = {name.split(".")[0] for node in ast.walk(ast.parse(Path(destination.__file__).read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
