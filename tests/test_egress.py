@@ -85,6 +85,9 @@ def test_watchdog_wants_progress_at_the_far_end():
     assert not writer.stalled(20.2) and writer.stalled(20.4) and (writer.delivered, grown) == (400, [100, 300])
     writer.reported(report(3, 900), 20.4)
     assert not writer.stalled(1000.0)
+    writer.sent = 5
+    writer.reported(report(4, 10_900, held=10_000), 1001.0)  # a tenth was read: rounding
+    assert writer.delivered == 900 and writer.stalled(1001.0)
 
     datagrams = Writer({"format": "whip"}, stall_seconds=5.0)
     datagrams.reported(report(1, 100), 0.0)
