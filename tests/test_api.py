@@ -1,9 +1,11 @@
 """The session API over HTTP, on the real studio: who may what, what a session's life looks like, what is refused and how."""
 
 import asyncio
+import gc
 import io
 import re
 import time
+import weakref
 from pathlib import Path
 
 import av
@@ -16,6 +18,7 @@ from liveavatar.serving import eventlog
 from liveavatar.serving.access import ANYBODY, SCOPES
 from liveavatar.serving.problems import TYPES
 from liveavatar.serving.settings import ListenConfig, ServeConfig
+from liveavatar.serving.voices import VoiceFailed
 from liveavatar.serving.watermark import Watermark
 from liveavatar.serving.wire import ProblemBody
 
@@ -339,6 +342,25 @@ def test_a_face_lives_as_long_as_its_consent(tmp_path):
     asyncio.run(story())
 
 
+def test_a_voice_that_fails_is_told_and_the_next_words_are_spoken(tmp_path):
+    async def moody(text):
+        yield tone(0.1), 16_000
+        if text == "bad":
+            raise VoiceFailed("out of breath")
+
+    async def story():
+        async with running(settings(tmp_path), speak=moody) as server:
+            session = await server.opened()
+            for text in ("bad", "good"):
+                await server.http.post(f"/v1/sessions/{session}/say", json={"text": text})
+            events = server.studio.sessions[session].events()
+            (error,) = [event.data async for event in until(events, "error", 1)]
+            assert (error["code"], error["status"], error["retryable"]) == ("voice", 502, True)
+            assert [event.data["segment"] async for event in until(events, "speak.finished", 2)] == [0, 1]
+
+    asyncio.run(story())
+
+
 def test_a_repeated_post_opens_one_session(tmp_path):
     async def story():
         async with running(settings(tmp_path)) as server:
@@ -435,7 +457,7 @@ def test_whether_a_video_is_ours(tmp_path):
         with av.open(out, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "18"})
             stream.width = stream.height = 256
-            for n in range(50):
+            for n in range(25):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(mark(np.roll(ground, n, 1)), format="rgb24")))
             container.mux(stream.encode(None))
         return out.getvalue()
@@ -446,10 +468,33 @@ def test_whether_a_video_is_ours(tmp_path):
                 return await server.http.post("/v1/watermark:detect", content=video, headers={"content-type": "video/mp4"})
 
             ours = (await asked(film(server.at.mark_key))).json()
-            assert ours["found"] and ours["payload"] == "0000004d" and ours["pictures"] == 50
+            assert ours["found"] and ours["payload"] == "0000004d" and ours["pictures"] == 25
             assert not (await asked(film(bytes(range(32))))).json()["found"]
             for nonsense in (b"x" * 1000, b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\nfile /etc/passwd\n"):
                 answer = await asked(nonsense)
                 assert problem(answer) == (422, "unprocessable") and "passwd" not in answer.text
+
+    asyncio.run(story())
+
+
+def test_what_is_over_leaves_no_session_behind(tmp_path):
+    """Opened, spoken to, interrupted, ended: nothing of it is alive but what can still be asked about it (API-2)."""
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            gone, tasks = [], None
+            for _ in range(6):
+                session = await server.opened(outputs=[])
+                gone.append(weakref.ref(server.studio.sessions[session]))
+                await server.http.post(f"/v1/sessions/{session}/audio", content=tone(0.2).tobytes(), headers=PCM)
+                await server.http.post(f"/v1/sessions/{session}/interrupt")
+                await server.http.delete(f"/v1/sessions/{session}")
+                await asyncio.sleep(0)
+                tasks = tasks or len(asyncio.all_tasks())
+            gc.collect()
+            assert [ref() for ref in gone] == [None] * 6 and len(asyncio.all_tasks()) == tasks and not server.studio.sessions
+            last = await server.http.get(f"/v1/sessions/{session}")
+            assert (last.json()["state"], last.json()["reason"], last.json()["lease"]) == ("closed", "closed", None)
+            assert (await server.http.get(f"/v1/sessions/{session}/stats")).json()["interrupts"] == 1
 
     asyncio.run(story())

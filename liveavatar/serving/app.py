@@ -32,6 +32,7 @@ from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.signing import Signer
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import Studio
+from liveavatar.serving.voices import open_voice
 from liveavatar.serving.watermark import server_key
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.whep import Viewers
@@ -43,21 +44,11 @@ EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED) 
 def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, speak: Speak | None = None) -> FastAPI:
     """The application of one server. It owns leases and whatever ends with the process, but not the studio.
 
-    speak: text to speech. Raises ConfigError, LogError for files in storage.folder that are not what they were.
-
-    Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
+    speak: text to speech in place of what settings.speech names. Raises ConfigError, LogError for files in storage.folder that are not what they
+    were. Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
     sessions, `desk.lease` tells whose one is.
     """
-    quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
-    store, consents, metrics = AvatarStore(folder / "avatars"), ConsentLog(folder), metrics or studio.metrics
-    audit = Audit(folder, lambda: metrics.provenance_failed("log"))
-    audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
-    at = Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                  desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
-                  webhooks=Webhooks(settings.outputs.private, metrics.webhook),
-                  outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings)),
-                  viewers=Viewers(IceServers(settings.network), settings.access.viewers),
-                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings), speak=speak)  # fmt: skip
+    at = _services(studio, settings, metrics or studio.metrics, speak)
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
     app.state.services = at
@@ -72,6 +63,21 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)
     return app
+
+
+def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, speak: Speak | None) -> Services:
+    quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
+    store, consents = AvatarStore(folder / "avatars"), ConsentLog(folder)
+    voice = None if speak else open_voice(settings.speech)
+    audit = Audit(folder, lambda: metrics.provenance_failed("log"))
+    audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
+    return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
+                    desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
+                    webhooks=Webhooks(settings.outputs.private, metrics.webhook),
+                    outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings)),
+                    viewers=Viewers(IceServers(settings.network), settings.access.viewers),
+                    consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
+                    speak=voice.speak if voice else speak)  # fmt: skip
 
 
 def admin_app(app: FastAPI) -> FastAPI:
