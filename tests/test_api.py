@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import hashlib
 import io
+import json
 import re
 import time
 import weakref
@@ -14,8 +16,9 @@ import numpy as np
 
 from api_server import bearer, changed, portrait, running, settings, tone
 from liveavatar.config import load
-from liveavatar.serving import eventlog
+from liveavatar.serving import eventlog, signing
 from liveavatar.serving.access import ANYBODY, SCOPES
+from liveavatar.serving.durable import private_folder
 from liveavatar.serving.problems import TYPES
 from liveavatar.serving.settings import ListenConfig, ServeConfig
 from liveavatar.serving.voices import VoiceFailed
@@ -64,6 +67,11 @@ OPERATIONS = {
     "POST /v1/sessions/{session_id}/whep": (("view",), {"content": "v=0", "headers": {"content-type": "application/sdp"}}),
     "PATCH /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
     "DELETE /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
+    "GET /v1/chain !": (LOOK, {}),
+    "GET /v1/recordings !": (LOOK, {}),
+    "GET /v1/recordings/{recording_id} !": (LOOK, {}),
+    "GET /v1/recordings/{recording_id}/file !": (LOOK, {}),
+    "DELETE /v1/recordings/{recording_id} !": (STEER, {}),
     "GET /v1/ice-servers": (("view",), {}),
     "POST /v1/watermark:detect !": (LOOK, {"content": b"x", "headers": {"content-type": "application/octet-stream"}}),
     "POST /v1/livekit/join !": (STEER, {"json": JOIN}),
@@ -88,7 +96,15 @@ async def things(server, key: str) -> dict[str, str]:
     made = await server.http.post("/v1/consents", files={"media": portrait()}, data=STATEMENT, headers=bearer(key))
     avatar = await server.http.post("/v1/avatars", files={"portrait": portrait()}, data={"consent_id": made.json()["id"]}, headers=bearer(key))
     return {"session_id": await server.opened(key), "avatar_id": avatar.json()["id"], "consent_id": made.json()["id"], "prefix": key[3:15],
-            "output_id": "0" * 16, "viewer_id": "0" * 16, "name": "index.m3u8"}
+            "output_id": "0" * 16, "viewer_id": "0" * 16, "name": "index.m3u8", "recording_id": recorded(server, "acme")}
+
+
+def recorded(server, owner: str) -> str:
+    """Id of a finished recording of this tenant's."""
+    folder = private_folder(server.folder / "recordings")
+    (folder / f"{'a' * 32}.json").write_text(json.dumps({"owner": owner, "complete": True}))
+    (folder / f"{'a' * 32}.mp4").write_bytes(b"mp4")
+    return "a" * 32
 
 
 async def ask(server, operation: str, ids: dict[str, str], credential: str | None):
@@ -438,6 +454,35 @@ def test_outputs_start_and_end_and_show_no_key(tmp_path):
             assert "my-secret" not in (await server.http.get(home)).text
             for _ in range(2):
                 assert (await server.http.delete(made.headers["location"])).status_code == 204
+
+    asyncio.run(story())
+
+
+def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
+    """Through the API alone: record, speak, stop, list; the file plays and says that a machine made it (REC-2, REC-4, 19.4)."""
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            http, session = server.http, await server.opened()
+            made = await http.post(f"/v1/sessions/{session}/outputs", json={"kind": "record"})
+            await http.post(f"/v1/sessions/{session}/audio?segment=3", content=tone(0.5).tobytes(), headers=PCM)
+            [done] = [event.data async for event in until(server.studio.sessions[session].events(), "speak.finished", 1)]
+            assert (await http.delete(made.headers["location"])).status_code == 204
+            async with asyncio.timeout(30):
+                while not (found := (await http.get("/v1/recordings")).json()["recordings"]):
+                    await asyncio.sleep(0.1)
+            [recording] = found
+            assert (recording["session"], recording["owner"], recording["signed"], recording["whole"]) == (session, "operator", True, True)
+            assert [segment["segment"] for segment in recording["segments"]] == [3]
+            assert (await http.get("/v1/recordings", headers=bearer(server.tenant("acme")))).json() == {"recordings": []}
+            file = await http.get(recording["links"]["file"])
+            assert file.headers["content-type"] == "video/mp4" and hashlib.sha256(file.content).hexdigest() == recording["sha256"]
+            (tmp_path / "got.mp4").write_bytes(file.content)
+            manifest = signing.inspect(tmp_path / "got.mp4")
+            assert manifest.valid and manifest.made_by_machine
+            with av.open(str(tmp_path / "got.mp4")) as container:
+                assert len(list(container.decode(video=0))) >= 12
+            assert (await http.delete(recording["links"]["self"])).status_code == 204 and not list((tmp_path / "recordings").iterdir())
 
     asyncio.run(story())
 
