@@ -18,6 +18,7 @@ import yaml
 from liveavatar.core import ConfigError
 
 LAUNCHERS = ("inproc", "local", "torchrun", "ray")
+ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -30,6 +31,10 @@ class FastConfig:
     fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, about 3 % error each
     compile: bool = False  # torch.compile of what stands around self-attention
     graphs: bool = False  # CUDA graphs of a step; needs a GPU
+    attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best that is there
+
+    def __post_init__(self):
+        one_of("model.fast.attention", self.attention, ATTENTION)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The one door to kernels: each op is a torch reference plus a dispatch.
 
-Only this file imports optional kernels (flash-attn, our own Triton kernels). A missing kernel is no error: the torch
+Only this file imports optional kernels (FlashAttention 2 and 3, our own Triton kernels). A missing kernel is no error: the torch
 reference is the definition, and it also runs wherever gradients are asked for. Our kernels are checked against it in Triton's
 interpreter (tests/test_kernels.py).
 """
@@ -14,12 +14,51 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from liveavatar.config import ATTENTION
+
+_attention = "auto"
+
+
+def use_attention(name: str) -> None:
+    """From here on, in this process, who computes attention in half precision on a GPU; auto: best_attention."""
+    global _attention
+    assert name in ATTENTION, name
+    _attention = name
 
 
 @functools.cache
-def flash_attention_available() -> bool:
-    """True when the flash-attn package can be imported and a GPU is there."""
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+def best_attention(index: int | None = None) -> str:
+    """The fastest that CUDA device `index` (None: the current one) has: FlashAttention 3, cuDNN (both from compute capability 9.0
+    on), FlashAttention 2, or what torch chooses."""
+    if not torch.cuda.is_available():
+        return "torch"
+    hopper = torch.cuda.get_device_capability(index) >= (9, 0)
+    if hopper:
+        return "flash3" if importlib.util.find_spec("flash_attn_interface") is not None else "cudnn"
+    return "flash2" if importlib.util.find_spec("flash_attn") is not None else "torch"
+
+
+def _gpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[B, T, heads, d] in half precision on a GPU, by the chosen one."""
+    chosen = best_attention(q.device.index) if _attention == "auto" else _attention
+    if chosen == "flash3":
+        from flash_attn_interface import flash_attn_func
+
+        out = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out  # its first releases gave the log-sum too
+    if chosen == "flash2":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if chosen == "torch":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    # cuDNN before the others: torch itself puts it behind FlashAttention 2, which leaves a third of a Hopper idle
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
@@ -34,10 +73,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.
             bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
             return _plain_attention(q, k, v, bias).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_attention_available():
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k, v)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _gpu_attention(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_LIMIT:
         return _plain_attention(q, k, v).transpose(1, 2)

@@ -304,6 +304,7 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     """
     source, device = open_source(config), torch.device(device)
     ops.use_own_kernels(config.model.fast.kernels)
+    ops.use_attention(config.model.fast.attention)
     if config.model.fast.graphs and device.type != "cuda":
         raise ConfigError(f"model.fast.graphs: CUDA graphs need a GPU, and this rank runs on {device.type}")
     dtype = source.dtype(device)
