@@ -29,7 +29,7 @@ class FastConfig:
     kernels: bool = True  # our Triton kernels where there is a GPU; False: the torch references everywhere
     packed_qkv: bool = False  # one matmul for q, k and v of self-attention
     fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, about 3 % error each
-    compile: bool = False  # torch.compile of what stands around self-attention
+    compile: bool = False  # torch.compile of what stands around self-attention, and of the decoder; minutes at start
     graphs: bool = False  # CUDA graphs of a step; needs a GPU
     attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best that is there
 

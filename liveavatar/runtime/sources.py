@@ -129,7 +129,12 @@ class FolderSource:
         return prepare(weights.load_transformer(self.folder.path, dtype, device, self.config.model.lora), self.config.model.fast)
 
     def vae(self, dtype: torch.dtype, device: torch.device):
-        return weights.load_vae(self.folder.path, dtype, device)
+        vae = weights.load_vae(self.folder.path, dtype, device)
+        if self.config.model.fast.compile:
+            from liveavatar.models.vae import compile_decoder
+
+            compile_decoder(vae)
+        return vae
 
     def front_end(self, device: torch.device) -> AudioFrontEnd:
         wav2vec = None
