@@ -54,7 +54,7 @@ WARM = 12  # blocks: the ring is full after 4, each of its slots is captured at 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 COLUMNS = {"size": "", "way": "", "seconds": ".4f", "worst": ".4f", "tflops": ".0f", "matmul_share": ".1%", "roofline_share": ".1%",
-           "host_seconds": ".4f", "launches": ",d", "kernels": ",d", "syncs": "d", "memory_gb": ".1f", "problem": ""}  # fmt: skip
+           "host_seconds": ".4f", "launches": ",d", "kernels": ",d", "syncs": "d", "memory_gb": ".1f", "gain": ".2f", "problem": ""}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", action="store_true", help="a small model, on whatever device there is")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     parser.add_argument("--compare", type=Path)
+    parser.add_argument("--reference", type=Path, help="JSON of bench/reference_adapter.py: its seconds over ours become a column")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.scale:
@@ -189,6 +190,9 @@ def main(arguments: list[str] | None = None) -> None:
     rates = Rates(matmul_rate(device, 512 if device.type == "cpu" else 8192), matmul_rate(device, 8192, fp8=True) if ops.fp8_matmul_available() else None)
     print(f"matmul: {rates.bf16:.4g} TFLOP/s bf16, {'no' if rates.fp8 is None else format(rates.fp8, '.4g')} FP8; attention by {ops.best_attention()}")
     rows = rows_of(config, sizes, args.ways, device, dtype, args.repeat, rates)
+    for row in rows:
+        theirs = earlier(args.reference, ("size",)).get((row["size"],))
+        row["gain"] = theirs["seconds"] / row["seconds"] if theirs and "seconds" in row else None
     show("one forward", rows, COLUMNS, ("size", "way"), earlier(args.compare, ("size", "way")))
     timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
     fastest = min(timed, key=lambda row: row["seconds"], default=None)

@@ -39,7 +39,7 @@ def plain() -> torch.Tensor:
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
+    return float((got - expected).detach().norm() / expected.detach().norm())
 
 
 @torch.inference_mode()
