@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from liveavatar import __version__
 from liveavatar.serving import (
-    answers, livekit_compat, routes_avatars, routes_outputs, routes_provenance, routes_server, routes_sessions, routes_watermark, stream_socket, whep,
+    answers, livekit_compat, routes_avatars, routes_chain, routes_outputs, routes_provenance, routes_server, routes_sessions, routes_watermark, stream_socket, whep,
 )  # fmt: skip
 from liveavatar.serving.access import Access
 from liveavatar.serving.audit import Audit
@@ -30,6 +30,7 @@ from liveavatar.serving.recorder import Sign
 from liveavatar.serving.services import BEARER, Services, Speak
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.signing import Signer
+from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.watermark import server_key
@@ -40,10 +41,11 @@ CONSOLE = Path(__file__).parent / "console"
 EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED)  # headers a listed page may read
 
 
-def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, speak: Speak | None = None) -> FastAPI:
+def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, speak: Speak | None = None,
+               stages: Stages | None = None) -> FastAPI:  # fmt: skip
     """The application of one server. It owns leases and whatever ends with the process, but not the studio.
 
-    speak: text to speech. Raises ConfigError, LogError for files in storage.folder that are not what they were.
+    speak: text to speech. stages: watches the studio's chain. Raises ConfigError, LogError for files in storage.folder that are not what they were.
 
     Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
     sessions, `desk.lease` tells whose one is.
@@ -57,14 +59,14 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
                   webhooks=Webhooks(settings.outputs.private, metrics.webhook),
                   outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings)),
                   viewers=Viewers(IceServers(settings.network), settings.access.viewers),
-                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings), speak=speak)  # fmt: skip
+                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings), speak=speak, stages=stages)  # fmt: skip
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
     app.state.services = at
     if settings.listen.admin_port is None:
         app.include_router(routes_server.metrics)
     answers.install(app)
-    routes = (routes_server, routes_avatars, routes_provenance, routes_watermark, routes_sessions, routes_outputs, stream_socket)
+    routes = (routes_server, routes_avatars, routes_provenance, routes_watermark, routes_sessions, routes_outputs, routes_chain, stream_socket)
     for router in (routes_server.probes, *(module.router for module in routes), livekit_compat.router()):
         app.include_router(router)
     app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=at.microphone), dependencies=[BEARER])

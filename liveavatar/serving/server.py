@@ -55,8 +55,7 @@ async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
     watch_studio(metrics, studio, private_folder(Path(settings.storage.folder)))
     if gpus is not None:
         gpus.watch(metrics)
-    app = create_app(studio, settings, metrics=metrics)
-    app.state.stages = stages
+    app = create_app(studio, settings, metrics=metrics, stages=stages)
     if (key := app.state.services.access.first_key()) is not None:
         say(f"first key, shown this once (scopes: all): {key}")
     try:

@@ -24,6 +24,7 @@ from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.webrtc import Heard
@@ -40,7 +41,7 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
     speech; None: this server has no voice.
-    extras: names of what else may be asked of it.
+    extras: names of what else may be asked of it. stages: watches the chain; None: nobody does.
     """
 
     settings: ServeConfig
@@ -60,6 +61,7 @@ class Services:
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
     extras: list[str] = field(default_factory=list)
+    stages: Stages | None = None
 
     def session(self, session_id: str) -> LiveSession:
         """One that was authorised and runs. Raises NotFound, Conflict."""
