@@ -91,7 +91,7 @@ class _Ticks(Edge):
 
 
 class LiveAvatarVideoService(AIService):
-    """See the module. client: InProcess or Remote; it is opened with the pipeline and closed with it."""
+    """See the module. client: InProcess, or remote.RemoteAvatar; it is opened with the pipeline and closed with it."""
 
     Settings = ServiceSettings
 
