@@ -37,6 +37,7 @@ async def watch(browser, url: str, configuration: dict, seconds: float):
     await page.goto(url)
     await page.evaluate("configuration => watch('/v1/sessions/card/whep', {configuration})", configuration)
     await asyncio.sleep(seconds)
+    await page.wait_for_function("seen.first !== null")
     return page, await page.evaluate("measured()")
 
 
@@ -52,10 +53,14 @@ async def measure(config: ServeConfig, seconds: float, picture: Path | None = No
         late = [round((await watch(browser, url, configuration, 2))[1]["first"]) for _ in range(3)]
         sent = [sink.stats for sink in card.sinks]
     settled = lambda name: seen[name][len(seen[name]) // 4 :]  # noqa: E731  the first quarter finds its jitter buffers
-    return {"candidate": seen["candidate"], "codec": seen["codec"], "glass_ms": percentiles(seen["ages"]), "playout_ms": percentiles(settled("playout")),
-            "onset_ms": percentiles(offsets(settled("flashes"), seen["beeps"])), "late_joiner_ms": late, "decoded": seen["decoded"],
-            "freezes": seen["freezes"], "video_jitter_buffer_ms": round(seen["jitter_ms"], 1), "sound_jitter_buffer_ms": round(seen["sound_jitter_ms"], 1),
-            "concealed_ratio": round(seen["concealed"] / seen["samples"], 4), "lost": sum(s.lost for s in sent), "drops": sum(s.drops for s in sent)}  # fmt: skip
+    figures = {
+        "candidate": seen["candidate"], "codec": seen["codec"], "glass_ms": percentiles(seen["ages"]), "playout_ms": percentiles(settled("playout")),
+        "onset_ms": percentiles(offsets(settled("flashes"), seen["beeps"])), "late_joiner_ms": late, "decoded": seen["decoded"],
+        "freezes": seen["freezes"],
+        "video_jitter_buffer_ms": round(seen["jitter_ms"], 1), "sound_jitter_buffer_ms": round(seen["sound_jitter_ms"], 1),
+        "concealed_ratio": round(seen["concealed"] / seen["samples"], 4), "lost": sum(s.lost for s in sent), "drops": sum(s.drops for s in sent),
+    }  # fmt: skip
+    return figures
 
 
 async def relayed(seconds: float) -> dict:
@@ -78,7 +83,7 @@ def main() -> None:
     report["direct"] = asyncio.run(measure(ServeConfig(), args.seconds, args.out.with_suffix(".png")))
     if args.relay:
         report["relay"] = asyncio.run(relayed(args.seconds))
-    report["load_average"] = [round(value, 1) for value in os.getloadavg()]
+    report["load_average"], report["niceness"] = [round(value, 1) for value in os.getloadavg()], os.nice(0)  # others may share the machine
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

@@ -1,23 +1,29 @@
 """The session API over HTTP, on the real studio: who may what, what a session's life looks like, what is refused and how."""
 
 import asyncio
+import io
 import re
 import time
 from pathlib import Path
 
+import av
 import jwt
+import numpy as np
 
 from api_server import bearer, changed, portrait, running, settings, tone
 from liveavatar.config import load
+from liveavatar.serving import eventlog
 from liveavatar.serving.access import ANYBODY, SCOPES
 from liveavatar.serving.problems import TYPES
 from liveavatar.serving.settings import ListenConfig, ServeConfig
+from liveavatar.serving.watermark import Watermark
 from liveavatar.serving.wire import ProblemBody
 
 STATEMENT = {"subject": "Ada", "method": "self", "scope": "conversation"}
 
 LOOK, SPEAK, STEER, RUN = ("view", "control"), ("publish",), ("control",), ("admin",)
 ANY = SCOPES[:3]
+JOIN = {"avatar_id": "default", "livekit_url": "ws://x", "livekit_token": "x"}
 PCM = {"content-type": "audio/pcm"}
 
 # every operation: which scopes suffice, one of them; and a request that would be good. "!": with a server key alone
@@ -56,6 +62,11 @@ OPERATIONS = {
     "PATCH /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
     "DELETE /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
     "GET /v1/ice-servers": (("view",), {}),
+    "POST /v1/watermark:detect !": (LOOK, {"content": b"x", "headers": {"content-type": "application/octet-stream"}}),
+    "POST /v1/livekit/join !": (STEER, {"json": JOIN}),
+    "POST /v1/session !": (STEER, {"json": JOIN}),
+    "POST /v1/compat/bey/v1/sessions !": (STEER, {"json": {"transport": "livekit", "avatar_id": "default", "url": "ws://x", "token": "x"}}),
+    "POST /v1/compat/bithuman !": (STEER, {"data": {"livekit_url": "ws://x", "livekit_token": "x", "room_name": "x"}}),
     "DELETE /v1/sessions/{session_id}": (STEER, {}),
 }
 PUBLIC = ("/livez", "/readyz", "/startupz")
@@ -132,7 +143,8 @@ def test_who_may_what(tmp_path):
 def test_the_life_of_a_session(tmp_path):
     async def story():
         async with running(settings(tmp_path), speak=voice) as server:
-            made = await server.http.post("/v1/sessions", json={"avatar_id": "trained_4", "mode": "livestream", "prompt": "a studio", "metadata": {"room": "7"}})
+            wish = {"avatar_id": "trained_4", "mode": "livestream", "prompt": "a studio", "metadata": {"room": "7"}}
+            made = await server.http.post("/v1/sessions", json=wish)
             assert made.status_code == 201 and made.headers["location"] == f"/v1/sessions/{made.json()['id']}"
             home = made.headers["location"]
             assert made.json()["metadata"] == {"room": "7"} and made.json()["mode"] == "livestream" and len(made.json()["id"]) == 22  # 128 bits
@@ -216,7 +228,8 @@ def test_slots_are_reserved_before_anything_is_built(tmp_path):
             lost = await server.http.post("/v1/sessions", json={"avatar_id": "nobody"})
             assert problem(lost) == (404, "not_found") and server.at.desk._held(server.key[3:15]) == 1  # a failed build leaves nothing
             server.at.desk.refuse()
-            assert problem(await server.http.post("/v1/sessions", json={})) == (503, "draining") and (await server.http.get("/readyz")).status_code == 503
+            assert problem(await server.http.post("/v1/sessions", json={})) == (503, "draining")
+            assert (await server.http.get("/readyz")).status_code == 503
 
     asyncio.run(story())
 
@@ -318,6 +331,10 @@ def test_a_face_lives_as_long_as_its_consent(tmp_path):
             assert problem(await http.get(f"/v1/avatars/{avatar}")) == (404, "not_found")
             files = [path for path in tmp_path.rglob("*") if path.is_file()]
             assert not any(avatar in str(path) or b"Ada" in path.read_bytes() for path in files)
+        told = [(record.name, record.data.get("avatar")) for record in eventlog.read(tmp_path / "audit.jsonl")]  # no name in it (18.9)
+        names = ("avatar.added", "session.opened", "session.ended", "avatar.erased")
+        assert told == [("server.started", None), *((name, avatar) for name in names)]
+        assert eventlog.check(tmp_path / "audit.jsonl") is None
 
     asyncio.run(story())
 
@@ -330,8 +347,8 @@ def test_a_repeated_post_opens_one_session(tmp_path):
             assert first.json() == second.json() and second.headers["idempotent-replayed"] == "true" and len(server.studio.sessions) == 1
             again = await server.http.post("/v1/sessions", json={}, headers={"Idempotency-Key": "k1"})
             assert problem(again) == (409, "idempotency")
-            made = [await server.http.post("/v1/avatars", files={"portrait": portrait()}, data={"synthetic": "true"}, headers={"Idempotency-Key": "k1"})
-                    for _ in range(2)]  # fmt: skip
+            face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}, "headers": {"Idempotency-Key": "k1"}}
+            made = [await server.http.post("/v1/avatars", **face) for _ in range(2)]
             assert made[0].json()["id"] == made[1].json()["id"] and len(server.at.store.list(lambda owner: True)) == 6
 
     asyncio.run(story())
@@ -344,10 +361,11 @@ def test_pages_paths_and_headers(tmp_path):
     async def story():
         config = settings(tmp_path, listen=ListenConfig(port=0, origins=("https://app.example",)))
         async with running(config) as server:
-            http, avatar = server.http, (await server.http.post("/v1/avatars", files={"portrait": portrait()}, data={"synthetic": "true"})).json()["id"]
-            for path in (f"/v1/avatars/{avatar}/../../../keys.json", "/v1/avatars/..%2f..%2fkeys.json/portrait", "/v1/avatars/%2e%2e/portrait", "/../keys.json",
-                         "/..%2f..%2fapp.py", "/%2e%2e/%2e%2e/app.py", "/console/../../app.py", "//etc/passwd", "/%00", "/v1/sessions/..%2f..%2fx/outputs",
-                         f"/v1/sessions/{'x' * 22}/outputs/{'0' * 16}/hls/..%2f..%2f..%2fkeys.json"):  # fmt: skip
+            http, face = server.http, {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}}
+            avatar = (await http.post("/v1/avatars", **face)).json()["id"]
+            for path in (f"/v1/avatars/{avatar}/../../../keys.json", "/v1/avatars/..%2f..%2fkeys.json/portrait", "/v1/avatars/%2e%2e/portrait",
+                         "/../keys.json", "/..%2f..%2fapp.py", "/%2e%2e/%2e%2e/app.py", "/console/../../app.py", "//etc/passwd", "/%00",
+                         "/v1/sessions/..%2f..%2fx/outputs", f"/v1/sessions/{'x' * 22}/outputs/{'0' * 16}/hls/..%2f..%2f..%2fkeys.json"):  # fmt: skip
                 answer = await http.get(path)
                 assert answer.status_code in (404, 422) and b"argon2" not in answer.content and b"import" not in answer.content, (path, answer.text)
             for path in ("/livez", "/v1/server", "/v1/nothing", "/nothing"):
@@ -381,7 +399,8 @@ def test_outputs_start_and_end_and_show_no_key(tmp_path):
             hls = (await server.http.get(home)).json()["outputs"][0]
             refused = await server.http.post(home, json={"kind": "rtmp", "url": "rtmp://10.0.0.1/live/my-secret"})
             assert problem(refused) == (403, "ssrf") and "my-secret" not in refused.text
-            for wrong in ({"kind": "rtmp"}, {"kind": "hls", "url": "file:///etc/passwd"}, {"kind": "record", "token": "x"}, {"kind": "whip", "url": "rtmp://x/y"}):
+            for wrong in ({"kind": "rtmp"}, {"kind": "hls", "url": "file:///etc/passwd"}, {"kind": "record", "token": "x"},
+                          {"kind": "whip", "url": "rtmp://x/y"}):  # fmt: skip
                 assert (await server.http.post(home, json=wrong)).status_code in (403, 422), wrong
             made = await server.http.post(home, json={"kind": "rtmp", "url": "rtmp://127.0.0.1:1/live/my-secret", "name": "main"})
             assert made.status_code == 201 and made.json()["name"] == "main"
@@ -404,3 +423,33 @@ def test_outputs_start_and_end_and_show_no_key(tmp_path):
 def test_the_config_of_the_cpu_server_loads():
     config = load(Path(__file__).parents[1] / "configs" / "serve_tiny.yaml", (), ServeConfig)
     assert config.access.required and sum(config.engine.stages, ()) == config.engine.chain
+
+
+def test_whether_a_video_is_ours(tmp_path):
+    """A marked stream, through the codec, is found again over HTTP; another server's is not; what is no video is refused (WM-1)."""
+
+    def film(key: bytes | None) -> bytes:
+        out, rng = io.BytesIO(), np.random.default_rng(1)
+        ground = np.kron(rng.integers(60, 200, (16, 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+        mark = Watermark(key, 77, 256, 256).mark if key else lambda picture: picture
+        with av.open(out, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "18"})
+            stream.width = stream.height = 256
+            for n in range(50):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(mark(np.roll(ground, n, 1)), format="rgb24")))
+            container.mux(stream.encode(None))
+        return out.getvalue()
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            async def asked(video: bytes):
+                return await server.http.post("/v1/watermark:detect", content=video, headers={"content-type": "video/mp4"})
+
+            ours = (await asked(film(server.at.mark_key))).json()
+            assert ours["found"] and ours["payload"] == "0000004d" and ours["pictures"] == 50
+            assert not (await asked(film(bytes(range(32))))).json()["found"]
+            for nonsense in (b"x" * 1000, b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\nfile /etc/passwd\n"):
+                answer = await asked(nonsense)
+                assert problem(answer) == (422, "unprocessable") and "passwd" not in answer.text
+
+    asyncio.run(story())

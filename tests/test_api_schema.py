@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from api_server import bearer, on_port, settings
+from liveavatar.serving.routes_sessions import SOUNDS
 
 schemathesis = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, Phase, given  # noqa: E402
@@ -14,7 +15,7 @@ from hypothesis import settings as examples  # noqa: E402
 from hypothesis.errors import Unsatisfiable  # noqa: E402
 from schemathesis import GenerationMode  # noqa: E402
 
-EXAMPLES = 4  # of each operation, good and bad
+EXAMPLES = 3  # of each operation, good and bad
 UNLIMITED = {name: 10**9 for name in ("requests_per_minute", "sessions_per_minute", "offers_per_minute")}
 
 
@@ -50,8 +51,7 @@ class Background:
         self._thread.join()
 
 
-@schemathesis.serializer("application/sdp", "application/trickle-ice-sdpfrag", "audio/pcm", "audio/wav", "audio/mpeg", "audio/ogg", "audio/flac", "audio/mp4",
-                         "audio/webm", "application/octet-stream")  # fmt: skip
+@schemathesis.serializer("application/sdp", "application/trickle-ice-sdpfrag", *SOUNDS)
 def as_it_is(context, value):
     """Bodies that are no JSON."""
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
@@ -76,4 +76,4 @@ def test_nonsense_made_from_the_schema_is_never_a_server_error(tmp_path):
                 with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with a request that takes nothing
                     examples(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
                              suppress_health_check=list(HealthCheck))(attempt)()  # fmt: skip
-        assert len(asked) > 150 and {200, 201, 404, 422} <= set(asked), sorted(set(asked))
+        assert len(asked) > 100 and {200, 201, 404, 422} <= set(asked), sorted(set(asked))

@@ -18,7 +18,7 @@ pytest.importorskip("livekit.agents", reason="needs livekit-agents: pip install 
 import livekit_sfu
 from livekit import rtc
 from livekit.agents.voice.avatar import AudioSegmentEnd
-from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studio, tone, until
+from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studio, token, tone, until
 
 from liveavatar.core import FPS
 from liveavatar.serving import livekit_worker
@@ -318,13 +318,16 @@ def test_how_a_stay_ends(sfu, monkeypatch):
             monkeypatch.setattr(livekit_worker, "AGENT_SECONDS", 0.5)
             alone = await enter("alone")
             assert await alone.over() == "the agent did not come" and not place.sessions
-            agent = await Agent().enter(sfu, "ends")
+            room = rtc.Room()
+            await room.connect(sfu, token("agent", "ends", "agent"))
             worker = await enter("ends")
-            await until(lambda: "avatar" in agent.room.remote_participants)
+            await until(lambda: "avatar" in room.remote_participants)
             await worker.session.close("the operator")
             assert await worker.over() == "the session ended" and not place.sessions
-            await until(lambda: not agent.room.remote_participants)
-            worker = await enter("ends")
+            await until(lambda: not room.remote_participants)
+            await room.disconnect()
+            agent = await Agent().enter(sfu, "nonsense")
+            worker = await enter("nonsense")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(agent.output.capture_frame(rtc.AudioFrame(bytes(200), 100, 1, 100)), 5)  # 100 Hz
             assert await worker.over() == "the worker failed" and not place.sessions

@@ -28,7 +28,7 @@ from liveavatar.runtime import placement
 from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
-from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
+from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
 from liveavatar.runtime.tracing import open_trace
@@ -184,13 +184,9 @@ class Session:
 
     def candidate(self) -> Candidate | None:
         """How the scheduler sees it; None when it has nothing to ask for."""
-        t = self.timeline
-        nothing = t.queued_seconds == 0 and (t.ended or self.parked)
-        if not self.opened or self.closing or self.error or nothing:
+        if not self.opened or self.closing or self.error:
             return None
-        live = self.pace == "live"
-        due = self.playout.deadline(float(t.next_pts)) if live and not t.urgent else None
-        return Candidate(self.name, t.has_audio, t.in_flight, live, due, t.gated, self.asked)
+        return candidate(self.name, self.timeline, self.playout, live=self.pace == "live", asked=self.asked, parked=self.parked)
 
     def paced(self, due: float) -> None:
         """The consumer plays by its own clock: the block after the last one taken is due at `due` (clock seconds)."""

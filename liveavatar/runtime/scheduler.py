@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from liveavatar.runtime.timeline import Timeline
 
 PACES = ("offline", "live")
 
@@ -41,6 +45,14 @@ class Decision:
     admit: str | None = None
     wake: float | None = None
     late: str | None = None
+
+
+def candidate(name: str, timeline: Timeline, playout: Playout, *, live: bool, asked: float, parked: bool = False) -> Candidate | None:
+    """A session that is open as the scheduler sees it; None when it has nothing to ask for. parked: no idle blocks."""
+    if timeline.queued_seconds == 0 and (timeline.ended or parked):
+        return None
+    due = playout.deadline(float(timeline.next_pts)) if live and not timeline.urgent else None
+    return Candidate(name, timeline.has_audio, timeline.in_flight, live, due, timeline.gated, asked)
 
 
 class PipeTime:

@@ -95,13 +95,14 @@ class Lease:
 class Desk:
     """All leases of one server; used from its event loop alone.
 
-    usable(avatar id, mode, whether it sees an owner): the portrait, or a Problem for an avatar that may not be used.
+    told(name, data): of each session that begins or ends. usable(avatar id, mode, whether it sees an owner): the portrait, or
+    a Problem for an avatar that may not be used.
     """
 
     def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, *,
-                 clock: Callable[[], float] = monotonic, wall: Callable[[], float] = time.time,
-                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
-        self.studio, self.settings, self.quotas, self._usable = studio, settings, quotas, usable
+                 told: Callable[[str, dict], None] = lambda name, data: None, clock: Callable[[], float] = monotonic,
+                 wall: Callable[[], float] = time.time, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
+        self.studio, self.settings, self.quotas, self._usable, self._told = studio, settings, quotas, usable, told
         self._clock, self._wall, self._sleep = clock, wall, sleep
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
@@ -174,10 +175,16 @@ class Desk:
         lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode,
                       opened=now, seen=now, created=self._wall(), idle_seconds=min(wish.idle_seconds or limits.idle_seconds, limits.idle_seconds),
                       length_seconds=min(wish.length_seconds or limits.length_seconds, limits.length_seconds))  # fmt: skip
-        lease.feeder = Feeder(session, lambda error: log.warning("speech_failed", session=session.id, reason=type(error).__name__), errors=(LiveAvatarError,))
+
+        def failed(error: Exception) -> None:
+            log.warning("speech_failed", session=session.id, reason=type(error).__name__)
+
+        lease.feeder = Feeder(session, failed, errors=(LiveAvatarError,))
         self._leases[session.id] = lease
         self.spawn(lease, lease.feeder.run())
-        log.info("session_opened", session=session.id, owner=lease.owner, prefix=lease.key, avatar=wish.avatar, mode=lease.mode)
+        facts = {"session": session.id, "owner": lease.owner, "prefix": lease.key, "avatar": wish.avatar, "mode": lease.mode}
+        log.info("session_opened", **facts)
+        self._told("session.opened", facts)
         return lease
 
     def spawn(self, lease: Lease, work) -> asyncio.Task:
@@ -202,7 +209,10 @@ class Desk:
         for task in lease.tasks:
             task.cancel()
         self.studio.metrics.session_ended(reason)
-        log.info("session_ended", session=lease.id, owner=lease.owner, reason=lease.reason, seconds=round(self._clock() - lease.opened, 1))
+        facts = {"session": lease.id, "owner": lease.owner, "avatar": lease.wish.avatar, "reason": lease.reason,
+                 "seconds": round(self._clock() - lease.opened, 1)}  # fmt: skip
+        log.info("session_ended", **facts)
+        self._told("session.ended", facts)
 
     # ------------------------------------------------------------ leases
 
@@ -249,7 +259,6 @@ class Desk:
         """From now on no session is opened (17.2)."""
         if not self.studio.draining:
             self.studio.draining = True
-            self.studio.metrics.draining(True)
             log.info("draining", sessions=len(self._leases))
 
     async def drain(self) -> None:

@@ -50,8 +50,8 @@ class OutputStatus:
 class Destination:
     """A Sink (packets.Sink) that keeps a server or folder fed; whoever makes it runs run() as a task until after close().
 
-    width, height: of the encoded pictures. check: url -> url to connect to, awaited before each connection (is the host still
-    allowed, what is its address?), raises LiveAvatarError. report(event, facts): output.live, output.down, output.failing, output.closed.
+    width, height: of the encoded pictures. check: url -> address to connect to, awaited before each connection (is the host still
+    allowed, where is it?), raises LiveAvatarError. report(event, facts): output.live, output.down, output.failing, output.closed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Destination:
         self._ask_keyframe, self._report, self._clock, self._rng = ask_keyframe, report, clock, rng or random.Random()
         self._edge: Edge | None = None  # None: nobody to send to
         self._origin: int | None = None  # tick that is 0 at the far end, the same for all connections
-        self._connections, self._lives, self._live_since = 0, 0, None
+        self._connections, self._lives, self._dropped, self._live_since = 0, 0, 0, None
         self._closing = asyncio.Event()
 
     # ---- the Sink
@@ -101,7 +101,7 @@ class Destination:
             while not self._closing.is_set():
                 try:
                     await self._connection()
-                except LiveAvatarError as error:
+                except (LiveAvatarError, OSError) as error:
                     await self._wait(self._failed(self.target.redact(str(error))))
         finally:
             self._set(state="closed")
@@ -111,8 +111,8 @@ class Destination:
         """One life of the writing process. Returns after close(), or when it is time for a new origin."""
         self._set(state="connecting")
         self._live_since = None
-        url = self.target.url if self._check is None else await self._check(self.target.url)
-        self.writer = Writer(self.target.job(url, *self._size, self._lives), self._config.stall_seconds, self._clock, self._progressed)
+        address = None if self._check is None else await self._check(self.target.url)
+        self.writer = Writer(self.target.job(address, *self._size, self._lives), self._config.stall_seconds, self._clock, self._progressed)
         try:
             await self.writer.drive(self._feed)
         finally:
@@ -158,8 +158,9 @@ class Destination:
 
     def _drop_edge(self) -> None:
         if self._edge is not None:
-            self._set(drops=self.status.drops + self._edge.drops)
+            self._dropped += self._edge.drops
         self._edge = None
+        self._set(drops=self._dropped)
 
     # ---- what others see
 
@@ -170,7 +171,8 @@ class Destination:
         return {"output": self.name, "kind": self.target.kind, "url": self.target.shown}
 
     def _progressed(self, size: int) -> None:
-        self._set(bytes=self.status.bytes + size, progress=self._clock())
+        drops = self._dropped + (self._edge.drops if self._edge is not None else 0)
+        self._set(bytes=self.status.bytes + size, progress=self._clock(), drops=drops)
         if self._live_since is not None and self.status.failures and self._clock() - self._live_since > STEADY_SECONDS:
             self._set(failures=0)
 

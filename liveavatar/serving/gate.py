@@ -31,7 +31,8 @@ REJECTED = {403: "consent", 413: "size", 415: "type", 422: "decode"}  # as the m
 LIMITED = {name: name for name in ("sessions", "offers", "audio", "buffer_full")}
 POLICY = "; ".join((  # of the console: its own files alone, nothing inline, nothing from elsewhere, in no frame
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data: blob:", "media-src 'self' blob: mediastream:",
-    "connect-src 'self'", "worker-src 'self'", "font-src 'self'", "manifest-src 'self'", "form-action 'none'", "base-uri 'none'", "frame-ancestors 'none'",
+    "connect-src 'self'", "worker-src 'self'", "font-src 'self'", "manifest-src 'self'", "form-action 'none'", "base-uri 'none'",
+    "frame-ancestors 'none'",
 ))  # fmt: skip
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -50,7 +51,8 @@ class ProblemResponse(Response):
     media_type = "application/problem+json"
 
     def __init__(self, problem: Problem, request_id: str, **more):
-        super().__init__(json.dumps({**problem.body(request_id), **more}), problem.status, {**HEADERS, **problem.headers, "Cache-Control": "no-store"})
+        headers = {**HEADERS, **problem.headers, "Cache-Control": "no-store"}
+        super().__init__(json.dumps({**problem.body(request_id), **more}), problem.status, headers)
 
 
 def count(metrics: Metrics, problem: Problem, path: str) -> None:
@@ -60,7 +62,7 @@ def count(metrics: Metrics, problem: Problem, path: str) -> None:
     elif problem.status == 429:
         metrics.rate_limited(LIMITED.get(problem.kind) or LIMITED.get(getattr(problem, "what", ""), "requests"))
     elif problem.kind == "ssrf":
-        metrics.ssrf_blocked("address")
+        metrics.ssrf_blocked(getattr(problem, "reason", "address"))
     elif UPLOADS.fullmatch(path) and problem.status in REJECTED:
         metrics.upload_rejected("consent" if problem.kind.startswith("consent") else REJECTED[problem.status])
     elif path == "/v1/sessions" and problem.kind.startswith("consent"):

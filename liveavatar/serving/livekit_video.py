@@ -96,6 +96,11 @@ class SessionVideo(VideoGenerator):
         """A segment was pushed whose end was not reported."""
         return bool(self._pending)
 
+    @property
+    def begun(self) -> int:
+        """Segments of which something was pushed, ever."""
+        return self._number - FIRST_SEGMENT
+
     # ------------------------------------------------------------ from the agent
 
     async def push_audio(self, frame: rtc.AudioFrame | AudioSegmentEnd) -> None:
@@ -147,11 +152,12 @@ class SessionVideo(VideoGenerator):
                 self._ends.append((0.0, Mark("finished", running, round(1000 * self.outcome[0]), interrupted=True)))
 
     async def _stop(self, interrupt: Callable[[], Awaitable] | None = None) -> None:
-        """Silence with a short fade, then wait until frames that were in somebody's hands are gone too."""
-        busy, sound, unheard = not self._rest.is_set(), *self._source.unheard(self._clock())
+        """Silence, then wait until frames that were in somebody's hands are gone too."""
+        busy, (sound, unheard) = not self._rest.is_set(), self._source.unheard(self._clock())
         position = max(0.0, self._said - unheard)
         await self._clear()
-        await self._sound(faded(sound[:FADE_SAMPLES]))
+        if not busy:  # a source takes one frame at a time, and a fade that comes late is worse than none
+            await self._sound(faded(sound[:FADE_SAMPLES]))
         if interrupt is not None:
             with contextlib.suppress(Conflict):  # the session has ended: silent enough
                 await interrupt()

@@ -14,7 +14,7 @@ import asyncio
 import jwt
 import structlog
 
-from liveavatar.core import FPS
+from liveavatar.core import FPS, LiveAvatarError
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.livekit_video import SessionVideo, rtc  # says what to install where LiveKit is missing
 from liveavatar.serving.packets import SOUND_RATE
@@ -52,6 +52,10 @@ class Runner(AvatarRunner):
     def _audio_playing(self, _: bool) -> None:
         pass
 
+    def _on_clear_buffer(self) -> None:
+        super()._on_clear_buffer()
+        self._audio_recv.drop_unread()
+
     async def _publish_track(self) -> None:
         """As in the base class, but the SDK must not choose the frame rate: for small pictures it would be 15 or 20."""
         async with self._lock:
@@ -73,11 +77,9 @@ class QueueOutput(QueueAudioOutput):
         super().__init__(sample_rate=None, wait_playback_start=True)
         self._video = video
 
-    def clear_buffer(self) -> None:
-        """Silence. The runner reports the segment it knows of; those it had not read yet end here, or their agent would wait for ever."""
-        unread = self._pending_playback_count - self._video.speaking
-        super().clear_buffer()
-        for _ in range(unread):
+    def drop_unread(self) -> None:
+        """Segments that were cleared before anything of them was read: the agent waits for their ends, too."""
+        for _ in range(self._pending_playback_count - self._video.speaking):
             self.on_playback_finished(playback_position=0.0, interrupted=True)
 
     def notify_playback_finished(self, playback_position: float, interrupted: bool) -> None:
@@ -85,18 +87,42 @@ class QueueOutput(QueueAudioOutput):
         super().notify_playback_finished(*self._video.outcome)
 
 
-def receiver(room: rtc.Room, video: SessionVideo, agent: str) -> DataStreamAudioReceiver:
-    """Takes the agent's audio in this room. A class of its own for every room: the official one keeps the handlers of
-    lk.clear_buffer in the class, by identity, so that of two rooms whose agents have one name the second took the
-    interruptions of both."""
+class Arrivals(list):
+    """A list that knows how many were ever appended."""
 
-    class Receiver(DataStreamAudioReceiver):
-        _clear_buffer_handlers = {}
+    def __init__(self):
+        super().__init__()
+        self.total = 0
 
-        def notify_playback_finished(self, playback_position: float, interrupted: bool) -> None:
-            super().notify_playback_finished(*video.outcome)  # what was heard, not what was queued (rule 6)
+    def append(self, item) -> None:
+        super().append(item)
+        self.total += 1
 
-    return Receiver(room, sender_identity=agent)
+
+class Receiver(DataStreamAudioReceiver):
+    """Takes the agent's audio in one room. Make it with `receiver`."""
+
+    def __init__(self, room: rtc.Room, video: SessionVideo, agent: str):
+        super().__init__(room, sender_identity=agent)
+        self._stream_readers, self._video, self._unread = Arrivals(), video, 0
+
+    def notify_playback_finished(self, playback_position: float, interrupted: bool) -> None:
+        """What was heard, not what was queued (rule 6)."""
+        super().notify_playback_finished(*self._video.outcome)
+
+    def drop_unread(self) -> None:
+        """Segments that were cleared before anything of them was read: the agent waits for their ends, too, and the base
+        class would still speak those it has not begun with."""
+        self._stream_readers.clear()
+        for _ in range(self._stream_readers.total - self._video.begun - self._unread):
+            self._unread += 1
+            super().notify_playback_finished(0.0, True)
+
+
+def receiver(room: rtc.Room, video: SessionVideo, agent: str) -> Receiver:
+    """One with a class of its own: the official one keeps the handlers of lk.clear_buffer in the class, by identity, so that
+    of two rooms whose agents have one name the second would take the interruptions of both."""
+    return type("Receiver", (Receiver,), {"_clear_buffer_handlers": {}})(room, video, agent)
 
 
 class AvatarWorker:
@@ -130,8 +156,8 @@ class AvatarWorker:
         working, left = asyncio.create_task(self._work()), asyncio.create_task(self._left.wait())
         try:
             await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done() and working.exception() is not None:
-                log.error("livekit_failed", session=self.session.id, exc_info=working.exception())
+            if working.done() and (error := working.exception()) is not None:
+                log.error("livekit_failed", session=self.session.id, reason=str(error), exc_info=None if isinstance(error, LiveAvatarError) else error)
                 self._leave("the worker failed")
         finally:
             for task in (working, left):

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ import structlog
 from liveavatar.core import ConfigError
 from liveavatar.serving.desk import Lease
 from liveavatar.serving.durable import private_folder
-from liveavatar.serving.egress import FORMS, Destination, OutputStatus, Target
+from liveavatar.serving.egress import Destination, OutputStatus
 from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
-from liveavatar.serving.recorder import Recorder, Sign
+from liveavatar.serving.recorder import Recorder, Sign, expire, recover
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.ssrf import check_url
+from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.wire import OutputWish
 
 MOST = 8  # of one session
+HOUR, DAY = 3600.0, 86_400.0
 HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)")
 HLS_SECONDS = 60.0  # a playlist stays after its end
 MEDIA_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/iso.segment"}
@@ -67,10 +70,12 @@ class Output:
 
 
 class Outputs:
-    """All of one server. facts(lease): what the side-car of a recording says. sign: signs finished ones."""
+    """All of one server. facts(lease): what the side-car of a recording says. recordable(lease): raises a Problem where it may
+    not be recorded. sign: signs finished ones.
+    """
 
-    def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], sign: Sign | None):
-        self._settings, self._facts, self._sign = settings, facts, sign
+    def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], recordable: Callable[[Lease], None], sign: Sign | None):
+        self._settings, self._facts, self._recordable, self._sign = settings, facts, recordable, sign
         self._playlists = private_folder(Path(settings.storage.folder) / "hls")
         for left in self._playlists.iterdir():  # of a server that was killed
             shutil.rmtree(left)
@@ -93,9 +98,11 @@ class Outputs:
         if wanted.url is not None:
             await self._allowed(wanted.kind, wanted.url)
 
-    async def _allowed(self, kind: str, url: str) -> None:
+    async def _allowed(self, kind: str, url: str) -> str:
+        """Where to connect: the address that was checked; with TLS the name stays, for certificates speak of names."""
         outputs = self._settings.outputs
-        await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        target = await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        return url if target.scheme.endswith("s") else target.pinned
 
     async def start(self, lease: Lease, wanted: Wanted) -> Output:
         """Send the session there from now on. Raises what check() raises, RateLimited, Unprocessable, Conflict."""
@@ -124,6 +131,7 @@ class Outputs:
             session.happenings.add(event, **facts)
 
         if wanted.kind == "record":
+            self._recordable(lease)
             return Recorder(*size, settings.storage, settings.outputs, facts=self._facts(lease), sign=self._sign, ask_keyframe=session.ask_keyframe,
                             report=report, clock=session.clock)  # fmt: skip
         try:
@@ -131,7 +139,7 @@ class Outputs:
         except ConfigError as error:
             raise Unprocessable(str(error)) from None
         return Destination(wanted.kind, target, *size, settings.outputs, ask_keyframe=session.ask_keyframe, report=report, clock=session.clock,
-                           check=None if folder else lambda target: self._allowed(target.kind, target.url))  # fmt: skip
+                           check=None if folder else lambda url: self._allowed(wanted.kind, url))  # fmt: skip
 
     def _spawn(self, work) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)
@@ -165,6 +173,16 @@ class Outputs:
             self._open.pop(session_id, None)
         if output.folder is not None:
             shutil.rmtree(output.folder, ignore_errors=True)
+
+    async def housekeep(self) -> None:
+        """Finish the recordings that a crash broke off; then, once an hour, remove those that are too old (REC-4)."""
+        folder = private_folder(Path(self._settings.storage.folder) / "recordings")
+        for event, facts in await asyncio.to_thread(recover, folder, self._sign):
+            log.info(event, **facts)
+        while True:
+            for name in await asyncio.to_thread(expire, folder, time.time() - self._settings.storage.keep_days * DAY):
+                log.info("recording_expired", file=name)
+            await asyncio.sleep(HOUR)
 
     async def close(self, seconds: float) -> None:
         """The sessions are over: let recordings and playlists be finished, at most so long."""

@@ -34,6 +34,7 @@ from liveavatar.telemetry import now
 
 OPTIONS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}  # unflushed, a kill costs seconds
 PART = ".part"
+RECORDINGS = "recordings"  # folder of storage.folder
 CUT_PACKETS = 60  # after the cut, until the sound has come up to it: about a second, then the cut is made without
 BOX = struct.Struct(">I4s")  # of mp4: length with this header, kind
 
@@ -96,7 +97,7 @@ class Recorder:
         ask_keyframe: Callable[[], None] = lambda: None, report: Callable[[str, dict], None] = lambda event, facts: None,
         clock: Callable[[], float] = now, wall: Callable[[], datetime] = lambda: datetime.now(UTC),
     ):  # fmt: skip
-        self.folder = private_folder(Path(storage.folder) / "recordings")
+        self.folder = private_folder(Path(storage.folder) / RECORDINGS)
         self.status = OutputStatus(name=self.name, kind=self.name, url="")
         self.writer: Writer | None = None
         self._job = {"format": "mp4", "options": OPTIONS, "width": width, "height": height, "sound": AAC, "channels": 1}

@@ -21,6 +21,8 @@ from liveavatar.serving.wire import (
 )  # fmt: skip
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], dependencies=[BEARER])
+SOUNDS = ("audio/pcm", "audio/wav", "audio/mpeg", "audio/ogg", "audio/flac", "audio/mp4", "audio/webm", "application/octet-stream")
+BINARY = {"type": "string", "format": "binary"}
 SessionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$", description="128 random bits")]
 
 
@@ -29,8 +31,8 @@ def view(lease: Lease, desk) -> SessionView:
     session, home = lease.session, f"/v1/sessions/{lease.id}"
     ends, idle = desk.ends(lease)
     return SessionView(
-        id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None, epoch=session.epoch,
-        owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height, viewers=session.stats()["viewers"],
+        id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None,
+        epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height, viewers=session.stats()["viewers"],
         created_at=lease.created, lease=None if lease.over else LeaseView(ends_at=ends, idle_ends_at=min(ends, idle)), metadata=lease.wish.metadata,
         links={"self": home, **{name: f"{home}/{name}" for name in ("stream", "whep", "stats", "audio", "say", "interrupt", "tokens", "outputs")}},
     )  # fmt: skip
@@ -155,8 +157,7 @@ async def make_token(session_id: SessionId, wish: TokenWish, who: Who, at: At) -
 
 
 @router.post("/{session_id}/audio", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413, 415),
-             openapi_extra={"requestBody": {"required": True, "content": {kind: {"schema": {"type": "string", "format": "binary"}}
-                            for kind in ("audio/pcm", "audio/wav", "audio/mpeg", "audio/ogg", "audio/flac", "audio/mp4", "audio/webm", "application/octet-stream")}}})  # fmt: skip
+             openapi_extra={"requestBody": {"required": True, "content": {kind: {"schema": BINARY} for kind in SOUNDS}}})  # fmt: skip
 async def push_recording(
     session_id: SessionId, request: Request, who: Who, at: At,
     epoch: Annotated[Number | None, Query(description="Of an older epoch it is dropped")] = None,

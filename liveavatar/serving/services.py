@@ -13,6 +13,7 @@ from fastapi.security import HTTPBearer
 
 from liveavatar.serving.access import ANYBODY as OPERATOR
 from liveavatar.serving.access import VIEW, Access, Principal
+from liveavatar.serving.audit import Audit
 from liveavatar.serving.consent import ConsentLog
 from liveavatar.serving.desk import Desk
 from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
@@ -37,7 +38,8 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """One server's. probe: how late the event loop is. speak: text to speech; None: this server has no voice.
+    """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
+    speech; None: this server has no voice.
     extras: names of what else may be asked of it.
     """
 
@@ -48,10 +50,12 @@ class Services:
     desk: Desk
     idempotency: Idempotency
     webhooks: Webhooks
+    audit: Audit
     outputs: Outputs
     viewers: Viewers
     metrics: Metrics
     probe: LoopProbe
+    mark_key: bytes | None
     consents: ConsentLog
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
@@ -90,6 +94,7 @@ class Services:
         await self.outputs.close(GOODBYE_SECONDS)
         await self.webhooks.close(GOODBYE_SECONDS)
         self.consents.close()
+        self.audit.close()
 
 
 def services(request: Request) -> Services:

@@ -33,7 +33,7 @@ NAME = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0
 NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")  # a last label like this makes an IPv4 address of a name, in one of a dozen spellings
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 REFUSED = tuple(map(ipaddress.ip_network, (
-    "168.63.129.16/32",  # of Azure's host, public by its number
+    "168.63.129.16/32", "192.0.0.0/24",  # the hosts of two clouds, public by their numbers
     "192.88.99.0/24", "2002::/16", "2001::/32",  # 6to4 and Teredo carry an IPv4 address that would escape the check
     "64:ff9b:1::/48", "100::/64", "::/96", "fec0::/10", "2001:db8::/32", "3fff::/20", "5f00::/16",
 )))  # fmt: skip
@@ -184,7 +184,8 @@ def _literal(host: str) -> Address | None:
 
 def _address(text: str) -> Address:
     try:
-        return ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
+        return getattr(address, "ipv4_mapped", None) or address
     except ValueError:
         raise Invalid("an IP address must be written in the usual way: 192.0.2.1 or [2001:db8::1]") from None
 

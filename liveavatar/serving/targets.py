@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
@@ -90,10 +90,10 @@ class Target:
         hidden = {secret for secret in found if secret and len(secret) >= SHORTEST}
         return sorted(hidden | {quote(secret, safe="") for secret in hidden}, key=len, reverse=True)
 
-    def job(self, url: str, width: int, height: int, life: int) -> dict:
-        """What the writing process must know. url: of ours, perhaps with a checked address in place of the name. width, height: of the
+    def job(self, address: str | None, width: int, height: int, life: int) -> dict:
+        """What the writing process must know. address: the one to connect to, None for what the name says then. width, height: of the
         encoded pictures. life: how many processes came before."""
-        form = FORMS[self.kind]
+        form, url = FORMS[self.kind], self.url
         options = dict(form.options)
         if self.kind == "hls":
             folder = Path(url)
@@ -102,16 +102,25 @@ class Target:
             options["hls_fmp4_init_filename"] = f"{life}-init.mp4"
         if self.kind == "whip":
             options["cert_file"], options["key_file"] = (str(path) for path in certificate())
-            if self.token:
-                options["authorization"] = self.token
-        return {"url": url, "format": form.format, "options": options, "width": width, "height": height, "sound": form.sound, "channels": form.channels}
+        if urlsplit(url).scheme == "rtmp" and address is not None:  # rtmps keeps the name, which TLS must hear
+            url = _at(url, address)
+        return {"url": url, "format": form.format, "options": options, "width": width, "height": height, "sound": form.sound,
+                "channels": form.channels, "address": address, "token": self.token}  # fmt: skip
 
     def tidy(self, life: int) -> None:
         """Remove what processes before the last one left in a folder: players have long gone on."""
         if self.kind == "hls":
             for path in Path(self.url).glob("*-*.m*4*"):
                 if int(path.name.split("-")[0]) < life - 1:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
+
+
+def _at(url: str, address: str) -> str:
+    """`url` with an address in place of the name."""
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    host = f"[{address}]" if ":" in address else address
+    return urlunsplit(parts._replace(netloc=user + at + host + (f":{parts.port}" if parts.port else "")))
 
 
 def _is_url(url: str, schemes: tuple[str, ...]) -> bool:

@@ -226,6 +226,16 @@ class ConsentList(Wire):
     consents: list[ConsentView]
 
 
+class MarkView(Wire):
+    """payload: 32 bits in hex. confidence: that all of them are right. false_alarm: bound on the probability that an unmarked video says so."""
+
+    found: bool
+    payload: str | None
+    confidence: float
+    false_alarm: float
+    pictures: int
+
+
 class KeyWish(Wire):
     """Body of POST /v1/keys."""
 

@@ -16,6 +16,7 @@ from liveavatar.telemetry import now
 
 WINDOW = 80  # packets under way to a writer, about a second: beyond it the edge fills, whose policy is known
 CONNECT_SECONDS = 10.0  # for the process to start and the server to answer, where outputs.stall_seconds is less
+EXIT_SECONDS = 1.0  # for a process that is ending
 SILENCES = 3  # times outputs.stall_seconds without any datagram from a server
 ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")  # no proxies, nobody's keys
 
@@ -27,17 +28,18 @@ class WriterFailed(LiveAvatarError):
 class Writer:
     """One life of a destination.py process. job: see destination.open_container. clock: seconds, monotonic.
 
-    `sent`: packets handed over; `count`: those whose mux() came back. `delivered`: bytes of these that the peer acknowledged; one more is progress, for
-    success of mux() alone only means that the kernel took it. Datagrams are not acknowledged: there RTCP and checks of
-    consent, which come each 5 s at least, say that somebody is there. `begun` is set by the first report. One drive() per Writer.
+    `sent`: packets handed over; `count`: those whose mux() came back. `delivered`: bytes of these that the peer acknowledged;
+    one more is progress, for success of mux() alone only means that the kernel took it. Datagrams are not acknowledged: there
+    RTCP and checks of consent, which come each 5 s at least, say that somebody is there. `begun` is set by the first report.
+    One drive() per Writer.
     """
 
     def __init__(self, job: dict, stall_seconds: float, clock: Callable[[], float] = now, on_progress: Callable[[int], None] = lambda size: None):
-        self.count = self.delivered = 0
+        self.sent = self.count = self.delivered = 0
         self._job, self._stall, self._clock, self._on_progress = job, stall_seconds, clock, on_progress
         self._process: asyncio.subprocess.Process | None = None
-        self.sent = self._held = 0
-        self._progress, self._heard, self._finishing, self._closed, self._words = 0.0, 0.0, False, False, ""
+        self._held, self._progress, self._heard = 0, 0.0, 0.0
+        self._finishing, self._closed, self._words = False, False, ""
         self._room, self.begun = asyncio.Event(), asyncio.Event()
 
     async def drive(self, feed: Callable[[Writer], Coroutine]) -> None:
@@ -127,8 +129,10 @@ class Writer:
                     raise WriterFailed(reason)
         finally:
             reading.cancel()
+        with suppress(TimeoutError):  # it has closed its end; to kill it before asyncio has noticed its exit would lose the status
+            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
         if not self._closed:
-            raise WriterFailed(self._words or f"the writing process ended (exit status {await self._process.wait()})")
+            raise WriterFailed(self._words or f"the writing process ended (exit status {self._process.returncode})")
 
     async def _read(self) -> None:
         while line := await self._process.stdout.readline():
@@ -143,4 +147,4 @@ class Writer:
             self._process.kill()
         self._process.stdin.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), 1)
+            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)

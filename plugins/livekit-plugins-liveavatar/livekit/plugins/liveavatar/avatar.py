@@ -37,7 +37,7 @@ class AvatarSession(BaseAvatarSession):
     avatar_id: one that is registered there. api_url, api_key: of the server; LIVEAVATAR_URL and LIVEAVATAR_API_KEY where
     they are not given. participant_identity, participant_name: under which it enters the room.
 
-    The avatar cannot pause in the midst of a sentence: switch `resume_false_interruption` of the AgentSession off.
+    The avatar cannot pause in the midst of a sentence: AgentSession(turn_handling={"interruption": {"resume_false_interruption": False}}).
     """
 
     def __init__(
