@@ -21,7 +21,8 @@ from liveavatar.serving.realtime import Backend, bridge
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 
-SESSION = {"type": "session.created", "event_id": "e0", "session": {"type": "realtime", "audio": {"output": {"format": {"type": "audio/pcm", "rate": 24_000}}}}}
+FORMAT = {"type": "audio/pcm", "rate": 24_000}
+SESSION = {"type": "session.created", "event_id": "e0", "session": {"type": "realtime", "audio": {"output": {"format": FORMAT}}}}
 
 
 class Model:
@@ -179,8 +180,10 @@ def test_what_clears_the_buffer_stops_every_item(portrait):
 def test_a_model_that_lets_itself_not_be_interrupted_is_not(portrait):
     async def work(client, model, avatar):
         detection = {"type": "server_vad", "interrupt_response": False}
-        await model.say(type="session.updated", session={"audio": {"input": {"turn_detection": detection}, "output": {"format": {"type": "audio/pcmu"}}}})
-        await model.say(type="response.output_audio.delta", response_id="r", item_id="i", content_index=0, delta=base64.b64encode(b"\xff" * 4000).decode())
+        sound = {"input": {"turn_detection": detection}, "output": {"format": {"type": "audio/pcmu"}}}
+        await model.say(type="session.updated", session={"audio": sound})
+        delta = base64.b64encode(b"\xff" * 4000).decode()
+        await model.say(type="response.output_audio.delta", response_id="r", item_id="i", content_index=0, delta=delta)
         await model.say(type="response.output_audio.done", response_id="r", item_id="i", content_index=0)
         await model.say(type="input_audio_buffer.speech_started", item_id="u")
         await model.say(type="response.done", response={"id": "r"})

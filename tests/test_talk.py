@@ -220,7 +220,8 @@ def split(text: str, step: int) -> list[str]:
 
 
 def test_sentences_are_what_a_person_would_say_at_once():
-    assert split('Dr. Smith paid 3.50, e.g. for tea. Really? "Yes!" J. K. left', 1) == ["Dr. Smith paid 3.50, e.g. for tea.", "Really?", '"Yes!"', "J. K. left"]
+    text = ["Dr. Smith paid 3.50, e.g. for tea.", "Really?", '"Yes!"', "J. K. left"]
+    assert split(" ".join(text), 1) == text
     assert split("你好。我很好！", 1) == ["你好。", "我很好！"] and split("1. One\n2. Two ... !", 4) == ["1. One", "2. Two ..."]
     assert max(map(len, split("word, " * 200, 7))) <= 300 and sum(map(len, split("a. " * 9000, 500))) <= 8000
 

@@ -15,8 +15,8 @@ import numpy as np
 
 try:
     from pipecat.frames.frames import (
-        CancelFrame, EndFrame, Frame, InterruptionFrame, OutputImageRawFrame, OutputTransportReadyFrame, StartFrame, TTSAudioRawFrame, TTSStartedFrame,
-        TTSStoppedFrame,
+        CancelFrame, EndFrame, Frame, InterruptionFrame, OutputImageRawFrame, OutputTransportReadyFrame, StartFrame, TTSAudioRawFrame,
+        TTSStartedFrame, TTSStoppedFrame,
     )  # fmt: skip
     from pipecat.processors.frame_processor import FrameDirection
     from pipecat.services.ai_service import AIService
