@@ -339,7 +339,7 @@ def test_recorded_questions_become_a_film_of_the_conversation(tmp_path):
     talk_commands.register(app, lambda function: function)
     out, report = tmp_path / "talk.mp4", tmp_path / "talk.json"
     done = CliRunner().invoke(app, ["talk", "--audio", str(tmp_path / "q.wav"), "--say", "Thank you.", "--out", str(out), "--report", str(report),
-                                    "engine_kind=testcard", "media.scale=2"])  # fmt: skip
+                                    "engine_kind=testcard", "media.scale=2", f"storage.folder={tmp_path / 'var'}"])  # fmt: skip
     assert done.exit_code == 0, (done.output, done.exception)
     turns = json.loads(report.read_text())["turns"]
     assert [turn["answer"] for turn in turns] == ["That is 56.", "You are welcome."] and "avatar: That is 56." in done.output

@@ -95,10 +95,11 @@ def _ears(needed: bool):
 async def _held(settings: ServeConfig, image: Path | None, turns: list[Turn], parts: dict, out: Path, both: bool) -> Rehearsed:
     from liveavatar.serving.live import Role
     from liveavatar.serving.rehearsal import rehearse
+    from liveavatar.serving.server import marker
     from liveavatar.serving.studio import Studio
     from liveavatar.serving.talk import Talk
 
-    studio = Studio(settings)
+    studio = Studio(settings, marker=marker(settings))
     try:
         await studio.start()
         avatar = await studio.open(Role(avatar="talk", picture=image or PORTRAIT, prompt=settings.engine.prompt, seed=settings.engine.seed))
