@@ -44,7 +44,7 @@ def harness(portrait, frames, **settings):
     """(what left downstream, the studio's sessions at the end)."""
     async def go():
         async with service(portrait) as (studio, avatar):
-            down, _ = await run_test(avatar, frames_to_send=[OutputTransportReadyFrame(), *frames], **settings)
+            down, _ = await run_test(avatar, frames_to_send=[OutputTransportReadyFrame(), *frames], start_timeout=15.0, **settings)
             return down, len(studio.sessions)
 
     down, left = asyncio.run(asyncio.wait_for(go(), 60))
@@ -94,7 +94,7 @@ def test_an_interruption_leaves_nothing_of_what_was_said(portrait):
 def test_the_end_of_the_pipeline_waits_for_the_last_word_and_no_picture_leaves_too_early(portrait):
     async def go():
         async with service(portrait) as (studio, avatar):
-            down, _ = await run_test(avatar, frames_to_send=[SleepFrame(0.3), *said(0.6), TTSStoppedFrame(context_id="c1")])
+            down, _ = await run_test(avatar, frames_to_send=[SleepFrame(0.3), *said(0.6), TTSStoppedFrame(context_id="c1")], start_timeout=15.0)
             return down, avatar, studio
 
     down, _, studio = asyncio.run(asyncio.wait_for(go(), 60))

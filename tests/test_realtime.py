@@ -13,15 +13,20 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 from fastapi import FastAPI, WebSocket
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 
 from liveavatar.serving.live import Role
-from liveavatar.serving.realtime import Backend, bridge
+from liveavatar.serving.realtime import Backend, BackendFailed, BackendSocket, RealtimeBridge, bridge
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 
 FORMAT = {"type": "audio/pcm", "rate": 24_000}
+KINDS = ("response.output_audio.delta", "response.audio.done", "response.done", "session.updated", "input_audio_buffer.speech_started", "x")
+FIELDS = ("response_id", "item_id", "content_index", "delta", "response", "id", "session", "audio", "output", "input", "format", "type", "rate",
+          "turn_detection", "output_audio_format")  # fmt: skip
 SESSION = {"type": "session.created", "event_id": "e0", "session": {"type": "realtime", "audio": {"output": {"format": FORMAT}}}}
 
 
@@ -193,10 +198,43 @@ def test_a_model_that_lets_itself_not_be_interrupted_is_not(portrait):
     run(work, portrait)
 
 
-def test_no_backend_is_said_so(portrait):
-    async def go():
-        from liveavatar.serving.realtime import BackendFailed, BackendSocket
+class Deaf:
+    """An avatar that takes all and says nothing; a wire that does the same."""
 
+    epoch, happenings, sent = 0, (), 0
+
+    async def push_audio(self, pcm, rate, **said):
+        assert pcm.dtype == np.int16 and rate > 0
+
+    async def interrupt(self):
+        return None
+
+    async def send(self, text):
+        self.sent += 1
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["", "i1", "r1", "AAAA", "audio/pcmu", "pcm16", "?"]),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5), max_leaves=8)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6)), max_size=8))
+def test_no_event_whatever_its_shape_breaks_the_proxy(events):
+    async def go():
+        bridge = RealtimeBridge(Deaf(), client := Deaf(), Deaf())
+        for kind, rest in events:
+            try:
+                await bridge._understand({**rest, "type": kind})
+            except BackendFailed:  # sound that is none: the connection ends, and the client is told why
+                return
+            await bridge._clear()
+        assert client.sent == 0  # nothing was heard, so nothing was told
+
+    asyncio.run(go())
+
+
+def test_no_backend_is_said_so():
+    async def go():
         with pytest.raises(BackendFailed, match="cannot be reached"):
             await BackendSocket.open(Backend(url="ws://127.0.0.1:9/"))
 
