@@ -54,6 +54,7 @@ class Runner(AvatarRunner):
 
     def _on_clear_buffer(self) -> None:
         super()._on_clear_buffer()
+        self._video_gen.forget()
         self._audio_recv.drop_unread()
 
     async def _publish_track(self) -> None:
