@@ -20,9 +20,10 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "uvloop>=0.21; platform_system != 'W
          "prometheus-client>=0.22", "structlog>=25", "pyjwt>=2.10", "argon2-cffi>=23", "limits>=5", "cryptography>=44",
          "c2pa-python>=0.30"]  # fmt: skip
 OTEL = ["opentelemetry-sdk>=1.39", "opentelemetry-exporter-otlp-proto-http>=1.39"]
+GPU = ["nvidia-ml-py>=12"]  # figures of NVIDIA GPUs in the metrics
 LIVEKIT = ["livekit-agents>=1.8.9,<2", "livekit-api>=1.2"]  # 1.7 loses stream trailers and counts segments otherwise
 PIPECAT = ["pipecat-ai>=1.14,<2"]
-SERVING_TESTS = [*SERVE, *OTEL, *LIVEKIT, *PIPECAT, "playwright>=1.50", "schemathesis>=4"]
+SERVING_TESTS = [*SERVE, *OTEL, *GPU, *LIVEKIT, *PIPECAT, "playwright>=1.50", "schemathesis>=4"]
 VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
 setup(
@@ -37,6 +38,7 @@ setup(
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
         "liveavatar.conditioning": ["visemes.yaml"],
+        "liveavatar.serving": ["monitoring/*", "console/*", "console/**/*"],
         "liveavatar.evaluation": ["published.yaml", "human_page.html"],
     },
     install_requires=[
@@ -62,6 +64,7 @@ setup(
         "videos": [*EVAL, *VIDEOS],
         "serve": SERVE,
         "otel": OTEL,
+        "gpu": GPU,
         "livekit": [*SERVE, *LIVEKIT],
         "pipecat": [*SERVE, *PIPECAT],
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],

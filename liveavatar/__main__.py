@@ -6,6 +6,7 @@ line on stderr and exit status 2; Ctrl-C is 130; anything else is our fault and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -218,6 +219,45 @@ def plan(
     for problem in result.problems:
         typer.echo(f"does not fit: {problem}")
     raise typer.Exit(1 if result.problems else 0)
+
+
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar serve configs/serve_tiny.yaml   [dim]the embedded avatar on this machine; open the address it prints[/dim]\n\n"
+    "liveavatar serve configs/serve_tiny.yaml --engine testcard listen.port=9000   [dim]no model: a test picture[/dim]"
+)
+def serve(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The whole server; configs/serve_tiny.yaml is one.")],
+    overrides: Overrides = None,
+    engine: Annotated[Optional[str], typer.Option(metavar="model|testcard", help="What makes the pictures. Default: the config's.")] = None,
+) -> None:
+    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once."""
+    from liveavatar.config import load
+
+    with _needs("serve", "uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client"):
+        from liveavatar.serving import server
+        from liveavatar.serving.settings import ServeConfig
+
+    settings = load(config, [*(overrides or ()), *([f"engine_kind={engine}"] if engine else [])], cls=ServeConfig)
+    try:
+        server.run(settings, typer.echo)
+    except OSError as error:
+        from liveavatar.core import ConfigError
+
+        raise ConfigError(f"listen {settings.listen.host}:{settings.listen.port}: {error.strerror}; choose another with listen.port=...") from None
+
+
+@contextlib.contextmanager
+def _needs(extra: str, *packages: str):
+    """Say which extra brings a package that is not here."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from liveavatar.core import ConfigError
+
+        if error.name not in packages:
+            raise
+        raise ConfigError(f"this needs {error.name}: pip install 'liveavatar[{extra}]'") from None
 
 
 @command(

@@ -23,13 +23,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-sync", "--autoplay-policy=no-user-gesture-required", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
          "--disable-features=WebRtcHideLocalIpsWithMdns"]  # fmt: skip
 
-PAGE = """<!doctype html><meta charset=utf-8><title>card</title><link rel=icon href="data:,"><video id=v autoplay playsinline width=320 height=240></video><script>
+PAGE = """<!doctype html><meta charset=utf-8><title>card</title><link rel=icon href="data:,">
+<video id=v autoplay playsinline width=320 height=240></video><script>
 "use strict";
 const seen = {ages: [], flashes: [], beeps: [], energy: 0, shown: 0, first: null, moved: 0, pings: 0, state: "new", playout: []};
 const video = document.getElementById("v"), canvas = document.createElement("canvas"), stream = new MediaStream();
 canvas.width = 320; canvas.height = 140;
 const pixels = canvas.getContext("2d", {willReadFrequently: true});
-let pc, where, tag, began, lit = true, last = 0;
+let pc, where, tag, began, lit = true, last = 0, order = Promise.resolve();
 
 function stamp(data) {  // ms modulo 2**20, or null
   let bits = 0;
@@ -67,7 +68,10 @@ async function listen(track) {
   const source = context.createMediaStreamSource(new MediaStream([track])), node = new AudioWorkletNode(context, "ear");
   const analyser = context.createAnalyser(), data = new Float32Array(analyser.fftSize);
   source.connect(node); source.connect(analyser);
-  setInterval(() => { analyser.getFloatTimeDomainData(data); seen.energy = Math.max(seen.energy, data.reduce((a, x) => a + x * x, 0) / data.length); }, 20);
+  setInterval(() => {
+    analyser.getFloatTimeDomainData(data);
+    seen.energy = Math.max(seen.energy, data.reduce((a, x) => a + x * x, 0) / data.length);
+  }, 20);
   node.port.onmessage = ({data: t}) => {
     const out = context.getOutputTimestamp();
     seen.beeps.push(out.performanceTime + (t - out.contextTime) * 1000);
@@ -85,15 +89,20 @@ async function watch(url, {configuration = {}, microphone = false} = {}) {
   if (microphone) pc.addTrack((await navigator.mediaDevices.getUserMedia({audio: true})).getAudioTracks()[0]);
   else pc.addTransceiver("audio", {direction: "recvonly"});
   const channel = pc.createDataChannel("pulse"), late = [];
-  channel.onmessage = ({data}) => { seen.pings++; const m = JSON.parse(data); if (m.type === "ping") channel.send(JSON.stringify({...m, type: "pong"})); };
+  channel.onmessage = ({data}) => {
+    seen.pings++;
+    const m = JSON.parse(data);
+    if (m.type === "ping") channel.send(JSON.stringify({...m, type: "pong"}));
+  };
   pc.onconnectionstatechange = () => seen.state = pc.connectionState;
   pc.ontrack = ({track}) => { stream.addTrack(track); video.srcObject = stream; if (track.kind === "audio") listen(track); };
-  pc.onicecandidate = ({candidate}) => { late.push(candidate); send(); };
+  pc.onicecandidate = ({candidate}) => { late.push(candidate); order = order.then(send); };
   const ufrag = () => /a=ice-ufrag:(.*)/.exec(pc.localDescription.sdp)[1].trim();
   async function send() {
     if (!where) return;
     for (const c of late.splice(0)) {
-      const body = `a=ice-ufrag:${ufrag()}\\r\\n` + (c ? `m=audio 9 RTP/AVP 0\\r\\na=mid:${c.sdpMid}\\r\\na=${c.candidate}\\r\\n` : "a=end-of-candidates\\r\\n");
+      const section = c ? `m=audio 9 RTP/AVP 0\\r\\na=mid:${c.sdpMid}\\r\\na=${c.candidate}\\r\\n` : "a=end-of-candidates\\r\\n";
+      const body = `a=ice-ufrag:${ufrag()}\\r\\n${section}`;
       await fetch(where, {method: "PATCH", headers: {"Content-Type": "application/trickle-ice-sdpfrag", "If-Match": tag}, body});
     }
   }
@@ -102,7 +111,7 @@ async function watch(url, {configuration = {}, microphone = false} = {}) {
   if (answer.status !== 201) throw new Error(await answer.text());
   tag = answer.headers.get("ETag"); where = answer.headers.get("Location");
   await pc.setRemoteDescription({type: "answer", sdp: await answer.text()});
-  await send();
+  order = order.then(send);
   video.requestVideoFrameCallback(look);
   setInterval(playout, 200);
 }
@@ -112,8 +121,9 @@ async function measured() {
   (await pc.getStats()).forEach(s => { stats[s.id] = s; });
   const all = Object.values(stats), inbound = kind => all.find(s => s.type === "inbound-rtp" && s.kind === kind) || {};
   const pair = all.find(s => s.type === "candidate-pair" && s.nominated) || {};
-  return {...seen, codec: (stats[inbound("video").codecId] || {}).mimeType, decoded: inbound("video").framesDecoded, dropped: inbound("video").framesDropped,
-    freezes: inbound("video").freezeCount, concealed: inbound("audio").concealedSamples, samples: inbound("audio").totalSamplesReceived,
+  return {...seen, codec: (stats[inbound("video").codecId] || {}).mimeType, decoded: inbound("video").framesDecoded,
+    dropped: inbound("video").framesDropped, freezes: inbound("video").freezeCount, concealed: inbound("audio").concealedSamples,
+    samples: inbound("audio").totalSamplesReceived,
     jitter_ms: 1000 * inbound("video").jitterBufferDelay / inbound("video").jitterBufferEmittedCount, rtt_ms: 1000 * pair.currentRoundTripTime,
     sound_jitter_ms: 1000 * inbound("audio").jitterBufferDelay / inbound("audio").jitterBufferEmittedCount,
     candidate: (stats[pair.localCandidateId] || {}).candidateType, offer: pc.localDescription.sdp};

@@ -1,25 +1,29 @@
 """The session API over HTTP, on the real studio: who may what, what a session's life looks like, what is refused and how."""
 
 import asyncio
+import io
 import re
 import time
-from datetime import timedelta
+from pathlib import Path
 
+import av
 import jwt
 import numpy as np
-import pytest
 
-from api_server import bearer, portrait, running, settings, tone
+from api_server import bearer, changed, portrait, running, settings, tone
 from liveavatar.config import load
+from liveavatar.serving import eventlog
 from liveavatar.serving.access import ANYBODY, SCOPES
 from liveavatar.serving.problems import TYPES
 from liveavatar.serving.settings import ListenConfig, ServeConfig
+from liveavatar.serving.watermark import Watermark
 from liveavatar.serving.wire import ProblemBody
 
 STATEMENT = {"subject": "Ada", "method": "self", "scope": "conversation"}
 
 LOOK, SPEAK, STEER, RUN = ("view", "control"), ("publish",), ("control",), ("admin",)
 ANY = SCOPES[:3]
+JOIN = {"avatar_id": "default", "livekit_url": "ws://x", "livekit_token": "x"}
 PCM = {"content-type": "audio/pcm"}
 
 # every operation: which scopes suffice, one of them; and a request that would be good. "!": with a server key alone
@@ -49,6 +53,20 @@ OPERATIONS = {
     "POST /v1/sessions/{session_id}/tokens !": (("view", "admin"), {"json": {"scopes": ["view"]}}),
     "POST /v1/sessions/{session_id}/audio": (SPEAK, {"content": bytes(320), "headers": PCM}),
     "POST /v1/sessions/{session_id}/say": (SPEAK, {"json": {"text": "hello"}}),
+    "POST /v1/sessions/{session_id}/outputs": (STEER, {"json": {"kind": "hls"}}),
+    "GET /v1/sessions/{session_id}/outputs": (LOOK, {}),
+    "GET /v1/sessions/{session_id}/outputs/{output_id}": (LOOK, {}),
+    "GET /v1/sessions/{session_id}/outputs/{output_id}/hls/{name}": (("view",), {}),
+    "DELETE /v1/sessions/{session_id}/outputs/{output_id}": (STEER, {}),
+    "POST /v1/sessions/{session_id}/whep": (("view",), {"content": "v=0", "headers": {"content-type": "application/sdp"}}),
+    "PATCH /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
+    "DELETE /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
+    "GET /v1/ice-servers": (("view",), {}),
+    "POST /v1/watermark:detect !": (LOOK, {"content": b"x", "headers": {"content-type": "application/octet-stream"}}),
+    "POST /v1/livekit/join !": (STEER, {"json": JOIN}),
+    "POST /v1/session !": (STEER, {"json": JOIN}),
+    "POST /v1/compat/bey/v1/sessions !": (STEER, {"json": {"transport": "livekit", "avatar_id": "default", "url": "ws://x", "token": "x"}}),
+    "POST /v1/compat/bithuman !": (STEER, {"data": {"livekit_url": "ws://x", "livekit_token": "x", "room_name": "x"}}),
     "DELETE /v1/sessions/{session_id}": (STEER, {}),
 }
 PUBLIC = ("/livez", "/readyz", "/startupz")
@@ -66,7 +84,8 @@ async def things(server, key: str) -> dict[str, str]:
     """One of everything that has an id, of the tenant with this key."""
     made = await server.http.post("/v1/consents", files={"media": portrait()}, data=STATEMENT, headers=bearer(key))
     avatar = await server.http.post("/v1/avatars", files={"portrait": portrait()}, data={"consent_id": made.json()["id"]}, headers=bearer(key))
-    return {"session_id": await server.opened(key), "avatar_id": avatar.json()["id"], "consent_id": made.json()["id"], "prefix": key[3:15]}
+    return {"session_id": await server.opened(key), "avatar_id": avatar.json()["id"], "consent_id": made.json()["id"], "prefix": key[3:15],
+            "output_id": "0" * 16, "viewer_id": "0" * 16, "name": "index.m3u8"}
 
 
 async def ask(server, operation: str, ids: dict[str, str], credential: str | None):
@@ -99,15 +118,16 @@ def test_who_may_what(tmp_path):
             acme, other = server.tenant("acme"), server.tenant("other")
             ids, second = await things(server, acme), await server.opened(acme)
             server.at.quotas.failed = lambda address: None  # a matrix is many failures from one address
-            session = ids["session_id"]
+            session, lacking = ids["session_id"], {scopes: tuple(scope for scope in ANY if scope not in scopes) for scopes, _ in OPERATIONS.values()}
+            keys = {scopes: server.tenant("acme", scopes) for scopes in set(lacking.values()) if scopes}
             wrong = {None: "missing", "x.y.z": "token", f"la_{'0' * 12}_{'A' * 43}": "key", forged(server, acme, session, exp=1): "expired",
                      forged(server, acme, session, aud="else"): "audience"}  # fmt: skip
             for operation, (scopes, _) in OPERATIONS.items():
                 for credential, kind in wrong.items():
                     answer = await ask(server, operation, ids, credential)
                     assert problem(answer) == (401, kind) and answer.headers["www-authenticate"] == "Bearer", operation
-                if lacking := [scope for scope in ANY if scope not in scopes]:
-                    assert problem(await ask(server, operation, ids, server.tenant("acme", lacking))) == (403, "scope"), operation
+                if lacking[scopes]:
+                    assert problem(await ask(server, operation, ids, keys[lacking[scopes]])) == (403, "scope"), operation
                 if "{" in operation:
                     assert problem(await ask(server, operation, ids, other))[0] == (403 if "prefix" in operation else 404), operation
                 if operation.endswith("!"):
@@ -123,7 +143,8 @@ def test_who_may_what(tmp_path):
 def test_the_life_of_a_session(tmp_path):
     async def story():
         async with running(settings(tmp_path), speak=voice) as server:
-            made = await server.http.post("/v1/sessions", json={"avatar_id": "trained_4", "mode": "livestream", "prompt": "a studio", "metadata": {"room": "7"}})
+            wish = {"avatar_id": "trained_4", "mode": "livestream", "prompt": "a studio", "metadata": {"room": "7"}}
+            made = await server.http.post("/v1/sessions", json=wish)
             assert made.status_code == 201 and made.headers["location"] == f"/v1/sessions/{made.json()['id']}"
             home = made.headers["location"]
             assert made.json()["metadata"] == {"room": "7"} and made.json()["mode"] == "livestream" and len(made.json()["id"]) == 22  # 128 bits
@@ -207,7 +228,8 @@ def test_slots_are_reserved_before_anything_is_built(tmp_path):
             lost = await server.http.post("/v1/sessions", json={"avatar_id": "nobody"})
             assert problem(lost) == (404, "not_found") and server.at.desk._held(server.key[3:15]) == 1  # a failed build leaves nothing
             server.at.desk.refuse()
-            assert problem(await server.http.post("/v1/sessions", json={})) == (503, "draining") and (await server.http.get("/readyz")).status_code == 503
+            assert problem(await server.http.post("/v1/sessions", json={})) == (503, "draining")
+            assert (await server.http.get("/readyz")).status_code == 503
 
     asyncio.run(story())
 
@@ -280,3 +302,154 @@ def test_bad_requests_are_problems_that_repeat_nothing(tmp_path):
 async def slow(piece: bytes, count: int):
     for _ in range(count):
         yield piece
+
+
+# ---------------------------------------------------------------- faces and consent
+
+
+def test_a_face_lives_as_long_as_its_consent(tmp_path):
+    """Registered with a record of the very picture, kept clean, and gone from the air the moment the record is revoked (19.2)."""
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            http, photo = server.http, portrait("JPEG", exif=b"Exif\0\0secret place", seed=3)
+            given = (await http.post("/v1/consents", files={"media": photo}, data={**STATEMENT, "scope": ["conversation"]})).json()
+            assert given["state"] == "valid" and given["subject"] == "Ada"
+            other = await http.post("/v1/avatars", files={"portrait": portrait()}, data={"consent_id": given["id"]})
+            assert problem(other) == (403, "consent_media")
+            made = await http.post("/v1/avatars", files={"portrait": ("../../evil.jpg", photo)}, data={"consent_id": given["id"], "name": "Ada"})
+            assert made.status_code == 201 and made.headers["location"] == made.json()["links"]["self"]
+            avatar = made.json()["id"]
+            kept = await http.get(made.json()["links"]["portrait"])
+            assert kept.content.startswith(b"\x89PNG") and b"secret" not in kept.content and kept.headers["content-type"] == "image/png"
+            assert problem(await http.post("/v1/sessions", json={"avatar_id": avatar, "mode": "livestream"})) == (403, "consent_scope")
+            session = await server.opened(avatar_id=avatar)
+            assert (await http.post(f"/v1/consents/{given['id']}/revoke")).json()["state"] == "revoked"
+            assert await reasons(server, session) == ["consent"]
+            assert problem(await http.post("/v1/sessions", json={"avatar_id": avatar})) == (403, "consent_revoked")
+            assert (await http.delete(f"/v1/consents/{given['id']}")).status_code == 204
+            assert problem(await http.get(f"/v1/avatars/{avatar}")) == (404, "not_found")
+            files = [path for path in tmp_path.rglob("*") if path.is_file()]
+            assert not any(avatar in str(path) or b"Ada" in path.read_bytes() for path in files)
+        told = [(record.name, record.data.get("avatar")) for record in eventlog.read(tmp_path / "audit.jsonl")]  # no name in it (18.9)
+        names = ("avatar.added", "session.opened", "session.ended", "avatar.erased")
+        assert told == [("server.started", None), *((name, avatar) for name in names)]
+        assert eventlog.check(tmp_path / "audit.jsonl") is None
+
+    asyncio.run(story())
+
+
+def test_a_repeated_post_opens_one_session(tmp_path):
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            asked = {"json": {"metadata": {"a": "b"}}, "headers": {"Idempotency-Key": "k1"}}
+            first, second = [await server.http.post("/v1/sessions", **asked) for _ in range(2)]
+            assert first.json() == second.json() and second.headers["idempotent-replayed"] == "true" and len(server.studio.sessions) == 1
+            again = await server.http.post("/v1/sessions", json={}, headers={"Idempotency-Key": "k1"})
+            assert problem(again) == (409, "idempotency")
+            face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}, "headers": {"Idempotency-Key": "k1"}}
+            made = [await server.http.post("/v1/avatars", **face) for _ in range(2)]
+            assert made[0].json()["id"] == made[1].json()["id"] and len(server.at.store.list(lambda owner: True)) == 6
+
+    asyncio.run(story())
+
+
+# ---------------------------------------------------------------- pages, files, what is told to strangers
+
+
+def test_pages_paths_and_headers(tmp_path):
+    async def story():
+        config = settings(tmp_path, listen=ListenConfig(port=0, origins=("https://app.example",)))
+        async with running(config) as server:
+            http, face = server.http, {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}}
+            avatar = (await http.post("/v1/avatars", **face)).json()["id"]
+            for path in (f"/v1/avatars/{avatar}/../../../keys.json", "/v1/avatars/..%2f..%2fkeys.json/portrait", "/v1/avatars/%2e%2e/portrait",
+                         "/../keys.json", "/..%2f..%2fapp.py", "/%2e%2e/%2e%2e/app.py", "/console/../../app.py", "//etc/passwd", "/%00",
+                         "/v1/sessions/..%2f..%2fx/outputs", f"/v1/sessions/{'x' * 22}/outputs/{'0' * 16}/hls/..%2f..%2f..%2fkeys.json"):  # fmt: skip
+                answer = await http.get(path)
+                assert answer.status_code in (404, 422) and b"argon2" not in answer.content and b"import" not in answer.content, (path, answer.text)
+            for path in ("/livez", "/v1/server", "/v1/nothing", "/nothing"):
+                headers = (await http.get(path)).headers
+                assert "default-src 'none'" in headers["content-security-policy"] and "unsafe" not in headers["content-security-policy"]
+                assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY", path
+            assert (await http.get("/v1/server")).headers["cache-control"] == "no-store"
+            for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
+                asked = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+                preflight = await http.options("/v1/sessions", headers=asked)
+                assert (preflight.headers.get("access-control-allow-origin") == origin) == allowed
+                assert "access-control-allow-credentials" not in preflight.headers
+                assert ((await http.post("/v1/keys", json={}, headers={"Origin": origin})).status_code == 403) != allowed
+            strangers = await http.get("/readyz", headers={"Authorization": ""})
+            assert strangers.json() == {"status": "ok", "reasons": []} and (await http.get("/livez")).json() == {"status": "ok"}
+            scraped = await http.get("/metrics", headers={"Authorization": ""})
+            assert scraped.status_code == 200 and 'liveavatar_auth_failures_total{reason="' in scraped.text  # this machine
+            for told in ({"X-Forwarded-For": "192.0.2.1"}, bearer(server.tenant("acme")) | {"Via": "1.1 proxy"}):
+                assert (await http.get("/metrics", headers={"Authorization": "", **told})).status_code in (401, 403)
+            for path in ("/live", "/ready", "/healthz", "/startupz"):
+                assert (await http.get(path)).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_outputs_start_and_end_and_show_no_key(tmp_path):
+    async def story():
+        config = changed(settings(tmp_path), outputs={"private": ("127.0.0.0/8",), "retry_limit_seconds": 0.2})
+        async with running(config) as server:
+            home = f"/v1/sessions/{await server.opened(outputs=[{'kind': 'hls'}])}/outputs"
+            hls = (await server.http.get(home)).json()["outputs"][0]
+            refused = await server.http.post(home, json={"kind": "rtmp", "url": "rtmp://10.0.0.1/live/my-secret"})
+            assert problem(refused) == (403, "ssrf") and "my-secret" not in refused.text
+            for wrong in ({"kind": "rtmp"}, {"kind": "hls", "url": "file:///etc/passwd"}, {"kind": "record", "token": "x"},
+                          {"kind": "whip", "url": "rtmp://x/y"}):  # fmt: skip
+                assert (await server.http.post(home, json=wrong)).status_code in (403, 422), wrong
+            made = await server.http.post(home, json={"kind": "rtmp", "url": "rtmp://127.0.0.1:1/live/my-secret", "name": "main"})
+            assert made.status_code == 201 and made.json()["name"] == "main"
+            async with asyncio.timeout(30):
+                while (playlist := await server.http.get(hls["links"]["playlist"])).status_code != 200:
+                    await asyncio.sleep(0.1)
+            assert playlist.text.startswith("#EXTM3U") and playlist.headers["content-type"] == "application/vnd.apple.mpegurl"
+            part = re.search(r'URI="([^"]+)"', playlist.text)[1]
+            assert b"ftyp" in (await server.http.get(hls["links"]["playlist"].replace("index.m3u8", part))).content[:16]
+            assert problem(await server.http.get(hls["links"]["playlist"].replace("index.m3u8", "keys.json"))) == (404, "not_found")
+            shown = (await server.http.get(made.headers["location"])).json()
+            assert shown["url"] == "rtmp://127.0.0.1:1/live/***" and shown["state"] in ("connecting", "waiting")
+            assert "my-secret" not in (await server.http.get(home)).text
+            for _ in range(2):
+                assert (await server.http.delete(made.headers["location"])).status_code == 204
+
+    asyncio.run(story())
+
+
+def test_the_config_of_the_cpu_server_loads():
+    config = load(Path(__file__).parents[1] / "configs" / "serve_tiny.yaml", (), ServeConfig)
+    assert config.access.required and sum(config.engine.stages, ()) == config.engine.chain
+
+
+def test_whether_a_video_is_ours(tmp_path):
+    """A marked stream, through the codec, is found again over HTTP; another server's is not; what is no video is refused (WM-1)."""
+
+    def film(key: bytes | None) -> bytes:
+        out, rng = io.BytesIO(), np.random.default_rng(1)
+        ground = np.kron(rng.integers(60, 200, (16, 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+        mark = Watermark(key, 77, 256, 256).mark if key else lambda picture: picture
+        with av.open(out, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "18"})
+            stream.width = stream.height = 256
+            for n in range(50):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(mark(np.roll(ground, n, 1)), format="rgb24")))
+            container.mux(stream.encode(None))
+        return out.getvalue()
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            async def asked(video: bytes):
+                return await server.http.post("/v1/watermark:detect", content=video, headers={"content-type": "video/mp4"})
+
+            ours = (await asked(film(server.at.mark_key))).json()
+            assert ours["found"] and ours["payload"] == "0000004d" and ours["pictures"] == 50
+            assert not (await asked(film(bytes(range(32))))).json()["found"]
+            for nonsense in (b"x" * 1000, b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\nfile /etc/passwd\n"):
+                answer = await asked(nonsense)
+                assert problem(answer) == (422, "unprocessable") and "passwd" not in answer.text
+
+    asyncio.run(story())

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,46 +14,38 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api_server import bearer, settings
+from api_server import bearer, on_port, settings
 from liveavatar.config import Config, ModelConfig
 from liveavatar.core import LiveAvatarError
 from liveavatar.serving import listen
 from liveavatar.serving.app import create_app
+from liveavatar.serving.settings import ListenConfig
 from liveavatar.serving.studio import Studio
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = """
-import asyncio, sys
-from liveavatar.config import load
-from liveavatar.serving import listen
-from liveavatar.serving.app import create_app
-from liveavatar.serving.settings import ServeConfig
-from liveavatar.serving.studio import Studio
-config = load(sys.argv[1], sys.argv[2:], ServeConfig)
-
-async def main():
-    app = create_app(Studio(config), config)
-    print("key", app.state.services.access.first_key(), flush=True)
-    await listen.serve(app, config, opened=lambda url: print("url", url, flush=True))
-
-asyncio.run(main())
-"""
-
-
 @pytest.fixture
 def server(tmp_path):
     """(process, client of the operator): configs/serve_tiny.yaml with the test card in place of the model."""
-    overrides = ["engine_kind=testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={tmp_path}", "sessions.drain_seconds=20"]
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(ROOT / "configs" / "serve_tiny.yaml"), *overrides], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    overrides = ["--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={tmp_path}", "sessions.drain_seconds=20"]
+    command = [sys.executable, "-m", "liveavatar", "serve", str(ROOT / "configs" / "serve_tiny.yaml"), *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     try:
-        said = [process.stdout.readline().split() for _ in range(2)]
-        with httpx.Client(base_url=said[1][1], headers=bearer(said[0][1]), timeout=10) as client:
+        key, address = (first_word(process, start) for start in ("la_", "http://"))
+        with httpx.Client(base_url=address, headers=bearer(key), timeout=10) as client:
             wait(lambda: client.get("/readyz").status_code == 200)
             yield process, client
     finally:
         process.kill()
         process.wait()
+
+
+def first_word(process, start: str) -> str:
+    """The first word that begins so in what the process says."""
+    for line in process.stdout:
+        for word in line.split():
+            if word.startswith(start):
+                return word
+    raise AssertionError(f"it never said {start}")
 
 
 def wait(until, seconds: float = 120.0) -> None:
@@ -74,7 +67,7 @@ def test_a_drain_lets_sessions_finish(server):
     assert refused.status_code == 503 and refused.json()["type"].endswith("draining") and int(refused.headers["retry-after"]) > 0
     assert client.get(f"/v1/sessions/{session}").json()["state"] in ("ready", "idle")  # goes on
     assert client.delete(f"/v1/sessions/{session}").status_code == 204
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     out = process.stdout.read()
     assert "draining" in out and session in out and not re.search(r"la_[0-9a-f]{12}_|Traceback|ERROR", out), out
 
@@ -102,6 +95,33 @@ def test_a_second_signal_ends_it_now(tmp_path):
         assert not studio.sessions
 
     asyncio.run(story())
+
+
+def test_operators_have_a_door_of_their_own(tmp_path):
+    """With listen.admin_port, metrics, probes and drain are there, without keys, and /metrics is nowhere else (18.1)."""
+
+    async def story():
+        config = replace(settings(tmp_path), listen=ListenConfig(port=0, admin_port=free_port()))
+        async with on_port(config) as (server, port):
+            admin = listen.admin_server(server.app, config)
+            serving = asyncio.create_task(admin.serve())
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{config.listen.admin_port}") as client:
+                while not admin.started:
+                    await asyncio.sleep(0.01)
+                assert b"liveavatar_sessions" in (await client.get("/metrics")).content
+                assert (await server.http.get("/metrics")).status_code == 404
+                assert (await client.get("/v1/sessions")).status_code == 404
+                assert (await client.post("/drain")).status_code == 202 and (await client.get("/readyz")).status_code == 503
+            admin.should_exit = True
+            await serving
+
+    asyncio.run(story())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_what_cannot_start_says_so_and_ends(tmp_path):

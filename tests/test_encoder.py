@@ -56,6 +56,8 @@ def test_each_picture_is_one_packet_at_its_place_and_a_browser_can_decode_it():
     assert profile == 66 and constraints & 0x40  # constrained baseline
     frames = decoded("h264", packets[13:])  # a late joiner starts at the IDR that was asked for
     assert [f.pts // 3600 for f in frames] == list(range(START + 13, START + 30))
+    said = [[bytes(data) for data in f.side_data if data.type.name == "SEI_UNREGISTERED"] for f in frames[:2]]
+    assert said[0][-1][16:] == b'{"ai_generated": true}' and not said[1]  # WM-2: decoders hand it on, with every IDR
     assert (frames[0].width, frames[0].height) == (2 * SIZE, 2 * SIZE) == (encoder.width, encoder.height)
 
 

@@ -25,7 +25,6 @@ from livekit.plugins import liveavatar as plugin
 from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studio, token, tone, until
 
 from liveavatar.serving.live import Role
-from liveavatar.serving.livekit_compat import router
 from liveavatar.serving.settings import OutputsConfig
 
 LOOPBACK = OutputsConfig(private=("127.0.0.0/8",))
@@ -40,9 +39,8 @@ def sfu():
 
 @contextlib.asynccontextmanager
 async def serving(folder, outputs: OutputsConfig = LOOPBACK, **limits):
-    """The whole application on a port, with our routes: (Running, "http://127.0.0.1:PORT")."""
+    """The whole application on a port, which has our routes: (Running, "http://127.0.0.1:PORT")."""
     async with on_port(settings(folder, outputs=outputs, **limits)) as (server, address):
-        server.app.include_router(router())
         yield server, f"http://{address}"
 
 

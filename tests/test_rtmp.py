@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from liveavatar.serving.egress import Destination, Target
+from liveavatar.serving.egress import Destination
 from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.targets import Target
 from liveavatar.telemetry import now
 from onair import Station
 

@@ -160,14 +160,16 @@ def test_a_full_buffer_is_said_and_nothing_of_the_push_taken(tmp_path):
 def test_nonsense_on_the_socket_never_hurts(tmp_path):
     """Random bytes and JSON; each connection is sent away after its mistakes, the server and the session go on."""
     rng = random.Random(4)
-    words = ["type", "hello", "update", "say", "ping", "format", "rate", "prompt", "avatar_id", "text", "epoch", None, -1, 2**70, 1e300, [], {}, "\ud83d\ude00"]
+    words = ["type", "hello", "update", "say", "ping", "format", "rate", "prompt", "avatar_id", "text", "epoch", None, -1, 2**70, 1e300, [], {},
+             "\ud83d\ude00"]  # fmt: skip
 
     def nonsense():
         kind = rng.randrange(4)
         if kind == 0:
             return rng.randbytes(rng.randrange(200))
         if kind == 1:
-            return HEADER.pack(rng.choice((0, 1, 900, 2**32 - 1)), rng.randrange(4), rng.choice((0, 1, 2, 3, 0x100, 0x103, 0xFFFF)), 0) + rng.randbytes(rng.randrange(300))
+            epoch, flags = rng.choice((0, 1, 900, 2**32 - 1)), rng.choice((0, 1, 2, 3, 0x100, 0x103, 0xFFFF))
+            return HEADER.pack(epoch, rng.randrange(4), flags, 0) + rng.randbytes(rng.randrange(300))
         if kind == 2:
             return json.dumps({str(rng.choice(words)): rng.choice(words) for _ in range(rng.randrange(4))} | {"type": rng.choice(words)})
         return rng.choice(("", "null", "[" * 5000, "{", '"x"', '{"type": "update", "avatar_id": "../../etc/passwd"}'))

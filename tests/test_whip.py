@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from liveavatar.serving.egress import Destination, Target
+from liveavatar.serving.egress import Destination
 from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.targets import Target
 from onair import Station
 
 aiortc = pytest.importorskip("aiortc", reason="aiortc is missing: pip install 'liveavatar[serve]'")
@@ -109,6 +110,40 @@ def test_whip_reaches_an_endpoint_and_comes_back():
             assert TOKEN not in repr(out.status) and "k3y" not in repr(out.status)
             for viewer in viewers:
                 await viewer.close()
+
+    asyncio.run(scene())
+
+
+def test_whip_follows_no_redirect_and_uses_the_checked_address():
+    """18.4: the name is resolved once, by whoever checked it; a server cannot send us, and the token, elsewhere."""
+
+    async def scene():
+        asked, checked = [], []
+
+        async def elsewhere(request):
+            asked.append((request.path, request.headers["Host"]))
+            return web.Response(status=307, headers={"Location": "/inner"})
+
+        async def check(url):
+            checked.append(url)
+            return "127.0.0.1"
+
+        app = web.Application()
+        app.add_routes([web.route("*", "/{any:.*}", elsewhere)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port := free_port()).start()
+        url = f"http://sfu.invalid:{port}/whip?a=b"
+        station = Station(size=128)
+        out = Destination("sfu", Target(kind="whip", url=url), 128, 128, OutputsConfig(), check=check)
+        station.sinks.append(out)
+        running = asyncio.create_task(out.run())
+        await station.play(lambda: out.status.failures)
+        out.close()
+        await asyncio.wait_for(running, 5)
+        await runner.cleanup()
+        assert asked == [("/whip", f"sfu.invalid:{port}")] and checked == [url]
+        assert "5XX" in out.status.last_error
 
     asyncio.run(scene())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 
 import numpy as np
@@ -18,10 +19,12 @@ from liveavatar.core import FPS
 from liveavatar.serving.encoder import OpusEncoder, VideoEncoder
 from liveavatar.serving.packets import H264, OPUS, SOUND_RATE, TICK_SAMPLES, Tick
 from liveavatar.serving.settings import MediaConfig
+from liveavatar.telemetry import now as monotonic
 
 WIDTH, HEIGHT, CELL = 320, 240, 10  # pixels; 32 cells of the bar code: 20 bits of milliseconds, 12 that check them
 SPACING = 0.5  # seconds between keyframes that are asked for, as the session holds it
 LEVEL = 0.5  # of the beep
+LATE = 0.3  # seconds after which the card's clock is set anew
 
 
 def bar_code(milliseconds: int) -> np.ndarray:
@@ -91,10 +94,11 @@ class Card:
         self.index += 1
 
     async def run(self) -> None:
-        start = time.monotonic()
+        due = monotonic()
         while True:
-            await asyncio.sleep(max(0.0, start + self.index / FPS - time.monotonic()))
-            self.step(time.monotonic())
+            await asyncio.sleep(max(0.0, due - monotonic()))
+            self.step(now := monotonic())
+            due = due + 1 / FPS if now - due < LATE else now + 1 / FPS  # CLK-2: re-anchored, no burst
 
 
 @contextlib.asynccontextmanager
@@ -116,7 +120,8 @@ class Peer:
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[RTCIceServer(**s) for s in servers], **options))
         self.pc.on("track", lambda track: self._tasks.append(asyncio.ensure_future(self._read(track))))
         for kind in kinds:
-            self.pc.addTransceiver(microphone if microphone and kind == "audio" else kind, "sendrecv" if microphone and kind == "audio" else "recvonly")
+            speaks = microphone is not None and kind == "audio"
+            self.pc.addTransceiver(microphone if speaks else kind, "sendrecv" if speaks else "recvonly")
         self.channel = self.pc.createDataChannel("pulse") if channel else None
         if channel:
             self.channel.on("message", self._message)
@@ -164,4 +169,43 @@ async def until(condition, seconds: float = 10.0) -> float:
     return time.monotonic() - start
 
 
-__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "playing", "read_bar_code", "until"]
+def own_address() -> str | None:
+    """Of this machine as others see it; None if nobody does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))  # sends nothing
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def coturn(folder, host: str, secret: str):
+    """Gives its TURN URL."""
+    port = free_port(host)
+    command = ["turnserver", "-n", "--listening-ip", host, "--relay-ip", host, "--listening-port", str(port),
+               "--min-port", "50000", "--max-port", "50999", "--use-auth-secret", f"--static-auth-secret={secret}", "--realm=avatar.test",
+               "--no-tls", "--no-dtls", "--no-cli", "--log-file=stdout", "--simple-log",
+               "--pidfile", str(folder / "turn.pid"), "--db", str(folder / "turndb")]  # fmt: skip
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        await until(lambda: process.returncode is not None or bound(host, port))
+        yield f"turn:{host}:{port}?transport=udp"
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def bound(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
+__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "coturn", "free_port", "own_address", "playing", "read_bar_code", "until"]

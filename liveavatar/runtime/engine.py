@@ -28,7 +28,7 @@ from liveavatar.runtime import placement
 from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
-from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
+from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
 from liveavatar.runtime.tracing import open_trace
@@ -124,6 +124,7 @@ class Session:
         """Forget audio not yet generated and pictures not yet taken; returns the new epoch."""
         self._check()
         message = self.timeline.interrupt()
+        self.playout.calm()
         self._engine.trace.interrupt(self.name, message.epoch)
         self._intake = Intake()
         self.changed.fire()
@@ -184,17 +185,13 @@ class Session:
 
     def candidate(self) -> Candidate | None:
         """How the scheduler sees it; None when it has nothing to ask for."""
-        t = self.timeline
-        nothing = t.queued_seconds == 0 and (t.ended or self.parked)
-        if not self.opened or self.closing or self.error or nothing:
+        if not self.opened or self.closing or self.error:
             return None
-        live = self.pace == "live"
-        due = self.playout.deadline(float(t.next_pts)) if live and not t.urgent else None
-        return Candidate(self.name, t.has_audio, t.in_flight, live, due, t.gated, self.asked)
+        return candidate(self.name, self.timeline, self.playout, live=self.pace == "live", asked=self.asked, parked=self.parked)
 
     def paced(self, due: float) -> None:
         """The consumer plays by its own clock: the block after the last one taken is due at `due` (clock seconds)."""
-        self.playout.origin = due - float(self.timeline.shown)
+        self.playout.paced(due, float(self.timeline.shown))
         self._engine.wake()
 
     def fail(self, error: LiveAvatarError) -> None:
@@ -363,7 +360,7 @@ class Engine:
         if decision.late:
             session.timeline.idle()
         session.asked = now
-        session.playout.admitted(now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
+        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.seconds)
         messages = session.timeline.admit(now)
         self.trace.admitted(messages, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from liveavatar.core import InputError, LiveAvatarError, RankFailure, SessionClosed
-from liveavatar.serving.gate import ProblemResponse
+from liveavatar.serving.gate import ProblemResponse, count
 from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, TooLarge, Unprocessable, Unsupported
 
 log = structlog.get_logger("liveavatar.http")
@@ -37,6 +37,7 @@ def _number(request: Request) -> str:
 
 
 def _answer(request: Request, problem: Problem, **more) -> ProblemResponse:
+    count(request.app.state.services.metrics, problem, request.url.path)
     if problem.status >= 500:
         log.warning("request_failed", request=_number(request), status=problem.status, kind=problem.kind)
     return ProblemResponse(problem, _number(request), **more)

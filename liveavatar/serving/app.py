@@ -12,20 +12,29 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from liveavatar import __version__
-from liveavatar.serving import answers, routes_avatars, routes_provenance, routes_server, routes_sessions, stream_socket
+from liveavatar.serving import (
+    answers, livekit_compat, routes_avatars, routes_outputs, routes_provenance, routes_server, routes_sessions, routes_watermark, stream_socket, whep,
+)  # fmt: skip
 from liveavatar.serving.access import Access
+from liveavatar.serving.audit import Audit
 from liveavatar.serving.consent import ConsentLog
-from liveavatar.serving.desk import Desk, Usable
+from liveavatar.serving.desk import Desk, Lease, Usable
 from liveavatar.serving.gate import FORM_BYTES, OPENAPI, Gate
+from liveavatar.serving.ice import IceServers
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
-from liveavatar.serving.services import Services, Speak
+from liveavatar.serving.recorder import Sign
+from liveavatar.serving.services import BEARER, Services, Speak
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.signing import Signer
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import Studio
+from liveavatar.serving.watermark import server_key
 from liveavatar.serving.webhooks import Webhooks
+from liveavatar.serving.whep import Viewers
 
 CONSOLE = Path(__file__).parent / "console"
 EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED)  # headers a listed page may read
@@ -40,37 +49,87 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
     sessions, `desk.lease` tells whose one is.
     """
     quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
-    store, consents, metrics = AvatarStore(folder / "avatars"), ConsentLog(folder), metrics or Metrics(version=__version__)
+    store, consents, metrics = AvatarStore(folder / "avatars"), ConsentLog(folder), metrics or studio.metrics
+    audit = Audit(folder, lambda: metrics.provenance_failed("log"))
+    audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
     at = Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                  desk=Desk(studio, settings, quotas, _usable(store, consents)), webhooks=Webhooks(settings.outputs.private, metrics.webhook),
-                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), speak=speak)  # fmt: skip
+                  desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
+                  webhooks=Webhooks(settings.outputs.private, metrics.webhook),
+                  outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings)),
+                  viewers=Viewers(IceServers(settings.network), settings.access.viewers),
+                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings), speak=speak)  # fmt: skip
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
     app.state.services = at
+    if settings.listen.admin_port is None:
+        app.include_router(routes_server.metrics)
     answers.install(app)
-    for router in (routes_server.probes, routes_server.router, routes_avatars.router, routes_provenance.router, routes_sessions.router, stream_socket.router):
+    routes = (routes_server, routes_avatars, routes_provenance, routes_watermark, routes_sessions, routes_outputs, stream_socket)
+    for router in (routes_server.probes, *(module.router for module in routes), livekit_compat.router()):
         app.include_router(router)
+    app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=at.microphone), dependencies=[BEARER])
     if CONSOLE.is_dir():
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)
     return app
 
 
+def admin_app(app: FastAPI) -> FastAPI:
+    """Metrics, probes and drain of the same server, for a socket that only operators reach."""
+    admin = FastAPI(title="LiveAvatar operations", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    admin.state.services = app.state.services
+    for router in (routes_server.probes, routes_server.metrics, routes_server.operations):
+        admin.include_router(router)
+    return admin
+
+
+def _recordable(store: AvatarStore, consents: ConsentLog) -> Callable[[Lease], None]:
+    def recordable(lease: Lease) -> None:
+        """Raises Forbidden where the person shown did not allow recordings."""
+        avatar = store.get(lease.wish.avatar)
+        if avatar.consent is not None:
+            consents.check(avatar.consent, avatar.owner, use="recording", media=avatar.media)
+
+    return recordable
+
+
+def _facts(store: AvatarStore) -> Callable[[Lease], dict]:
+    def facts(lease: Lease) -> dict:
+        """What the side-car of a recording says of its session (REC-4)."""
+        avatar = lease.wish.avatar
+        return {"session": lease.id, "owner": lease.owner, "avatar": avatar, "consent": store.get(avatar).consent}
+
+    return facts
+
+
 def _usable(store: AvatarStore, consents: ConsentLog) -> Usable:
     def usable(avatar_id: str, mode: str, sees: Callable[[str], bool]) -> Path:
         avatar = store.get(avatar_id, sees)
         if avatar.consent is not None:
-            consents.require(avatar.consent, mode, avatar.media)
+            consents.check(avatar.consent, avatar.owner, use=mode, media=avatar.media)
         return store.portrait(avatar.id)
 
     return usable
 
 
+def _mark_key(settings: ServeConfig) -> bytes | None:
+    """Of the invisible mark, where pictures are marked. Raises ConfigError."""
+    wanted, file = settings.provenance, settings.provenance.watermark_key_file
+    return server_key(Path(settings.storage.folder), Path(file) if file else None) if wanted.watermark else None
+
+
+def _sign(settings: ServeConfig) -> Sign | None:
+    """What signs recordings, where they are to be signed. Raises ConfigError."""
+    wanted = settings.provenance
+    return Signer(settings.storage.folder, wanted.certificate, wanted.key).sign if wanted.sign else None
+
+
 def _guard(app: FastAPI, at: Services) -> None:
     """What every request passes; the last one added comes first."""
     access, listen = at.settings.access, at.settings.listen
-    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, bounds=(
+    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, metrics=at.metrics, bounds=(
         ("/v1/avatars|/v1/consents|/v1/compat/bithuman", access.image_bytes + FORM_BYTES),
+        ("/v1/watermark:detect", routes_watermark.VIDEO_BYTES),
         ("/v1/sessions/[^/]+/audio", access.audio_bytes),
     ))  # fmt: skip
     if listen.origins:
@@ -81,7 +140,7 @@ def _guard(app: FastAPI, at: Services) -> None:
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     at: Services = app.state.services
-    tasks = [asyncio.create_task(work) for work in (at.desk.run(), at.probe.run())]
+    tasks = [asyncio.create_task(work) for work in (at.desk.run(), at.probe.run(), at.outputs.housekeep())]
     try:
         yield
     finally:

@@ -3,8 +3,8 @@
 Interface, for the API (calls block for an fsync: use a thread):
 
     log = ConsentLog(folder)                      # opens folder/consents.jsonl, its key and folder/consents/
-    given = log.grant(Statement(subject=..., scope=("conversation",), expires=..., uploader=..., method="document"), media=portrait_bytes)
-    log.require(given.id, "conversation", media_sha256)  # before a session begins, and now and then while it runs; Forbidden says why not
+    given = log.grant(Statement(subject=..., scope=("conversation",), expires=..., uploader=tenant, method="document"), media_hash(portrait_bytes))
+    log.check(given.id, tenant, use="conversation", media=...)  # before a session begins, and now and then while it runs; Forbidden says why not
     log.revoke(given.id, by="key_1", reason="...")  # listeners (log.listen) hear it at once: stop the running sessions
     log.erase(given.id, by="key_1")               # revokes, and forgets every word about the person; hashes stay
     verify(folder) -> list of problems            # needs the public key only, no lock
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import secrets
 import threading
@@ -26,9 +25,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import structlog
+
 from liveavatar.core import ConfigError
-from liveavatar.serving.eventlog import EventLog, LogError, Record, canonical, check, read, sync_folder
-from liveavatar.serving.keyfiles import kept_secret, write_new
+from liveavatar.serving import eventlog
+from liveavatar.serving.durable import flush_folder, private_folder, replace_file
+from liveavatar.serving.eventlog import EventLog, LogError, Record, canonical
 from liveavatar.serving.problems import Forbidden, NotFound, Unprocessable
 
 SCOPES = ("conversation", "livestream", "recording")  # what may be done with the face
@@ -39,15 +41,15 @@ METHODS = {  # how the uploader knows that the subject agreed
 TEXT = 200  # characters of a name
 GRANTED, REVOKED, ERASED = "consent.granted", "consent.revoked", "consent.erased"
 LOG, DETAILS, KEY, PUBLIC = "consents.jsonl", "consents", "consent.key", "consent.pub"
-ID = re.compile(r"con_[0-9a-f]{24}")
+ID, HASH = re.compile(r"con_[0-9a-f]{24}"), re.compile(r"[0-9a-f]{64}")
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger("liveavatar.consent")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
     """What the uploader says. subject: whose face. scope: of SCOPES. expires: Unix seconds, None for never. uploader: the
-    key or account. method: of METHODS. Raises Unprocessable for anything else."""
+    tenant. method: of METHODS. Raises Unprocessable for anything else."""
 
     subject: str
     scope: tuple[str, ...]
@@ -120,14 +122,16 @@ class ConsentLog:
         self._listeners: list[Callable[[str], None]] = []
         self._sweep()
 
-    def grant(self, statement: Statement, media: bytes) -> Consent:
-        """Record a consent to the use of `media`, the uploaded bytes. On the disk when it returns."""
+    def grant(self, statement: Statement, media: str) -> Consent:
+        """Record a consent to the use of the picture whose bytes have this media_hash. On the disk when it returns."""
         now = self._clock()
+        if not HASH.fullmatch(media):
+            raise Unprocessable("consent media: must be the SHA-256 of the picture, 64 hexadecimal digits", kind="consent")
         if statement.expires is not None and statement.expires <= now:
             raise Unprocessable("consent expires: lies in the past", kind="consent")
         id = f"con_{secrets.token_hex(12)}"
         details = canonical({**asdict(statement), "salt": secrets.token_hex(16)})
-        facts = {"id": id, "media": media_hash(media), "details": media_hash(details), "scope": list(statement.scope),
+        facts = {"id": id, "media": media, "details": media_hash(details), "scope": list(statement.scope),
                  "expires": statement.expires, "method": statement.method, "created": round(now, 3)}  # fmt: skip
         facts["signature"] = self._key.sign(signed_bytes(facts)).hex()
         with self._lock:
@@ -148,18 +152,24 @@ class ConsentLog:
         with self._lock:
             return list(self._consents.values())
 
-    def require(self, id: str, use: str, media: str) -> Consent:
-        """The consent, if it covers this use of the picture with this hash now. Raises NotFound, Forbidden with kind consent_revoked,
-        consent_expired, consent_scope or consent_media."""
-        consent = self.get(id)
+    def check(self, id: str, owner: str, *, use: str | None = None, media: str | None = None) -> Consent:
+        """The consent, if this tenant gave it and it is valid now; and covers the use and the picture's media_hash where they are named.
+
+        Raises Forbidden with kind consent_required (there is none of this tenant's), consent_revoked, consent_expired,
+        consent_scope or consent_media.
+        """
+        with self._lock:
+            consent = self._consents.get(id)
+        if consent is None or consent.statement is not None and consent.statement.uploader != owner:
+            raise Forbidden(f"no consent {id[:40]!r}", kind="consent_required")
         state = consent.state(self._clock())
         if state in ("revoked", "erased"):
             raise Forbidden(f"consent {id} was {state}", kind="consent_revoked")
         if state == "expired":
             raise Forbidden(f"consent {id} has expired", kind="consent_expired")
-        if use not in consent.scope:
+        if use is not None and use not in consent.scope:
             raise Forbidden(f"consent {id} covers {', '.join(consent.scope)}, not {use}", kind="consent_scope")
-        if media != consent.media:
+        if media is not None and media != consent.media:
             raise Forbidden(f"consent {id} was given for another picture", kind="consent_media")
         return consent
 
@@ -198,13 +208,21 @@ class ConsentLog:
         for file in (self._folder / DETAILS).glob("*.json"):
             known = self._consents.get(file.stem)
             if known is None or known.erased:
-                logger.warning("%s: a statement without a standing grant, deleted", file)
+                logger.warning("a statement without a standing grant, deleted", consent=file.stem)
                 _forget(file)
 
 
 def consents(folder: str | Path) -> list[Consent]:
     """All consents of a folder, in order; reads only. Raises LogError, ConfigError."""
     return list(_replay(Path(folder)).values())
+
+
+def head(folder: str | Path) -> tuple[int, str]:
+    """Lines of the log and the hash of the last: keep it elsewhere, and a cut-off end shows. Raises LogError."""
+    last = None
+    for last in eventlog.read(Path(folder) / LOG):
+        pass
+    return (0, eventlog.START) if last is None else (last.n + 1, last.hash)
 
 
 def verify(folder: str | Path, head: tuple[int, str] | None = None) -> list[str]:
@@ -216,7 +234,7 @@ def verify(folder: str | Path, head: tuple[int, str] | None = None) -> list[str]
 
     folder = Path(folder)
     public = _public_key(folder)
-    broken = check(folder / LOG, head)
+    broken = eventlog.check(folder / LOG, head)
     if broken is not None:
         return [f"{folder / LOG}: line {broken.line} {broken.reason}"]
     problems = []
@@ -244,20 +262,21 @@ def _details_file(folder: Path, id: str) -> Path:
 
 def _keep(file: Path, data: bytes) -> None:
     try:
-        write_new(file, data)
+        private_folder(file.parent)
+        replace_file(file, data)
     except OSError as error:
         raise LogError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 def _forget(file: Path) -> None:
     file.unlink(missing_ok=True)
-    sync_folder(file.parent)
+    flush_folder(file.parent)
 
 
 def _replay(folder: Path) -> dict[str, Consent]:
     """The state that the log's lines add up to."""
     found: dict[str, Consent] = {}
-    for record in read(folder / LOG):
+    for record in eventlog.read(folder / LOG):
         try:
             _apply(found, folder, record)
         except (KeyError, TypeError, ValueError):
@@ -288,17 +307,19 @@ def _private_key(folder: Path):
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    def fresh() -> bytes:
-        return Ed25519PrivateKey.generate().private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-
+    if not (folder / KEY).exists():
+        fresh = Ed25519PrivateKey.generate().private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+        _keep(folder / KEY, fresh)
     try:
-        key = form.load_pem_private_key(kept_secret(folder / KEY, fresh), None)
+        key = form.load_pem_private_key((folder / KEY).read_bytes(), None)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{folder / KEY}: not a private key: {error}") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{folder / KEY}: must be an Ed25519 key")
     public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-    if kept_secret(folder / PUBLIC, lambda: public) != public:
+    if not (folder / PUBLIC).exists():
+        _keep(folder / PUBLIC, public)
+    if (folder / PUBLIC).read_bytes() != public:
         raise ConfigError(f"{folder / PUBLIC}: is not the public half of {KEY}")
     return key
 

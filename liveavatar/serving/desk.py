@@ -15,7 +15,7 @@ from liveavatar.core import LiveAvatarError
 from liveavatar.serving.access import Principal
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
@@ -95,19 +95,19 @@ class Lease:
 class Desk:
     """All leases of one server; used from its event loop alone.
 
-    usable(avatar id, mode, whether it sees an owner): the portrait, or a Problem for an avatar that may not be used.
-    ended: called with each lease that is over.
+    told(name, data): of each session that begins or ends. usable(avatar id, mode, whether it sees an owner): the portrait, or
+    a Problem for an avatar that may not be used.
     """
 
     def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, *,
-                 clock: Callable[[], float] = monotonic, wall: Callable[[], float] = time.time,
-                 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep, ended: Callable[[Lease], None] = lambda lease: None):  # fmt: skip
-        self.studio, self.settings, self.quotas, self._usable = studio, settings, quotas, usable
-        self._clock, self._wall, self._sleep, self._ended = clock, wall, sleep, ended
+                 told: Callable[[str, dict], None] = lambda name, data: None, clock: Callable[[], float] = monotonic,
+                 wall: Callable[[], float] = time.time, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
+        self.studio, self.settings, self.quotas, self._usable, self._told = studio, settings, quotas, usable, told
+        self._clock, self._wall, self._sleep = clock, wall, sleep
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
         self._building: Counter[str] = Counter()  # sessions of a key that are being opened: they count already
-        self.started = False
+        self._started = False
 
     # ------------------------------------------------------------ whose is it
 
@@ -147,9 +147,7 @@ class Desk:
             raise Capacity("the server is shutting down", kind="draining", retry_after=30)
         role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, wish.mode), prompt=wish.prompt or "", owner=principal.owner,
                     metadata=wish.metadata)  # fmt: skip
-        self.quotas.count("sessions", principal.key)
-        if self._held(principal.key) >= self.settings.access.sessions:
-            raise RateLimited(f"{self.settings.access.sessions} sessions at once with this key", kind="quota", headers={"Retry-After": "5"})
+        self.quotas.sessions(principal.key, self._held(principal.key))
         self._building[principal.key] += 1
         try:
             session = await self.studio.open(role, mode=wish.mode)
@@ -177,10 +175,16 @@ class Desk:
         lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode,
                       opened=now, seen=now, created=self._wall(), idle_seconds=min(wish.idle_seconds or limits.idle_seconds, limits.idle_seconds),
                       length_seconds=min(wish.length_seconds or limits.length_seconds, limits.length_seconds))  # fmt: skip
-        lease.feeder = Feeder(session, lambda error: log.warning("speech_failed", session=session.id, reason=type(error).__name__), errors=(LiveAvatarError,))
+
+        def failed(error: Exception) -> None:
+            log.warning("speech_failed", session=session.id, reason=type(error).__name__)
+
+        lease.feeder = Feeder(session, failed, errors=(LiveAvatarError,))
         self._leases[session.id] = lease
         self.spawn(lease, lease.feeder.run())
-        log.info("session_opened", session=session.id, owner=lease.owner, prefix=lease.key, avatar=wish.avatar, mode=lease.mode)
+        facts = {"session": session.id, "owner": lease.owner, "prefix": lease.key, "avatar": wish.avatar, "mode": lease.mode}
+        log.info("session_opened", **facts)
+        self._told("session.opened", facts)
         return lease
 
     def spawn(self, lease: Lease, work) -> asyncio.Task:
@@ -204,8 +208,11 @@ class Desk:
         await lease.session.close(reason)
         for task in lease.tasks:
             task.cancel()
-        self._ended(lease)
-        log.info("session_ended", session=lease.id, owner=lease.owner, reason=lease.reason, seconds=round(self._clock() - lease.opened, 1))
+        self.studio.metrics.session_ended(reason)
+        facts = {"session": lease.id, "owner": lease.owner, "avatar": lease.wish.avatar, "reason": lease.reason,
+                 "seconds": round(self._clock() - lease.opened, 1)}  # fmt: skip
+        log.info("session_ended", **facts)
+        self._told("session.ended", facts)
 
     # ------------------------------------------------------------ leases
 
@@ -238,8 +245,13 @@ class Desk:
         """Tick until cancelled."""
         while True:
             await self._sleep(TICK_SECONDS)
-            self.started = self.started or self.studio.alive
             await self.tick()
+
+    @property
+    def started(self) -> bool:
+        """The chain was up at least once."""
+        self._started = self._started or self.studio.alive
+        return self._started
 
     # ------------------------------------------------------------ drain
 

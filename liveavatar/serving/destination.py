@@ -11,16 +11,21 @@ because arguments and environment of a process can be read by others; the parent
 from __future__ import annotations
 
 import fcntl
+import http.client
 import json
 import os
 import select
+import secrets
 import signal
 import socket
+import ssl
 import stat
 import struct
 import sys
 import termios
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import urljoin, urlsplit
 
 import av
 
@@ -31,11 +36,14 @@ DURATIONS = {"h264": 3_600, "opus": 960, "aac": 1_024}
 LIBRARIES = {"opus": "libopus", "aac": "aac"}
 ORPHAN_SECONDS = 60  # a call that takes so long has no living parent: the kernel's alarm ends the process
 HIGHEST_DESCRIPTOR = 64
+ANSWER_BYTES, ANSWER_SECONDS = 65_536, 10.0
 
 
 def open_container(job: dict) -> av.container.OutputContainer:
-    """job: url, format, options of FFmpeg's muxer, width, height, sound ("aac", "opus"), channels. Opens nothing yet: the first mux() does."""
-    container = av.open(job["url"], "w", format=job["format"], options=job["options"])
+    """job: url, format, options of FFmpeg's muxer, width, height, sound ("aac", "opus"), channels; of WHIP also address (to connect to)
+    and token (bearer), both perhaps null. Opens nothing yet: the first mux() does."""
+    url = front(job) if job["format"] == "whip" else job["url"]
+    container = av.open(url, "w", format=job["format"], options=job["options"])
     container.add_mux_stream("h264", rate=25, width=job["width"], height=job["height"], time_base=Fraction(1, RATES[VIDEO]))
     # an encoder that encodes nothing: it fills in what a muxer must know of the sound
     layout = "stereo" if job["channels"] == 2 else "mono"
@@ -52,6 +60,78 @@ def packets(file, container, sound: str):
         packet.pts = packet.dts = pts
         packet.duration, packet.is_keyframe = DURATIONS["h264" if track == VIDEO else sound], bool(keyframe)
         yield packet
+
+
+def front(job: dict) -> str:
+    """Start a process that speaks HTTP with the WHIP server; the URL on loopback where FFmpeg finds it.
+
+    FFmpeg's own HTTP follows redirects, token and all, verifies no certificate and cannot be told an address. The process
+    serves whoever knows its path and ends with this one (a thread would not do: PyAV holds the interpreter while it connects).
+    """
+    server = HTTPServer(("127.0.0.1", 0), Front)
+    server.job, server.place, server.resource, server.timeout = job, f"/{secrets.token_hex(16)}", None, 1.0
+    parent = os.getpid()
+    if os.fork() == 0:
+        for number in (0, 1, 2):
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # our pipes must not outlive the writer
+        while os.getppid() == parent:
+            server.handle_request()
+        os._exit(0)
+    port = server.server_port
+    server.server_close()
+    return f"http://127.0.0.1:{port}{server.place}"
+
+
+class Front(BaseHTTPRequestHandler):
+    """Hands offer and goodbye on, and the answer back."""
+
+    def do_POST(self) -> None:
+        offer = self.rfile.read(int(self.headers["Content-Length"]))
+        self._pass_on(self.server.job["url"], offer)
+
+    def do_DELETE(self) -> None:
+        self._pass_on(self.server.resource, b"")
+
+    def _pass_on(self, url: str | None, body: bytes) -> None:
+        if self.path != self.server.place or url is None:
+            return self.send_error(404)
+        try:
+            status, location, answer = ask(self.command, url, body, self.server.job)
+        except (OSError, http.client.HTTPException):
+            return self.send_error(504)
+        if location and same_origin(url, resource := urljoin(url, location)):
+            self.server.resource = resource
+        self.send_response(502 if 300 <= status < 400 else status)
+        self.send_header("Content-Type", "application/sdp")
+        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Location", self.server.place)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args) -> None:
+        """Nothing."""
+
+
+def ask(method: str, url: str, body: bytes, job: dict) -> tuple[int, str | None, bytes]:
+    """Status, Location and body of one request; goes to the checked address, verifies the certificate of the name, follows nothing."""
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(parts.hostname, port)
+    plain = socket.create_connection((job["address"] or parts.hostname, port), timeout=ANSWER_SECONDS)
+    connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname) if secure else plain
+    headers = {"Content-Type": "application/sdp", **({"Authorization": f"Bearer {job['token']}"} if job["token"] else {})}
+    try:
+        connection.request(method, parts.path + (f"?{parts.query}" if parts.query else ""), body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Location"), answer.read(ANSWER_BYTES)
+    finally:
+        connection.close()
+
+
+def same_origin(a: str, b: str) -> bool:
+    """Whether both are of one scheme, host and port."""
+    return urlsplit(a)[:2] == urlsplit(b)[:2]
 
 
 class FarEnd:

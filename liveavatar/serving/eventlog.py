@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import threading
 import time
@@ -25,13 +24,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from liveavatar.core import LiveAvatarError
+from liveavatar.serving.durable import flush_folder, private_folder
 
 START = hashlib.sha256(b"liveavatar event log 1").hexdigest()  # what the first line names as the one before it
 FIELDS = ("n", "t", "name", "data", "prev", "hash")
 TORN = "log.torn"
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger("liveavatar.eventlog")
 
 
 class LogError(LiveAvatarError):
@@ -89,7 +91,7 @@ def read(path: str | Path) -> Iterator[Record]:
 class EventLog:
     """The one writer of a log; calls may come from several threads. See the module for the interface.
 
-    clock: Unix seconds. A last line that a crash left unfinished was never acknowledged: it is moved to a file
+    path: its folder is made when missing. clock: Unix seconds. A last line that a crash left unfinished was never acknowledged: it is moved to a file
     beside the log, and both a warning and a line `log.torn` say so. Raises LogError.
     """
 
@@ -97,6 +99,7 @@ class EventLog:
         self.path, self._clock, self._lock = Path(path), clock, threading.Lock()
         new = not self.path.exists()
         try:
+            private_folder(self.path.parent)
             self._file = open(self.path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600))
         except OSError as error:
             raise LogError(f"{self.path}: cannot be opened: {error.strerror}") from None
@@ -112,7 +115,7 @@ class EventLog:
         except BlockingIOError:
             raise LogError(f"{self.path}: another process writes to it") from None
         if new:
-            sync_folder(self.path.parent)
+            flush_folder(self.path.parent)
         self._count, self._last, torn = 0, START, None
         for record in _records(self.path):
             if not isinstance(record, Broken):
@@ -131,7 +134,7 @@ class EventLog:
         aside = self.path.with_name(f"{self.path.name}.torn-{self._count}")
         aside.write_bytes(whole[end:])
         self._file.truncate(end)
-        logger.warning("%s: its last line was not finished; moved to %s", self.path, aside)
+        logger.warning("the last line of a log was not finished", log=str(self.path), moved_to=aside.name)
         return {"bytes": len(whole) - end, "sha256": hashlib.sha256(whole[end:]).hexdigest(), "file": aside.name}
 
     @property
@@ -159,15 +162,6 @@ class EventLog:
         """Give the file free; harmless when called twice."""
         with self._lock:
             self._file.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write(file, line: bytes) -> None:

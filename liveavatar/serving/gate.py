@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from liveavatar.serving.access import ADMIN, Access, Principal
+from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Forbidden, Problem, TooLarge, Unauthorized
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ListenConfig
@@ -25,9 +26,13 @@ BODY_BYTES = 65_536  # of a request whose route says nothing else; SDP, too (18.
 FORM_BYTES = 65_536  # round a file in a form
 PROXIED = ("forwarded", "x-forwarded-for", "via")
 SAFE = ("GET", "HEAD", "OPTIONS")
+UPLOADS = re.compile(r"/v1/avatars|/v1/consents|/v1/sessions/[^/]+/audio")
+REJECTED = {403: "consent", 413: "size", 415: "type", 422: "decode"}  # as the metric says it
+LIMITED = {name: name for name in ("sessions", "offers", "audio", "buffer_full")}
 POLICY = "; ".join((  # of the console: its own files alone, nothing inline, nothing from elsewhere, in no frame
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data: blob:", "media-src 'self' blob: mediastream:",
-    "connect-src 'self'", "worker-src 'self'", "font-src 'self'", "manifest-src 'self'", "form-action 'none'", "base-uri 'none'", "frame-ancestors 'none'",
+    "connect-src 'self'", "worker-src 'self'", "font-src 'self'", "manifest-src 'self'", "form-action 'none'", "base-uri 'none'",
+    "frame-ancestors 'none'",
 ))  # fmt: skip
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -46,7 +51,22 @@ class ProblemResponse(Response):
     media_type = "application/problem+json"
 
     def __init__(self, problem: Problem, request_id: str, **more):
-        super().__init__(json.dumps({**problem.body(request_id), **more}), problem.status, {**HEADERS, **problem.headers, "Cache-Control": "no-store"})
+        headers = {**HEADERS, **problem.headers, "Cache-Control": "no-store"}
+        super().__init__(json.dumps({**problem.body(request_id), **more}), problem.status, headers)
+
+
+def count(metrics: Metrics, problem: Problem, path: str) -> None:
+    """A refusal, in the metrics."""
+    if problem.status == 401 or problem.kind == "scope":
+        metrics.auth_failed(problem.kind)
+    elif problem.status == 429:
+        metrics.rate_limited(LIMITED.get(problem.kind) or LIMITED.get(getattr(problem, "what", ""), "requests"))
+    elif problem.kind == "ssrf":
+        metrics.ssrf_blocked(getattr(problem, "reason", "address"))
+    elif UPLOADS.fullmatch(path) and problem.status in REJECTED:
+        metrics.upload_rejected("consent" if problem.kind.startswith("consent") else REJECTED[problem.status])
+    elif path == "/v1/sessions" and problem.kind.startswith("consent"):
+        metrics.session_rejected("consent")
 
 
 class Gate:
@@ -56,8 +76,9 @@ class Gate:
     X-Request-Id of the answer. Sockets pass: they ask who it is themselves, for their token may come in a message.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access, quotas: Quotas, listen: ListenConfig, required: bool, bounds: Sequence[tuple[str, int]]):
-        self._app, self._access, self._quotas, self._listen, self._required = app, access, quotas, listen, required
+    def __init__(self, app: ASGIApp, *, access: Access, quotas: Quotas, listen: ListenConfig, required: bool, metrics: Metrics,
+                 bounds: Sequence[tuple[str, int]]):  # fmt: skip
+        self._app, self._access, self._quotas, self._listen, self._required, self._metrics = app, access, quotas, listen, required, metrics
         self._bounds = [(re.compile(pattern), most) for pattern, most in bounds]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +92,7 @@ class Gate:
             state["principal"] = await self._asker(scope, headers)
             receive = _bounded(receive, headers, self._most(scope["path"]))
         except Problem as problem:
+            count(self._metrics, problem, scope["path"])
             return await ProblemResponse(problem, request_id)(scope, receive, send)
         await self._app(scope, receive, _with_headers(send, scope["path"], request_id))
 

@@ -12,6 +12,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from liveavatar.serving.app import admin_app
 from liveavatar.serving.desk import Desk
 from liveavatar.serving.services import Services
 from liveavatar.serving.settings import ServeConfig
@@ -50,7 +51,8 @@ def server(app, settings: ServeConfig) -> Server:
     ))  # fmt: skip
 
 
-async def serve(app: FastAPI, settings: ServeConfig, *, opened: Callable[[str], None] = lambda url: None, listening: socket.socket | None = None) -> None:
+async def serve(app: FastAPI, settings: ServeConfig, *, opened: Callable[[str], None] = lambda url: None,
+                listening: socket.socket | None = None) -> None:  # fmt: skip
     """Listen, start the studio, and return when the server was told to end and all is closed.
 
     opened: told the URL as soon as requests are answered; /readyz says when sessions can be opened. Raises what
@@ -58,17 +60,30 @@ async def serve(app: FastAPI, settings: ServeConfig, *, opened: Callable[[str], 
     """
     at: Services = app.state.services
     listening = listening or bind(settings)
-    main = server(app, settings)
+    main, admin = server(app, settings), admin_server(app, settings)
     running = asyncio.create_task(main.serve([listening]))
+    beside = asyncio.create_task(admin.serve()) if admin else None
     starting = asyncio.create_task(_start(at.desk, main))
     with _signals(at.desk, main):
         opened(_url(settings, listening))
         await running
+    if beside is not None:
+        admin.should_exit = True
+        await beside
     starting.cancel()
     outcome = (await asyncio.gather(starting, return_exceptions=True))[0]
     await at.desk.studio.aclose()
     if isinstance(outcome, Exception):
         raise outcome
+
+
+def admin_server(app: FastAPI, settings: ServeConfig) -> Server | None:
+    """The operator's own door, where one is configured: metrics and probes, without keys. Not for strangers' networks (18.1)."""
+    listen = settings.listen
+    if listen.admin_port is None:
+        return None
+    return Server(uvicorn.Config(admin_app(app), listen.admin_host, listen.admin_port, log_config=None, access_log=False, server_header=False,
+                                 proxy_headers=False, lifespan="off"))  # fmt: skip
 
 
 async def _start(desk: Desk, main: Server) -> None:

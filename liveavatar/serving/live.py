@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from liveavatar import __version__
 from liveavatar.core import FPS, SAMPLE_RATE, InputError, LiveAvatarError, RankFailure, SessionClosed
 from liveavatar.runtime.engine import Session, Signal
 from liveavatar.runtime.timeline import Output
 from liveavatar.serving.broadcast import Broadcast
 from liveavatar.serving.happenings import Event, Happenings
+from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.packets import TICK_SAMPLES, Sink, Tick
-from liveavatar.serving.playout import Pacer, Playout, Slot
+from liveavatar.serving.playout import LATE_SECONDS, Pacer, Playout, Slot
 from liveavatar.serving.problems import Conflict
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.utterances import Speech
@@ -30,6 +32,7 @@ from liveavatar.telemetry import now as monotonic
 
 FEED_SAMPLES = SAMPLE_RATE // 2  # handed to the engine at a time
 PER_TICK = SAMPLE_RATE // FPS  # 16 kHz samples to a picture
+ENDS = {"draining": "drain", "the server stops": "drain", "idle": "idle", "length": "length"}  # reason -> label of sessions_ended_total
 STATES = ("creating", "ready", "idle", "speaking", "closing", "closed", "failed")
 
 
@@ -64,15 +67,16 @@ class LiveSession:
     """
 
     def __init__(self, role: Role, config: ServeConfig, still: np.ndarray, *, reopen: Callable[[Role], Awaitable[Session]], executor: Executor,
-                 mark: Callable[[np.ndarray], np.ndarray] = lambda picture: picture, mode: str | None = None,
+                 mark: Callable[[np.ndarray], np.ndarray] = lambda picture: picture, mode: str | None = None, metrics: Metrics | None = None,
                  clock: Callable[[], float] = monotonic, sleep: Callable[[float], Awaitable] = asyncio.sleep):  # fmt: skip
+        self.metrics = metrics or Metrics(version=__version__)
         self.id, self.role, self.config, self.clock, self.mode = secrets.token_urlsafe(16), role, config, clock, mode or config.mode
         self.height, self.width = still.shape[0] * config.media.scale, still.shape[1] * config.media.scale
         self.epoch, self.state, self.reason, self.stale_pushes = 0, "creating", "", 0
         self.opened_at = self.used_at = clock()  # used: somebody watched or spoke
         self.speech = Speech(config.sessions.audio_seconds)
         self.playout = Playout(still, mode=self.mode, ahead=self._ahead)
-        self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock)
+        self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
         self.gauges = Gauges()
         self._reopen, self._mark, self._sleep = reopen, mark, sleep
@@ -111,6 +115,7 @@ class LiveSession:
         self._check()
         if epoch is not None and epoch < self.epoch:
             self.stale_pushes += 1
+            self.metrics.stale_dropped("audio_in")
             return
         if epoch is not None and epoch > self.epoch:
             await self.interrupt(epoch)
@@ -136,6 +141,7 @@ class LiveSession:
         self._announce(marks)
         self._settle_state(speaking=False)
         self.gauges.interrupts += 1
+        self.metrics.interrupted("api")
         engine = self._engine
         if engine is not None:
             with contextlib.suppress(RankFailure, SessionClosed):  # a dead chain has nothing to forget; _take mends it
@@ -276,8 +282,17 @@ class LiveSession:
             self._settle_state(speaking=slot.kind == "speech" or bool(self.speech.position_ms))
             self._rest()
             tick = Tick(index, slot.epoch, slot.kind, self._mark(slot.picture), slot.sound, late, marks)
-            self.gauges.ticked(late, slot.kind)
+            self._count(slot.kind, late)
             await self.broadcast.send(tick)
+
+    def _count(self, kind: str, late: float) -> None:
+        self.gauges.ticked(late, kind)
+        if late > LATE_SECONDS:
+            self.metrics.reanchored("late")
+        self.broadcast.filler = None
+        if kind == "filler":
+            self.broadcast.filler = "restart" if self._engine is None else "parked" if self._engine.parked else "underrun"
+            self.metrics.frames_repeated(self.broadcast.filler)
 
     def _announce(self, marks) -> None:
         for mark in marks:
@@ -289,6 +304,7 @@ class LiveSession:
     def _settle_state(self, speaking: bool) -> None:
         if speaking and self._asked is not None:
             self.gauges.first_frame_seconds, self._asked = self.clock() - self._asked, None
+            self.metrics.first_frame(self.config.engine_kind, self.gauges.first_frame_seconds)
         state = "speaking" if speaking else "idle"
         if self.state in ("ready", "idle", "speaking") and state != self.state:
             self._state(state)
@@ -309,6 +325,7 @@ class LiveSession:
 
     def _over(self, state: str) -> None:
         self._state(state, reason=self.reason)
+        self.metrics.session_ended("failed" if state == "failed" else ENDS.get(self.reason, "closed"))
         self.happenings.close()
         while self._told:
             self._told.pop()()
@@ -334,13 +351,14 @@ class LiveSession:
         """Figures of this moment: ticks by kind, queues, lateness, latency in seconds by part."""
         g, engine = self.gauges, self._engine
         return {
-            "state": self.state, "epoch": self.epoch, "fps": g.fps(self.clock()), "ticks": dict(g.kinds), "late_seconds": g.late,
+            "state": self.state, "mode": self.mode, "epoch": self.epoch, "fps": g.fps(self.clock()), "ticks": dict(g.kinds), "late_seconds": g.late,
             "reanchors": self._pacer.reanchors if self._pacer else 0, "interrupts": g.interrupts, "viewers": len(self.broadcast.sinks),
             "playout": vars(self.playout.counts).copy(), "stale_pushes": self.stale_pushes, "first_frame_seconds": g.first_frame_seconds,
             "edges": {"audio_in": {"depth": self.speech.waiting, "capacity": self.speech.limit},
                       "playout": {"depth": len(self.playout) / FPS, "capacity": None},
                       "engine": {"depth": engine.timeline.in_flight if engine else 0, "capacity": None}},
-            "av_offset_seconds": 0.0,  # by construction: a tick is one picture and its own sound
+            "av_offset_seconds": 0.0, "av_drift_seconds": 0.0,  # by construction: a tick is one picture and its own sound
+            "audio_buffered_seconds": self.speech.waiting, "degradation_step": 0,
             "latency": {"audio wait": engine.timeline.queued_seconds if engine else 0.0, "encode": self.broadcast.encode_seconds,
                         "playout": len(self.playout) / FPS},
         }  # fmt: skip

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from liveavatar.serving.packets import CODECS
+from liveavatar.serving.packets import CODECS, Sink
 from liveavatar.serving.settings import ENGINES, MODES
 
 PREFIX = "liveavatar_"
@@ -26,6 +26,7 @@ prometheus_client.disable_created_metrics()  # a second series for each, which n
 SINKS = ("webrtc", "rtmp", "hls", "whip", "record", "livekit", "pipecat", "socket")
 EDGES = ("audio_in", "engine_in", "playout", "viewer", "rtmp", "hls", "whip", "record", "livekit", "pipecat", "events", "webhooks")
 STAGES = ("condition", *(f"step{k}" for k in range(8)), "decode", "other")
+PROCESSES = ("head", *(f"rank{n}" for n in range(64)))
 FILLERS = ("schedule", "underrun", "restart", "degraded", "parked")
 
 QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -150,6 +151,12 @@ TABLE = {row.name: row for row in (
 )}  # fmt: skip
 
 
+def sink_kind(sink: Sink) -> str:
+    """The label of a sink: what stands before the colon of its name ("webrtc:4f2a", "rtmp:main"); any other is a socket."""
+    kind = sink.name.split(":")[0]
+    return kind if kind in SINKS else "socket"
+
+
 class Level(NamedTuple):
     """A queue now. drops: since it was made."""
 
@@ -174,17 +181,17 @@ class _Gauges(Collector):
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own. Everything but `exposition` is quick; one thread calls.
+    """The metrics of one server, in a registry of their own. `count` and `observe` from any thread, the rest from one.
 
     groups, outputs: the chains and the configured destinations (a destination a client makes counts under its kind).
-    gpus, processes: see probes.py. A value outside a label's set is a mistake of ours: AssertionError.
+    gpus: see probes.py. A value outside a label's set is a mistake of ours: AssertionError.
     """
 
     def __init__(self, *, version: str, commit: str = "unknown", groups: Iterable[str] = ("0",), outputs: Iterable[str] = (),
-                 gpus: Iterable[str] = (), processes: Iterable[str] = ("head",)):  # fmt: skip
+                 gpus: Iterable[str] = ()):  # fmt: skip
         self.registry = CollectorRegistry(auto_describe=False)
         self._open = {"version": (version,), "commit": (commit,), "group": tuple(groups), "output": (*SINKS, *outputs), "gpu": tuple(gpus),
-                      "process": tuple(processes)}  # fmt: skip
+                      "process": PROCESSES}  # fmt: skip
         self._made = {row.name: self._make(row) for row in TABLE.values() if row.kind != "gauge"}
         self._set: dict[str, dict[tuple[str, ...], float]] = {}
         self._readers: dict[str, list[Callable]] = {}

@@ -16,6 +16,7 @@ from liveavatar.serving.problems import Invalid, Unprocessable
 LINES, CANDIDATES = 1000, 64  # at most; a browser's offer has about 250 lines
 PARSER_ERRORS = (ValueError, LookupError, AssertionError, AttributeError, TypeError, StopIteration)
 FINGERPRINTS = {"sha-256": 32, "sha-384": 48, "sha-512": 64}  # bytes
+END = "a=end-of-candidates"  # is passed over: a peer of whom we know no address shows it by its own checks, which may still come
 SENDS, TAKES = ("sendonly", "sendrecv"), ("recvonly", "sendrecv")
 
 
@@ -43,7 +44,7 @@ def read_offer(text: str) -> Offer:
     speaks = directions.get("audio") in SENDS
     if not wants and not speaks:
         raise Unprocessable("offer: it neither takes picture or sound nor sends sound")
-    kept = [line for line in text.splitlines() if not line.startswith("a=candidate:") or _usable(_candidate(line))]
+    kept = [line for line in text.splitlines() if line.strip() != END and (not line.startswith("a=candidate:") or _usable(_candidate(line)))]
     return Offer("\r\n".join(kept) + "\r\n", tuple(media.kind for media in parsed.media), frozenset(wants), speaks, _bundle(parsed)[0],
                  parsed.media[0].ice.usernameFragment)  # fmt: skip
 
@@ -61,11 +62,10 @@ def reachable(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Candidates that came after the offer (trickle ICE), each with the mid it was said for. complete: no more will come."""
+    """Candidates that came after the offer (trickle ICE), each with the mid it was said for."""
 
     ufrag: str
     candidates: tuple[RTCIceCandidate, ...]
-    complete: bool
 
 
 def read_fragment(text: str) -> Fragment:
@@ -80,7 +80,7 @@ def read_fragment(text: str) -> Fragment:
         if line.startswith("a=candidate:"):
             found.append(_candidate(line))
             found[-1].sdpMid = mid
-    return Fragment(ufrags.pop(), tuple(filter(_usable, found)), "a=end-of-candidates" in map(str.strip, lines))
+    return Fragment(ufrags.pop(), tuple(filter(_usable, found)))
 
 
 def _usable(candidate: RTCIceCandidate) -> bool:

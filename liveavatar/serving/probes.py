@@ -1,46 +1,18 @@
-"""What is read off the process, the disk, the GPUs and the sessions: at each scrape, except the event loop's lag."""
+"""What is read off the process, the disk and the GPUs: at each scrape, except the event loop's lag."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
-from liveavatar.serving.metrics import TABLE, Metrics
+from liveavatar.serving.metrics import Metrics
 
 LAG_SECONDS = 0.5  # between looks at the event loop
-
-
-class Session(Protocol):
-    """What is read of a LiveSession."""
-
-    state: str
-
-    def stats(self) -> Mapping:
-        """At least: mode, audio_buffered_seconds, degradation_step, av_drift_seconds (None: not known)."""
-
-
-def watch_sessions(metrics: Metrics, sessions: Mapping[str, Session], group: str = "0") -> None:
-    """The gauges that are a sum, or the worst, over live sessions. Queues are watched one by one (Metrics.edge)."""
-    def each(key: str, labels: tuple[str, ...]) -> Callable[[], Iterable]:
-        return lambda: [(labels, value) for session in list(sessions.values()) if (value := session.stats()[key]) is not None]
-
-    def active() -> Iterable:
-        return [((session.stats()["mode"],), 1) for session in list(sessions.values()) if session.state not in ("closed", "failed")]
-
-    metrics.watch("sessions_active", lambda: [*(((mode,), 0) for mode in _modes(metrics)), *active()])
-    metrics.watch("audio_buffered_seconds", each("audio_buffered_seconds", (group,)))
-    metrics.watch("degradation_step", each("degradation_step", (group,)))
-    metrics.watch("av_drift_seconds", each("av_drift_seconds", ("webrtc",)))
-
-
-def _modes(metrics: Metrics) -> tuple[str, ...]:
-    return metrics.allowed(TABLE["sessions_active"], "mode")
 
 
 def watch_process(metrics: Metrics, folder: str | Path) -> None:
@@ -103,10 +75,15 @@ class Gpus:
         return True
 
     def watch(self, metrics: Metrics) -> None:
-        """Export what the driver supports; a GPU that cannot tell something has no such sample."""
+        """Export what the driver supports; a GPU that cannot tell something has no such sample. Faults are asked for at each scrape."""
         n = self._nvml
+
+        def utilization() -> list:
+            self.faults(metrics)
+            return self._each(lambda handle: n.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+
+        metrics.watch("gpu_utilization_ratio", utilization)
         for name, read in {
-            "gpu_utilization_ratio": lambda handle: n.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
             "gpu_memory_used_bytes": lambda handle: n.nvmlDeviceGetMemoryInfo(handle).used,
             "gpu_temperature_celsius": lambda handle: n.nvmlDeviceGetTemperature(handle, n.NVML_TEMPERATURE_GPU),
             "gpu_power_watts": lambda handle: n.nvmlDeviceGetPowerUsage(handle) / 1000,
@@ -126,7 +103,7 @@ class Gpus:
         return found
 
     def faults(self, metrics: Metrics) -> int:
-        """Count the Xid errors since the last call, at once; returns how many. Call it every few seconds."""
+        """Count the Xid errors since the last call; returns how many, at once."""
         seen = 0
         while any(self._faults):
             try:

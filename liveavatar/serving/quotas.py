@@ -14,6 +14,14 @@ AUDIO_UNIT = 0.01  # seconds of audio to one count
 MESSAGES = 600  # a second on one socket: 20 ms packets at twelve times real time
 
 
+class OverQuota(RateLimited):
+    """what: requests, sessions, offers, audio or failures."""
+
+    def __init__(self, what: str, detail: str, kind: str, again: int):
+        super().__init__(detail, kind=kind, headers={"Retry-After": str(again)})
+        self.what = what
+
+
 class Quotas:
     """Counts of one server, in memory: a restart forgives. What refuses raises RateLimited with Retry-After."""
 
@@ -30,6 +38,7 @@ class Quotas:
             "offers": RateLimitItemPerMinute(settings.offers_per_minute),
             "failures": RateLimitItemPerMinute(FAILURES),
         }
+        self._most = settings.sessions
         self._audio = RateLimitItemPerDay(math.ceil(settings.audio_seconds_per_day / AUDIO_UNIT))
 
     def count(self, what: str, key: str) -> None:
@@ -50,15 +59,21 @@ class Quotas:
         """A wrong key or token came from this address."""
         self._moving.hit(self._items["failures"], "failures", _network(address))
 
+    def sessions(self, key: str, held: int) -> None:
+        """Whether this key, which has `held` sessions, may open one more."""
+        self.count("sessions", key)
+        if held >= self._most:
+            raise OverQuota("sessions", f"{self._most} sessions at once with this key", "quota", 5)
+
     def check_address(self, address: str) -> None:
         """Refuse an address that has failed too often, before anything is computed for it."""
         network = _network(address)
         if not self._moving.test(self._items["failures"], "failures", network):
             raise self._refusal(self._moving, self._items["failures"], "failures", network, kind="rate", detail="too many failed attempts")
 
-    def _refusal(self, limiter, item, *names: str, kind: str, detail: str) -> RateLimited:
+    def _refusal(self, limiter, item, *names: str, kind: str, detail: str) -> OverQuota:
         again = max(1, math.ceil(limiter.get_window_stats(item, *names).reset_time - time.time()))
-        return RateLimited(detail, kind=kind, headers={"Retry-After": str(again)})
+        return OverQuota(names[0], detail, kind, again)
 
 
 def _network(address: str) -> str:

@@ -11,7 +11,6 @@ from fastapi.responses import FileResponse, JSONResponse
 from liveavatar.serving.access import CONTROL, VIEW, Principal
 from liveavatar.serving.consent import media_hash
 from liveavatar.serving.problems import Forbidden
-from liveavatar.serving.routes_provenance import found
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.store import EVERYBODY, Avatar
 from liveavatar.serving.uploads import portrait as clean_portrait
@@ -25,8 +24,8 @@ PICTURE = {200: {"content": {"image/webp": {}, "image/png": {}}}}
 def view(avatar: Avatar) -> AvatarView:
     """What whoever may use it may know."""
     home = f"/v1/avatars/{avatar.id}"
-    return AvatarView(id=avatar.id, name=avatar.name, owner=avatar.owner, embedded=avatar.owner == EVERYBODY, consent_id=avatar.consent, digest=avatar.digest,
-                      created_at=avatar.created, links={"self": home, "portrait": f"{home}/portrait", "thumbnail": f"{home}/thumbnail"})  # fmt: skip
+    return AvatarView(id=avatar.id, name=avatar.name, owner=avatar.owner, embedded=avatar.owner == EVERYBODY, consent_id=avatar.consent,
+                      digest=avatar.digest, created_at=avatar.created, links={"self": home, "portrait": f"{home}/portrait", "thumbnail": f"{home}/thumbnail"})  # fmt: skip
 
 
 @router.post("", status_code=201, response_model=AvatarView, responses=problems(400, 403, 404, 409, 413, 415))
@@ -56,9 +55,11 @@ async def register(data: bytes, name: str, consent_id: str | None, synthetic: bo
         raise Forbidden("a person's face needs consent_id; a face that is nobody's, synthetic=true; never both", kind="consent_required")
     media = media_hash(data)
     if consent_id is not None:
-        at.consents.require(consent_id, found(consent_id, who, at).scope[0], media)
+        at.consents.check(consent_id, who.owner, media=media)
     clean = await asyncio.to_thread(clean_portrait, data)
-    return await asyncio.to_thread(lambda: at.store.add(clean, name=name, owner=who.owner, consent=consent_id, media=media))
+    avatar = await asyncio.to_thread(lambda: at.store.add(clean, name=name, owner=who.owner, consent=consent_id, media=media))
+    at.audit.note("avatar.added", {"avatar": avatar.id, "owner": avatar.owner, "consent": avatar.consent, "digest": avatar.digest, "by": who.key})
+    return avatar
 
 
 @router.get("", response_model=AvatarList, responses=problems(403))
@@ -102,4 +103,5 @@ async def erase_avatar(avatar_id: AvatarId, who: Who, at: At) -> Response:
         for lease in at.desk.using(avatar.id):
             await at.desk.close(lease)
     await asyncio.to_thread(at.store.erase, avatar.id)
+    at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
     return Response(status_code=204)

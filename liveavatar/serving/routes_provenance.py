@@ -9,7 +9,7 @@ from fastapi import APIRouter, File, Form, Path, Response, UploadFile
 from fastapi.responses import JSONResponse
 
 from liveavatar.serving.access import CONTROL, VIEW, Principal
-from liveavatar.serving.consent import METHODS, SCOPES, Consent, Statement
+from liveavatar.serving.consent import METHODS, SCOPES, Consent, Statement, media_hash
 from liveavatar.serving.problems import NotFound
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import ConsentList, ConsentView, problems
@@ -42,7 +42,7 @@ async def add_consent(
     statement = Statement(subject=subject, scope=tuple(scope), expires=expires_at, uploader=who.owner, method=method)
 
     async def make() -> Response:
-        given = await asyncio.to_thread(at.consents.grant, statement, data)
+        given = await asyncio.to_thread(at.consents.grant, statement, media_hash(data))
         return JSONResponse(view(given, at).model_dump(), 201, {"Location": f"/v1/consents/{given.id}"})
 
     return await at.idempotency.once(who.owner, "consents", once, repr(statement).encode() + data, make)
@@ -61,14 +61,14 @@ async def get_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView:
     """One record."""
     who.need_key()
     who.need(VIEW, CONTROL)
-    return view(found(consent_id, who, at), at)
+    return view(_found(consent_id, who, at), at)
 
 
 @router.post("/{consent_id}/revoke", response_model=ConsentView, responses=problems(403, 404))
 async def revoke_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView:
     """The person has changed their mind: sessions that show the face end now, no new ones begin."""
     _need(who)
-    await asyncio.to_thread(at.consents.revoke, found(consent_id, who, at).id, who.key)
+    await asyncio.to_thread(at.consents.revoke, _found(consent_id, who, at).id, who.key)
     await _end_sessions(consent_id, at)
     return view(at.consents.get(consent_id), at)
 
@@ -77,10 +77,11 @@ async def revoke_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView
 async def erase_consent(consent_id: ConsentId, who: Who, at: At) -> Response:
     """Revoke it, forget the person and erase the avatars made of the picture. Hashes stay in the log."""
     _need(who)
-    await asyncio.to_thread(at.consents.erase, found(consent_id, who, at).id, who.key)
+    await asyncio.to_thread(at.consents.erase, _found(consent_id, who, at).id, who.key)
     await _end_sessions(consent_id, at)
     for avatar in at.store.with_consent(consent_id):
         await asyncio.to_thread(at.store.erase, avatar.id)
+        at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
     return Response(status_code=204)
 
 
@@ -100,7 +101,7 @@ def _sees(who: Principal, consent: Consent) -> bool:
     return who.sees(consent.statement.uploader if consent.statement else "")
 
 
-def found(consent_id: str, who: Principal, at: Services) -> Consent:
+def _found(consent_id: str, who: Principal, at: Services) -> Consent:
     """Raises NotFound, also for another tenant's."""
     consent = at.consents.get(consent_id)
     if not _sees(who, consent):

@@ -9,10 +9,12 @@ from fastapi.responses import JSONResponse
 
 from liveavatar import __version__
 from liveavatar.serving.access import ADMIN
+from liveavatar.serving.gate import METRICS
+from liveavatar.serving.metrics import CONTENT_TYPE
 from liveavatar.serving.services import BEARER, At, Services, Who
 from liveavatar.serving.wire import KeyList, KeyView, KeyWish, NewKey, ServerView, problems
 
-probes = APIRouter(tags=["probes"])
+probes, metrics, operations = APIRouter(tags=["probes"]), APIRouter(), APIRouter()
 router = APIRouter(prefix="/v1", tags=["server"], dependencies=[BEARER])
 SLOW_SECONDS = 2.0  # the event loop may be late before /livez says so
 Prefix = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$")]
@@ -46,6 +48,19 @@ async def started(at: At) -> JSONResponse:
     return _probe(at.desk.started)
 
 
+@metrics.get(METRICS, response_class=Response, include_in_schema=False)
+async def scrape(at: At) -> Response:
+    """For Prometheus. The gate lets in this machine, and keys with scope admin."""
+    return Response(at.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+@operations.post("/drain", status_code=202)
+async def drain(at: At) -> JSONResponse:
+    """As SIGTERM: no new sessions; those that run end by themselves. The process goes on until it gets the signal."""
+    at.desk.refuse()
+    return JSONResponse({"sessions": len(at.desk.studio.sessions)}, 202)
+
+
 # ---------------------------------------------------------------- the server
 
 
@@ -72,6 +87,7 @@ async def add_key(wish: KeyWish, who: Who, at: At) -> NewKey:
     """A new server key, shown this once. Scope admin."""
     _operator(who)
     key, text = at.access.create_key(wish.owner, wish.scopes, wish.name)
+    at.audit.note("key.created", {"prefix": key.prefix, "owner": key.owner, "scopes": list(key.scopes), "by": who.key})
     return NewKey(prefix=key.prefix, owner=key.owner, scopes=list(key.scopes), name=key.name, created_at=key.created, key=text)
 
 
@@ -88,6 +104,7 @@ async def revoke_key(prefix: Prefix, who: Who, at: At) -> Response:
     """It opens nothing any more, nor do tokens made with it. Scope admin."""
     _operator(who)
     at.access.revoke_key(who, prefix)
+    at.audit.note("key.revoked", {"prefix": prefix, "by": who.key})
     return Response(status_code=204)
 
 

@@ -12,7 +12,8 @@ from liveavatar.conditioning.identity import load_picture
 from liveavatar.serving.access import CONTROL, PUBLISH, VIEW, Principal
 from liveavatar.serving.desk import Lease, Wish
 from liveavatar.serving.feeder import Utterance
-from liveavatar.serving.problems import Invalid, Unprocessable
+from liveavatar.serving.outputs import wanted
+from liveavatar.serving.problems import Invalid, Problem, Unprocessable
 from liveavatar.serving.recorded import pieces, read_speech
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import (
@@ -20,6 +21,8 @@ from liveavatar.serving.wire import (
 )  # fmt: skip
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], dependencies=[BEARER])
+SOUNDS = ("audio/pcm", "audio/wav", "audio/mpeg", "audio/ogg", "audio/flac", "audio/mp4", "audio/webm", "application/octet-stream")
+BINARY = {"type": "string", "format": "binary"}
 SessionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$", description="128 random bits")]
 
 
@@ -28,8 +31,8 @@ def view(lease: Lease, desk) -> SessionView:
     session, home = lease.session, f"/v1/sessions/{lease.id}"
     ends, idle = desk.ends(lease)
     return SessionView(
-        id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None, epoch=session.epoch,
-        owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height, viewers=session.stats()["viewers"],
+        id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None,
+        epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height, viewers=session.stats()["viewers"],
         created_at=lease.created, lease=None if lease.over else LeaseView(ends_at=ends, idle_ends_at=min(ends, idle)), metadata=lease.wish.metadata,
         links={"self": home, **{name: f"{home}/{name}" for name in ("stream", "whep", "stats", "audio", "say", "interrupt", "tokens", "outputs")}},
     )  # fmt: skip
@@ -50,18 +53,28 @@ async def open_session(wish: SessionWish, who: Who, at: At, once: OnceKey = None
 
 
 def _content(wish: SessionWish) -> bytes:
-    secret = wish.webhook.secret.get_secret_value() if wish.webhook else ""
-    return (wish.model_dump_json() + secret).encode()
+    """All that was asked for; the JSON hides secrets, so they follow it."""
+    secrets = [wish.webhook and wish.webhook.secret, *(output.token for output in wish.outputs)]
+    return "\0".join([wish.model_dump_json(), *(secret.get_secret_value() if secret else "" for secret in secrets)]).encode()
 
 
 async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
     who.need(CONTROL)
+    outputs = [wanted(output) for output in wish.outputs]
     if wish.webhook is not None:
         await at.webhooks.check(wish.webhook.url)
+    for output in outputs:
+        await at.outputs.check(output)
     lease = await at.desk.open(who, Wish(avatar=wish.avatar_id, mode=wish.mode, prompt=wish.prompt, metadata=dict(wish.metadata),
                                          idle_seconds=wish.limits.idle_seconds, length_seconds=wish.limits.length_seconds))  # fmt: skip
     if wish.webhook is not None:
         at.webhooks.follow(lease.session, wish.webhook.url, wish.webhook.secret.get_secret_value())
+    try:
+        for output in outputs:
+            await at.outputs.start(lease, output)
+    except Problem:
+        await at.desk.close(lease, "failed")
+        raise
     return lease
 
 
@@ -127,6 +140,7 @@ async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: 
 async def interrupt(session_id: SessionId, who: Who, at: At) -> InterruptedView:
     """Silence now. Says how much of the running segment was heard."""
     done = await at.desk.running(who, session_id, PUBLISH, CONTROL).session.interrupt()
+    at.metrics.interrupted("api")
     return InterruptedView(epoch=done.epoch, position_ms=done.position_ms)
 
 
@@ -143,8 +157,7 @@ async def make_token(session_id: SessionId, wish: TokenWish, who: Who, at: At) -
 
 
 @router.post("/{session_id}/audio", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413, 415),
-             openapi_extra={"requestBody": {"required": True, "content": {kind: {"schema": {"type": "string", "format": "binary"}}
-                            for kind in ("audio/pcm", "audio/wav", "audio/mpeg", "audio/ogg", "audio/flac", "audio/mp4", "audio/webm", "application/octet-stream")}}})  # fmt: skip
+             openapi_extra={"requestBody": {"required": True, "content": {kind: {"schema": BINARY} for kind in SOUNDS}}})  # fmt: skip
 async def push_recording(
     session_id: SessionId, request: Request, who: Who, at: At,
     epoch: Annotated[Number | None, Query(description="Of an older epoch it is dropped")] = None,

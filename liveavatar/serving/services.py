@@ -11,28 +11,35 @@ import numpy as np
 from fastapi import Depends, Header, Request, Security
 from fastapi.security import HTTPBearer
 
-from liveavatar.serving.access import Access, Principal
+from liveavatar.serving.access import ANYBODY as OPERATOR
+from liveavatar.serving.access import VIEW, Access, Principal
+from liveavatar.serving.audit import Audit
 from liveavatar.serving.consent import ConsentLog
 from liveavatar.serving.desk import Desk
 from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
 from liveavatar.serving.problems import Unauthorized
+from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.webhooks import Webhooks
+from liveavatar.serving.webrtc import Heard
+from liveavatar.serving.whep import Viewers
 
 Speak = Callable[[str], AsyncGenerator[tuple[np.ndarray, int], None]]  # text -> (mono PCM, Hz), as it is made
 
-GOODBYE_SECONDS = 5.0  # for webhooks that wait when the server ends
+GOODBYE_SECONDS = 10.0  # for recordings to be finished and webhooks to be delivered when the server ends
 
 BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...) or a session's token"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """One server's. probe: how late the event loop is. speak: text to speech; None: this server has no voice.
+    """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
+    speech; None: this server has no voice.
     extras: names of what else may be asked of it.
     """
 
@@ -43,18 +50,51 @@ class Services:
     desk: Desk
     idempotency: Idempotency
     webhooks: Webhooks
+    audit: Audit
+    outputs: Outputs
+    viewers: Viewers
     metrics: Metrics
     probe: LoopProbe
+    mark_key: bytes | None
     consents: ConsentLog
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
     extras: list[str] = field(default_factory=list)
 
+    def session(self, session_id: str) -> LiveSession:
+        """One that was authorised and runs. Raises NotFound, Conflict."""
+        lease = self.desk.lease(OPERATOR, session_id)
+        lease.need_running()
+        return lease.session
+
+    async def authorise(self, request: Request, session_id: str | None, scope: str) -> None:
+        """What the WHEP routes ask. Raises Unauthorized, Forbidden, NotFound, RateLimited (offers)."""
+        who = asker(request)
+        if session_id is None:
+            return who.need(scope)
+        self.desk.lease(who, session_id, scope)
+        if request.method == "POST" and scope == VIEW:
+            self.quotas.count("offers", who.key)
+
+    def microphone(self, session: LiveSession) -> Heard:
+        """A viewer's microphone is what the avatar says, and counts like any other speech; over the quota it is not heard."""
+        key = self.desk.lease(OPERATOR, session.id).key
+
+        async def heard(pcm: np.ndarray, rate: int) -> None:
+            self.quotas.may_speak(key)
+            await session.push_audio(pcm, rate)
+            self.quotas.spoke(key, len(pcm) / rate)
+
+        return heard
+
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""
         await self.desk.close_all("drain")
+        await self.viewers.close()
+        await self.outputs.close(GOODBYE_SECONDS)
         await self.webhooks.close(GOODBYE_SECONDS)
         self.consents.close()
+        self.audit.close()
 
 
 def services(request: Request) -> Services:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from liveavatar import __version__
 from liveavatar.core import ConfigError, LiveAvatarError
-from liveavatar.serving.keyfiles import kept_secret
+from liveavatar.serving.durable import private_folder, replace_file
 
 CREATED_BY_MACHINE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 FORMAT = "video/mp4"
@@ -171,12 +171,11 @@ def _local_identity(folder: Path) -> tuple[bytes, bytes]:
         leaf = x509.load_pem_x509_certificates(_read(both))[0]
         if leaf.not_valid_after_utc - now > datetime.timedelta(days=30):
             return _read(both), _read(folder / KEY)
-        for name in (CHAIN, KEY, AUTHORITY):
-            (folder / name).unlink(missing_ok=True)
     chain, key, authority = local_chain(now)
+    private_folder(folder)
+    both.unlink(missing_ok=True)
     for name, data in ((AUTHORITY, authority), (KEY, key), (CHAIN, chain)):  # the chain last: where it is, all are
-        (folder / name).unlink(missing_ok=True)
-        kept_secret(folder / name, lambda data=data: data)
+        replace_file(folder / name, data)
     return chain, key
 
 

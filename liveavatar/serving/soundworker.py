@@ -8,7 +8,7 @@ import io
 import resource
 import sys
 
-RATE = 16_000  # Hz, core.SAMPLE_RATE
+RATE = 16_000  # Hz: core.SAMPLE_RATE
 FORMATS = "wav,w64,ogg,flac,mp3,aac,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,aiff"  # demuxers; none that reads a list of other files
 PROTOCOLS = "file,pipe"
 

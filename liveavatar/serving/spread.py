@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+KEY_BYTES = 16  # at least
 TILE, BLOCK = 128, 8  # pixels
 BLOCKS = TILE // BLOCK  # of a tile, each way
 SYNC_PLACES = ((2, 2), (1, 3))  # rows and columns of the 8 x 8 DCT
@@ -82,8 +83,8 @@ class Chips:
     @classmethod
     def of(cls, key: bytes) -> Chips:
         """key: at least 16 bytes, secret. Raises ValueError."""
-        if len(key) < 16:
-            raise ValueError(f"a watermark key of {len(key)} bytes: at least 16 are needed")
+        if len(key) < KEY_BYTES:
+            raise ValueError(f"a watermark key of {len(key)} bytes: at least {KEY_BYTES} are needed")
         sent = REPEATS * SYMBOLS * WORD
         order = np.argsort(np.frombuffer(_stream(key, b"places", 8 * sent), "<u8"), kind="stable")
         return cls(

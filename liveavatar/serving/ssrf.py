@@ -1,8 +1,9 @@
 """Addresses that clients name, and that we then connect to: image links, RTMP and WHIP targets, webhooks (serving.md 18.4).
 
-    target = check_url(url, ("rtmp", "rtmps"), hosts=outputs.hosts, private=outputs.private)   # Forbidden, kind "ssrf"; blocks on DNS
+    target = check_url(url, ("rtmp", "rtmps"), hosts=outputs.hosts, private=outputs.private)   # Blocked (403 ssrf); blocks on DNS
     connect to target.address, target.port; or open target.pinned, with target.host as Host header and TLS name
-    data = await fetch(url, limit=10_000_000, ...)                                             # http(s): all of it done
+    data = await fetch(url, limit=10_000_000, ...)      # http(s): all of it done
+    status, body = await request("POST", url, body=...)   # likewise, for webhooks
 
 Everything that is not a public address is refused unless the operator listed its network. The name is resolved once and every
 address it has is checked; whoever connects uses the checked address, so that a second answer of the DNS changes nothing. Redirects are
@@ -15,8 +16,9 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from liveavatar.core import ConfigError
@@ -31,11 +33,21 @@ NAME = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0
 NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")  # a last label like this makes an IPv4 address of a name, in one of a dozen spellings
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 REFUSED = tuple(map(ipaddress.ip_network, (
-    "168.63.129.16/32",  # of Azure's host, public by its number
+    "168.63.129.16/32", "192.0.0.0/24",  # the hosts of two clouds, public by their numbers
     "192.88.99.0/24", "2002::/16", "2001::/32",  # 6to4 and Teredo carry an IPv4 address that would escape the check
     "64:ff9b:1::/48", "100::/64", "::/96", "fec0::/10", "2001:db8::/32", "3fff::/20", "5f00::/16",
 )))  # fmt: skip
 ISATAP = (0x00005EFE, 0x02005EFE)  # third 32-bit word of an IPv6 address that carries an IPv4 one
+
+
+class Blocked(Forbidden):
+    """An address that must not be connected to. reason: scheme, host or address (as the metric counts it)."""
+
+    kind = "ssrf"
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -56,19 +68,19 @@ def check_url(url: str, schemes: tuple[str, ...], *, hosts: tuple[str, ...] = ()
 
     schemes: allowed ones, of PORTS. hosts: allowed names, "*.example.com" for all below one; empty: every name. private:
     networks (CIDR) allowed although not public. resolve: (name, port) -> addresses. Raises Invalid for what is no
-    plain URL, Forbidden with kind "ssrf" for the rest; their text never repeats the path, which may hold a stream key.
+    plain URL, Blocked for the rest; their text never repeats the path, which may hold a stream key.
     """
     networks = tuple(_network(text) for text in private)
     parts, host, port = _parsed(url, schemes)
     if hosts and not any(_matches(host, allowed.lower()) for allowed in hosts):
-        raise Forbidden(f"host {host}: not one that this server may connect to", kind="ssrf")
+        raise Blocked("host", f"host {host}: not one that this server may connect to")
     literal = _literal(host)
     found = [literal] if literal else [_address(text) for text in (resolve or system_resolve)(host, port)]
     if not found:
-        raise Forbidden(f"host {host}: has no address", kind="ssrf")
+        raise Blocked("host", f"host {host}: has no address")
     for address in found:
         if not permitted(address, networks):
-            raise Forbidden(f"host {host}: has an address that is not public", kind="ssrf")
+            raise Blocked("address", f"host {host}: has an address that is not public")
     return Target(url, parts.scheme, host, port, str(found[0]), _pinned(parts, found[0], port))
 
 
@@ -90,42 +102,50 @@ def permitted(address: Address, private: tuple = ()) -> bool:
 
 
 def system_resolve(name: str, port: int) -> list[str]:
-    """Addresses of a name, by the system. Raises Forbidden when there are none."""
+    """Addresses of a name, by the system. Raises Blocked when there are none."""
     try:
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise Forbidden(f"host {name}: cannot be resolved", kind="ssrf") from None
+        raise Blocked("host", f"host {name}: cannot be resolved") from None
     return list(dict.fromkeys(entry[4][0] for entry in found))
 
 
 async def fetch(url: str, *, limit: int, seconds: float = 10.0, hosts: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> bytes:
-    """The body behind an http(s) address: checked, pinned, no redirect, no proxy, at most `limit` bytes and `seconds` in all.
+    """The body behind an http(s) address. Raises what request() raises, and Unprocessable when the answer is not 200."""
+    status, body = await request("GET", url, limit=limit, seconds=seconds, hosts=hosts, private=private)
+    if status != 200:
+        raise Unprocessable(f"the address answered {status}", kind="fetch")
+    return body
 
-    Raises what check_url raises, TooLarge, and Unprocessable when the far side does not answer 200.
+
+async def request(method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str] = MappingProxyType({}), limit: int = 65_536, seconds: float = 10.0,
+                  hosts: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> tuple[int, bytes]:  # fmt: skip
+    """Status and body of one http(s) exchange: checked, pinned, no redirect, no proxy, at most `limit` bytes and `seconds` in all.
+
+    Raises what check_url raises, TooLarge, and Unprocessable (kind fetch) when the far side does not answer.
     """
     try:
         async with asyncio.timeout(seconds):
             target = await asyncio.to_thread(check_url, url, ("http", "https"), hosts=hosts, private=private)
-            return await _body(target, limit)
+            return await _exchange(method, target, body, headers, limit)
     except TimeoutError:
-        raise Unprocessable(f"the address did not deliver within {seconds:g} s", kind="fetch") from None
+        raise Unprocessable(f"the address did not answer within {seconds:g} s", kind="fetch") from None
 
 
-async def _body(target: Target, limit: int) -> bytes:
+async def _exchange(method: str, target: Target, body: bytes, headers: Mapping[str, str], limit: int) -> tuple[int, bytes]:
     import httpx
 
-    headers = {"Host": target.host if target.port == PORTS[target.scheme] else f"{target.host}:{target.port}", "Accept-Encoding": "identity"}
+    own = {"Host": urlsplit(target.url).netloc, "Accept-Encoding": "identity"}
     try:
-        async with httpx.AsyncClient(follow_redirects=False, trust_env=False) as client:
-            async with client.stream("GET", target.pinned, headers=headers, extensions={"sni_hostname": target.host}) as answer:
-                if answer.status_code != 200:
-                    raise Unprocessable(f"host {target.host} answered {answer.status_code}", kind="fetch")
+        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=None) as client:
+            named = {"sni_hostname": target.host}  # certificates are checked against the name, not the address
+            async with client.stream(method, target.pinned, content=body, headers={**headers, **own}, extensions=named) as answer:
                 data = bytearray()
                 async for chunk in answer.aiter_raw():
                     data += chunk
                     if len(data) > limit:
                         raise TooLarge(f"more than {limit:,} bytes")
-                return bytes(data)
+                return answer.status_code, bytes(data)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Unprocessable(f"host {target.host} cannot be read ({type(error).__name__})", kind="fetch") from None
 
@@ -145,7 +165,7 @@ def _parsed(url: str, schemes: tuple[str, ...]) -> tuple[SplitResult, str, int]:
     except ValueError:
         raise Invalid("not an address: scheme://host[:port]/path is needed") from None
     if parts.scheme not in schemes:
-        raise Forbidden(f"scheme {parts.scheme[:20] or 'missing'}: must be {' or '.join(schemes)}", kind="ssrf")
+        raise Blocked("scheme", f"scheme {parts.scheme[:20] or 'missing'}: must be {' or '.join(schemes)}")
     if "@" in parts.netloc or "%" in parts.netloc:
         raise Invalid("an address must not carry a user, a password or a zone")
     if not host or port == 0 or parts.netloc.endswith(":"):
@@ -164,7 +184,8 @@ def _literal(host: str) -> Address | None:
 
 def _address(text: str) -> Address:
     try:
-        return ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
+        return getattr(address, "ipv4_mapped", None) or address
     except ValueError:
         raise Invalid("an IP address must be written in the usual way: 192.0.2.1 or [2001:db8::1]") from None
 

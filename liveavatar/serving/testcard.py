@@ -19,6 +19,7 @@ import torch
 from liveavatar.config import Config
 from liveavatar.core import Audio, Close, Closed, Frames, Geometry, Interrupt, Message, Open, Opened, RankFailure, SessionClosed
 from liveavatar.runtime.engine import Engine
+from liveavatar.runtime.tracing import open_trace
 from liveavatar.telemetry import now as monotonic
 
 SIZE = 128
@@ -27,11 +28,14 @@ CELLS, CELL_ROWS = 24, 8  # of the bar code in the lowest rows: 16 bits of the p
 ROLES = ("testcard",)
 
 
-def start_test_card(config: Config, *, block_seconds: float = 0.0, clock: Callable[[], float] = monotonic) -> Engine:
-    """An Engine over a TestCard. config: its video size (default 128), runtime.sessions and queues hold. block_seconds: a block takes."""
+def start_test_card(config: Config, *, block_seconds: float = 0.0, clock: Callable[[], float] = monotonic,
+                    watch: Callable[[dict], None] | None = None) -> Engine:
+    """An Engine over a TestCard. config: its video size (default 128), runtime.sessions and queues hold. block_seconds: a
+    block takes. watch: see Engine.start."""
     geometry = Geometry(height=config.video.height or SIZE, width=config.video.width or SIZE)
     source = SimpleNamespace(geometry=geometry, lookahead_samples=LOOKAHEAD, refresh_block=0)
-    return Engine.over(replace(config, stages=(ROLES,)), source, TestCard(geometry, block_seconds), clock)
+    config = replace(config, stages=(ROLES,))
+    return Engine.over(config, source, TestCard(geometry, block_seconds), clock, open_trace(config, source, clock, watch))
 
 
 class TestCard:

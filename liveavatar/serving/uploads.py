@@ -1,14 +1,15 @@
 """What strangers send us: portraits and recordings, made harmless before anything else touches them (serving.md 18.3).
 
-    data = await limited(chunks, limit)        # bytes as they arrive; TooLarge as soon as there are too many
-    png = portrait(data)                       # -> PNG of the pixels alone: upright, RGB, no EXIF, no ICC, no name
-    pcm = recording(data)                      # -> float32 16 kHz mono, decoded in a process of its own with limits
+    png = portrait(data)                       # -> PNG of the pixels alone: upright, RGB, no EXIF, no ICC, no name; blocks: in a thread
+    pcm, rate = await Recordings().decode(data)   # -> float32 16 kHz mono, decoded in a process of its own with limits
 
-`portrait` and `recording` block: off the event loop, in a thread. The client's file name is never seen here. Errors are problem details.
+How many bytes may come is the business of whoever receives them (gate.py, while they arrive; ssrf.fetch). The client's file name is
+never seen here. Errors are problem details.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -16,13 +17,13 @@ import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import AsyncIterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from liveavatar.core import SAMPLE_RATE
 from liveavatar.serving.problems import Capacity, TooLarge, Unprocessable, Unsupported
 
 MAX_PIXELS = 25_000_000
@@ -47,16 +48,6 @@ class SoundLimits:
     memory: int = 1_500_000_000
 
 
-async def limited(chunks: AsyncIterable[bytes], limit: int) -> bytes:
-    """All bytes of an upload; reading stops with TooLarge when they are more than `limit`, whatever Content-Length said."""
-    data = bytearray()
-    async for chunk in chunks:
-        if len(data) + len(chunk) > limit:
-            raise TooLarge(f"more than {limit:,} bytes")
-        data += chunk
-    return bytes(data)
-
-
 # ---------------------------------------------------------------- pictures
 
 
@@ -76,7 +67,7 @@ def portrait(data: bytes) -> bytes:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _encoded(_pixels(_opened(kind, data)))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(_too_large()) from None
+        raise TooLarge(_too_large(), kind="pixels") from None
     except BROKEN:  # what Pillow says may quote the data
         raise Unprocessable(f"the {kind} data is damaged: save the picture again") from None
 
@@ -90,7 +81,7 @@ def _opened(kind: str, data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=(kind,))
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise TooLarge(_too_large())
+        raise TooLarge(_too_large(), kind="pixels")
     if min(width, height) < MIN_SIDE:
         raise Unprocessable(f"{width}x{height} pixels: a portrait needs at least {MIN_SIDE} a side")
     if getattr(image, "n_frames", 1) > 1:
@@ -130,6 +121,18 @@ def _encoded(image: Image.Image) -> bytes:
 
 
 # ---------------------------------------------------------------- sound
+
+
+class Recordings:
+    """Decodes what is uploaded, a few at once; more wait their turn, as many as the listener lets requests wait."""
+
+    def __init__(self, limits: SoundLimits = SoundLimits(), at_once: int = 2):
+        self._limits, self._turn = limits, asyncio.Semaphore(at_once)
+
+    async def decode(self, data: bytes) -> tuple[np.ndarray, int]:
+        """float32 [n] mono and its Hz. Raises what recording() raises."""
+        async with self._turn:
+            return await asyncio.to_thread(recording, data, self._limits), SAMPLE_RATE
 
 
 def recording(data: bytes, limits: SoundLimits = SoundLimits()) -> np.ndarray:

@@ -11,14 +11,19 @@ most SIZES * 128 * 128 * 2^32 * exp(-z^2 / 2). A mark counts as found where this
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from liveavatar.core import ConfigError, InputError
 from liveavatar.serving import spread
+from liveavatar.serving.durable import secret_file
 
+KEY_FILE = "watermark.key"  # in storage.folder
 FALSE_ALARM = 1e-6  # at most so many checks of unmarked video say "marked"
 STRENGTH = 1.0  # root mean square of what is added where the picture is neither flat nor busy, in 1/255
 FLAT, BUSY = 0.7, 2.0  # of it, at least and at most
@@ -26,7 +31,19 @@ USUAL = 6.0  # activity of a block that gets STRENGTH
 SHIFT = 8  # fixed point of the embedder
 HEIGHTS = (128, 192, 256, 384, 400, 480, 512, 640, 704, 720, 768, 1024, 1280)  # of pictures when they were marked; a video is tried at its own height and each of these
 GROUP = 25  # pictures whose mean is cleaned at a time
+SHRUNK = 2.6  # times smaller, the pattern is finer than the pixels: larger heights are not tried
 PEAKS = 4  # turns of the tile that are tried at every size
+
+
+def server_key(folder: Path, file: Path | None = None) -> bytes:
+    """The key of a server: the bytes of `file`, else of folder/watermark.key, made at first use. Raises ConfigError."""
+    try:
+        key = secret_file(folder / KEY_FILE) if file is None else file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file or folder / KEY_FILE}: the watermark key cannot be read: {error.strerror}") from None
+    if len(key) < spread.KEY_BYTES:
+        raise ConfigError(f"{file or folder / KEY_FILE}: a watermark key of {len(key)} bytes: at least {spread.KEY_BYTES} are needed")
+    return key
 
 
 class Watermark:
@@ -72,12 +89,13 @@ class Reading:
     """What a detector saw. found: false_alarm is below FALSE_ALARM. payload: the best guess, meaningless where not found.
     confidence: probability that all 32 bits are right, given that there is a mark. z: correlation over its norm.
     false_alarm: bound on the probability that an unmarked video reaches z in this check. height: of the pictures when they were
-    marked. turn: how far (rows, columns) the tile begins before the picture's corner, pixels at that height. pictures: read."""
+    marked. needed: z at which false_alarm is FALSE_ALARM. turn: how far (rows, columns) the tile begins before the picture's corner, pixels at that height. pictures: read."""
 
     found: bool
     payload: int
     confidence: float
     z: float
+    needed: float
     false_alarm: float
     height: int
     turn: tuple[int, int]
@@ -116,7 +134,7 @@ class Detector:
 
     def _clean(self) -> None:
         mean = self._sum / self._count
-        for height in sorted({len(mean), *self._heights}):
+        for height in sorted({len(mean), *(h for h in self._heights if h <= SHRUNK * len(mean))}):
             field = fold(whiten(resized(mean, height))) * np.float32(math.sqrt(self._count))
             self._tiles[height] = self._tiles.get(height, 0) + field
         self._sum, self._count = None, 0
@@ -136,9 +154,30 @@ class Detector:
         payload, confidence = spread.decode(self._chips.soft(at[2:]))
         z = float((at * self._chips.all(payload)).sum() / max(np.sqrt((at**2).sum()), 1e-9))
         trials = math.log(len(self._tiles) * spread.TILE**2) + spread.PAYLOAD_BITS * math.log(2)
+        needed = math.sqrt(2 * (trials - math.log(FALSE_ALARM)))
         alarm = math.exp(min(0.0, trials - max(z, 0.0) ** 2 / 2))
         turn = (int(phase) // 8 + 8 * int(row)) % spread.TILE, (int(phase) % 8 + 8 * int(column)) % spread.TILE
-        return Reading(alarm < FALSE_ALARM, payload, confidence, z, alarm, height, turn, self.pictures)
+        return Reading(alarm < FALSE_ALARM, payload, confidence, z, needed, alarm, height, turn, self.pictures)
+
+
+def read_video(path: Path, key: bytes, pictures: int = 500) -> Reading:
+    """The mark of the first so many pictures of a video file. Raises InputError when it cannot be read."""
+    import av
+
+    detector, size = Detector(key), {}
+    try:
+        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.video:
+                raise InputError(f"{path}: holds no video")
+            for frame in itertools.islice(container.decode(video=0), pictures):
+                size = size or {"width": frame.width, "height": frame.height}
+                detector.add(frame.to_ndarray(format="rgb24", **size))
+    except (av.FFmpegError, OSError) as error:
+        if not detector.pictures:
+            raise InputError(f"{path}: not a video that can be read ({error.strerror})") from None
+    if not detector.pictures:
+        raise InputError(f"{path}: holds no picture")
+    return detector.read()
 
 
 def resized(luma: np.ndarray, height: int) -> np.ndarray:

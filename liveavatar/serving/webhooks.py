@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from liveavatar.serving.problems import Problem
-from liveavatar.serving.ssrf import PORTS, check_url
+from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
+from liveavatar.serving.ssrf import check_url, request
 
 TRIES, FIRST_WAIT, WAIT_FACTOR = 5, 1.0, 4.0  # seconds: 1, 4, 16, 64, each with jitter
 TRY_SECONDS = 10.0  # for one answer
@@ -125,18 +125,12 @@ class Webhooks:
 
     async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> None:
         """One try, to the address that was checked, without following anybody anywhere."""
-        import httpx
-
-        target = await asyncio.to_thread(check_url, url, SCHEMES, private=self._private)
-        host = target.host if target.port == PORTS[target.scheme] else f"{target.host}:{target.port}"
         try:
-            async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=TRY_SECONDS) as client:
-                async with client.stream("POST", target.pinned, content=body, headers={**headers, "Host": host},
-                                         extensions={"sni_hostname": target.host}) as answer:  # fmt: skip
-                    if not answer.is_success:
-                        raise DeliveryFailed(f"status {answer.status_code}")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise DeliveryFailed(type(error).__name__) from None
+            status, _ = await request("POST", url, body=body, headers=headers, seconds=TRY_SECONDS, private=self._private)
+        except (TooLarge, Unprocessable) as problem:
+            raise DeliveryFailed(problem.detail) from None
+        if not 200 <= status < 300:
+            raise DeliveryFailed(f"status {status}")
 
     def follow(self, session, url: str, secret: str) -> None:
         """Post this session's events from its first one on."""

@@ -4,6 +4,9 @@ The session encodes once; every viewer gets the same packets (serving.md 7.3), s
 else. A viewer is a `packets.Sink` with an edge for pictures and one for sound, which its two tracks empty. Nothing
 leaves before both have something (CLK-3), and the first picture is a keyframe.
 
+A data channel that the peer opens carries JSON: {"type": "ping" | "pong", "t": ...} both ways (a pong of ours also has
+"server", Unix ms), and from the page {"type": "stats", "report": {...}}, figures of its getStats().
+
 Two things of aiortc's sender are private, hence the exact version in setup.py and a test that fails when they change:
 `_send_keyframe`, called when the peer lost pictures (PLI, FIR), is ours; and the wall time of its sender reports is
 that of the packet's pts, not of the moment of sending, so both tracks tell the peer the same clock to the microsecond.
@@ -29,20 +32,19 @@ from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 
 from liveavatar.serving import packets
 from liveavatar.serving.offers import CANDIDATES, Fragment, Offer
-from liveavatar.serving.problems import Problem, Unprocessable
+from liveavatar.serving.problems import Capacity, Problem, Unprocessable
+from liveavatar.telemetry import now as monotonic
 
 Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz
 
 EDGE_SECONDS = 0.2  # what waits for a viewer: five pictures, 200 ms of sound (serving.md 4)
-PICTURE_HOLD = 0.02  # seconds, see PacketTrack._pause
+PICTURE_HOLD = 0.02  # seconds, see PacketTrack._hold
 HEARD_RATE = 16_000  # Hz, of what a microphone brings
 HEARD_FRAMES = 50  # of 20 ms that wait for whoever listens; then the oldest goes
 MESSAGE_BYTES = 4096  # of a peer's message on its data channel
 REFUSALS = (ValueError, AssertionError, exceptions.InvalidAccessError, exceptions.InvalidStateError, exceptions.OperationError,
             exceptions.InternalError)  # fmt: skip
 TRACKS = {packets.H264: ("video", ("video/h264", "video/rtx")), packets.OPUS: ("audio", ("audio/opus",))}
-REPORTED = {"jitterBufferDelay": 1e9, "jitterBufferEmittedCount": 1e12, "freezeCount": 1e9, "framesDropped": 1e12, "framesDecoded": 1e12,
-            "pliCount": 1e9, "nackCount": 1e9}  # of a browser's inbound-rtp (MET-2), and the most that is believed  # fmt: skip
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +84,7 @@ class ViewerStats:
     heard_drops: int = 0
 
 
-class Clock:
+class WallClock:
     """Wall time of a pts, the same for both tracks: the first packet's, then as the pts go. Never set again, for what
     counts is that pictures and sound agree."""
 
@@ -98,17 +100,20 @@ class Clock:
 
 
 class PacketTrack(MediaStreamTrack):
-    """Hands a viewer's packets of one codec to aiortc, which sends them as they are. fresh: whether a packet may still leave."""
+    """Hands a viewer's packets of one codec to aiortc, which sends them as they are. fresh: whether a packet may still leave.
+    clock: the session's, by which packets were made."""
 
-    def __init__(self, kind: str, edge: packets.Edge, barrier: asyncio.Event, clock: Clock, fresh: Callable[[packets.Packet], bool]):
+    def __init__(self, kind: str, edge: packets.Edge, barrier: asyncio.Event, wall: WallClock, fresh: Callable[[packets.Packet], bool],
+                 clock: Callable[[], float]):  # fmt: skip
         super().__init__()
         self.kind, self.sender = kind, None
-        self._edge, self._barrier, self._clock, self._fresh, self._sent = edge, barrier, clock, fresh, None
+        self._edge, self._barrier, self._wall, self._fresh, self._clock = edge, barrier, wall, fresh, clock
+        self._sent: packets.Packet | None = None
 
     async def recv(self) -> av.Packet:
         """The next packet; raises MediaStreamError when the viewer is closed."""
         if self._sent is not None:  # aiortc has just stamped what it sent with the time of sending
-            self.sender._RTCRtpSender__ntp_timestamp = self._clock.ntp(self._sent.seconds)
+            self.sender._RTCRtpSender__ntp_timestamp = self._wall.ntp(self._sent.seconds)
         await self._barrier.wait()
         item = self._sent = await self._next()
         packet = av.Packet(item.data)
@@ -117,15 +122,17 @@ class PacketTrack(MediaStreamTrack):
 
     async def _next(self) -> packets.Packet:
         while (item := await self._edge.get()) is not None:
-            await asyncio.sleep(self._pause(item))
+            hold = self._hold(item)
+            await asyncio.sleep(min(hold, max(0.0, item.made + hold - self._clock())))  # what is late anyway is not held back
             if self._fresh(item):
                 return item
         raise MediaStreamError
 
-    def _pause(self, item: packets.Packet) -> float:
-        """Seconds an item is held back, for the jitter buffer of a browser's sound is the longer one: pictures a little;
-        and a tick's second 20 ms of sound, which come with the first, so that they do not look like jitter to it.
-        Measured in Chromium, sound behind pictures: 56 ms, with the spacing alone 41 ms, with both 16-31 ms."""
+    def _hold(self, item: packets.Packet) -> float:
+        """Seconds after its tick an item leaves at the earliest, for the jitter buffer of a browser's sound is the longer
+        one: pictures a little later; and a tick's second 20 ms of sound, which come with the first, not with it, which
+        would look like jitter. Measured in Chromium, sound behind pictures: 56 ms, with the spacing alone 41 ms, with
+        both 16-31 ms."""
         if self.kind == "video":
             return PICTURE_HOLD
         return item.duration / item.rate if self._sent is not None and item.made == self._sent.made else 0.0
@@ -171,21 +178,21 @@ class Microphone:
 class Viewer:
     """One peer of one session; a sink of it from the moment it is connected.
 
-    ice: RTCIceServer dictionaries for our own side. heard: gets its microphone. gone: told once when it has closed.
+    ice: RTCIceServer dictionaries for our own side. heard: gets its microphone. told: gets what its page says of its
+    reception (MET-2), unchecked; may raise Problem. gone: told once when it has closed.
     """
 
     def __init__(self, session: Source, *, ice: list[dict] = (), relay_only: bool = False, heard: Heard | None = None,
-                 gone: Callable[[Viewer], None] = lambda viewer: None, patience: Patience = Patience(),
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+                 told: Callable[[object], None] = lambda figures: None, gone: Callable[[Viewer], None] = lambda viewer: None,
+                 patience: Patience = Patience(), clock: Callable[[], float] = monotonic):  # fmt: skip
         self.id, self.etag = secrets.token_urlsafe(16), secrets.token_hex(8)
         self.name, self.wants, self.state = f"webrtc:{self.id[:6]}", frozenset(), "new"
-        self.reported: dict[str, float] = {}  # what its page said of itself (MET-2)
         self.stats = ViewerStats()
         self.edges = {codec: packets.Edge(f"{self.name}.{kind}", seconds=EDGE_SECONDS, sound_seconds=EDGE_SECONDS, ask_keyframe=session.ask_keyframe)
                       for codec, (kind, _) in TRACKS.items()}  # fmt: skip
-        self._session, self._heard, self._gone, self._patience, self._clock = session, heard, gone, patience, clock
+        self._session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
         self._offer: Offer | None = None
-        self._barrier, self._timing = asyncio.Event(), Clock()
+        self._barrier, self._wall = asyncio.Event(), WallClock()
         self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
         self._sign, self._reports, self._channel, self._microphone = clock(), {}, None, None
         self._tasks: set[asyncio.Task] = set()
@@ -198,7 +205,7 @@ class Viewer:
     # -- signalling
 
     async def answer(self, offer: Offer) -> str:
-        """Our SDP, with all candidates. Raises Unprocessable when we share no codec with the peer."""
+        """Our SDP, with all candidates. Raises Unprocessable when we share no codec with the peer, Capacity when it could not reach us."""
         self._offer, self.wants = offer, offer.wants
         for codec in (c for c, (kind, _) in TRACKS.items() if kind in offer.kinds):
             self._send(codec)
@@ -208,14 +215,18 @@ class Viewer:
         except REFUSALS as error:
             await self.aclose("refused")
             raise Unprocessable("offer: H.264 and Opus are what we send, and this peer cannot take them") from error
+        answer = self._peer.localDescription.sdp
+        if "a=candidate:" not in answer:
+            await self.aclose("no candidate")
+            raise Capacity("no way to be reached: the TURN server does not answer, or refuses us", kind="network")
         self._keep(self._watch())
-        return self._peer.localDescription.sdp
+        return answer
 
     def _send(self, codec: str) -> None:
         """A transceiver that can speak `codec` alone; must be there before the offer is, or VP8 is chosen (7.2)."""
         kind, types = TRACKS[codec]
         speaks = codec == packets.OPUS and self._heard is not None and self._offer.speaks
-        track = PacketTrack(kind, self.edges[codec], self._barrier, self._timing, lambda item: item.epoch >= self._epoch)
+        track = PacketTrack(kind, self.edges[codec], self._barrier, self._wall, lambda item: item.epoch >= self._epoch, self._clock)
         transceiver = self._peer.addTransceiver(track, "sendrecv" if speaks else "sendonly")
         transceiver.setCodecPreferences([c for c in RTCRtpSender.getCapabilities(kind).codecs if c.mimeType.lower() in types])
         track.sender = transceiver.sender
@@ -230,17 +241,22 @@ class Viewer:
             raise Unprocessable(f"more than {CANDIDATES} candidates")
         for candidate in (c for c in fragment.candidates if c.sdpMid == self._offer.mid):  # those of bundled sections are not used
             await self._peer.addIceCandidate(candidate)
-        if fragment.complete:
-            await self._peer.addIceCandidate(None)
 
     def _changed(self) -> None:
         state = self._peer.connectionState
         if state == "connected" and self.state == "new":
-            self.state, self._sign = "connected", self._clock()
-            self._session.add_sink(self)
-            self._session.ask_keyframe()  # a late joiner must not wait for the next one that is due
+            self._begin()
         elif state in ("failed", "closed"):
             self.close(state)
+
+    def _begin(self) -> None:
+        try:
+            self._session.add_sink(self)
+        except Problem as problem:  # the session ended while this peer was on its way
+            self.close(problem.kind)
+        else:
+            self.state, self._sign = "connected", self._clock()
+            self._session.ask_keyframe()  # a late joiner must not wait for the next one that is due
 
     # -- packets.Sink
 
@@ -292,7 +308,13 @@ class Viewer:
         if message.get("type") == "ping":
             self._say({"type": "pong", "t": message.get("t"), "server": time.time() * 1000})
         elif message.get("type") == "stats":
-            self.reported = {key: float(min(message[key], most)) for key, most in REPORTED.items() if _counts(message.get(key))}
+            self._report(message.get("report"))
+
+    def _report(self, figures: object) -> None:
+        try:
+            self._told(figures)
+        except Problem as problem:
+            log.info("report", viewer=self.name, refused=problem.detail)
 
     def _say(self, message: dict) -> None:
         if self._channel is not None and self._channel.readyState == "open":
@@ -373,6 +395,3 @@ def _read_message(text: str | bytes) -> dict:
         return {}
     return message if isinstance(message, dict) else {}
 
-
-def _counts(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

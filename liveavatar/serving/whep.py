@@ -26,7 +26,6 @@ from liveavatar.serving.webrtc import Heard, Source, Viewer
 SDP, FRAGMENT, JSON = "application/sdp", "application/trickle-ice-sdpfrag", "application/json"
 SDP_BYTES = 65_536
 PATH = "/v1/sessions/{session_id}/whep"
-EXPOSED = "Location, Link, ETag"  # headers of answers that a page of another origin may read
 
 Lookup = Callable[[str], Source]  # raises NotFound
 Authorise = Callable[[Request, str | None, str], Awaitable[None]]  # (request, session or None, scope); raises Unauthorized, Forbidden
@@ -45,10 +44,10 @@ class PreconditionFailed(Problem):
 
 
 class Viewers:
-    """The peers of all sessions. limit: of one session."""
+    """The peers of all sessions. limit: of one session. reports: makes for each viewer what gets its page's figures of reception (MET-2)."""
 
-    def __init__(self, ice: IceServers, limit: int):
-        self.ice, self._limit = ice, limit
+    def __init__(self, ice: IceServers, limit: int, *, reports: Callable[[], Callable[[object], None]] = lambda: lambda figures: None):
+        self.ice, self._limit, self._reports = ice, limit, reports
         self._open: dict[str, dict[str, Viewer]] = {}
 
     def of(self, session_id: str) -> list[Viewer]:
@@ -71,7 +70,7 @@ class Viewers:
         viewers = self._open.setdefault(session.id, {})
         if len(viewers) >= self._limit:
             raise RateLimited(f"this session has {self._limit} viewers", kind="quota")
-        viewer = Viewer(session, ice=self.ice(session.id), relay_only=self.ice.network.relay_only, heard=heard,
+        viewer = Viewer(session, ice=self.ice(session.id), relay_only=self.ice.network.relay_only, heard=heard, told=self._reports(),
                         gone=lambda viewer: self._forget(session.id, viewer))  # fmt: skip
         viewers[viewer.id] = viewer  # before anything is waited for: the limit counts who is on the way
         return viewer, await viewer.answer(offer)
@@ -97,15 +96,14 @@ def router(lookup: Lookup, authorise: Authorise, settings: ServeConfig, *, viewe
            heard: Callable[[Source], Heard] = puppet) -> APIRouter:  # fmt: skip
     """The routes. heard: for a session, who gets the sound of a viewer's microphone. Whoever holds `viewers` closes them."""
     viewers = viewers or Viewers(IceServers(settings.network), settings.access.viewers)
-    cors = _Cors(settings.listen.origins)
     routes = APIRouter(tags=["viewers"])
-    _add_offer(routes, lookup, authorise, viewers, heard, cors)
-    _add_viewer(routes, authorise, viewers, cors)
-    _add_network(routes, authorise, viewers, cors)
+    _add_offer(routes, lookup, authorise, viewers, heard)
+    _add_viewer(routes, authorise, viewers)
+    _add_network(routes, authorise, viewers)
     return routes
 
 
-def _add_offer(routes: APIRouter, lookup: Lookup, authorise: Authorise, viewers: Viewers, heard: Callable[[Source], Heard], cors: _Cors) -> None:
+def _add_offer(routes: APIRouter, lookup: Lookup, authorise: Authorise, viewers: Viewers, heard: Callable[[Source], Heard]) -> None:
     body = {"requestBody": {"required": True, "content": {
         SDP: {"schema": {"type": "string"}},
         JSON: {"schema": {"type": "object", "required": ["type", "sdp"], "additionalProperties": False,
@@ -122,13 +120,13 @@ def _add_offer(routes: APIRouter, lookup: Lookup, authorise: Authorise, viewers:
             await authorise(request, session_id, "publish")
         viewer, answer = await viewers.open(session, offer, heard(session) if offer.speaks else None)
         made = Response(answer, 201, media_type=SDP) if kind == SDP else JSONResponse({"type": "answer", "sdp": answer, "viewer": viewer.id}, 201)
-        made.headers.update({"Location": f"{PATH.format(session_id=session_id)}/{viewer.id}", "ETag": f'"{viewer.etag}"', **cors(request)})
+        made.headers.update({"Location": f"{PATH.format(session_id=session_id)}/{viewer.id}", "ETag": f'"{viewer.etag}"'})
         for link in links(viewers.ice(session_id)):
             made.headers.append("Link", link)
         return made
 
 
-def _add_viewer(routes: APIRouter, authorise: Authorise, viewers: Viewers, cors: _Cors) -> None:
+def _add_viewer(routes: APIRouter, authorise: Authorise, viewers: Viewers) -> None:
     body = {"requestBody": {"required": True, "content": {FRAGMENT: {"schema": {"type": "string"}}}},
             "parameters": [{"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}]}  # fmt: skip
 
@@ -141,43 +139,29 @@ def _add_viewer(routes: APIRouter, authorise: Authorise, viewers: Viewers, cors:
         _media_type(request, FRAGMENT)
         _match(request, viewer)
         await viewer.trickle(read_fragment(await _text(request)))
-        return Response(status_code=204, headers=cors(request))
+        return Response(status_code=204)
 
     @routes.delete(PATH + "/{viewer_id}", response_class=Response, responses=_answers(401, 403, 404))
     async def leave(session_id: str, viewer_id: str, request: Request) -> Response:
         """End a viewer."""
         await authorise(request, session_id, "view")
         await viewers.get(session_id, viewer_id).aclose("left")
-        return Response(headers=cors(request))
+        return Response()
 
 
-def _add_network(routes: APIRouter, authorise: Authorise, viewers: Viewers, cors: _Cors) -> None:
+def _add_network(routes: APIRouter, authorise: Authorise, viewers: Viewers) -> None:
     @routes.get("/v1/ice-servers", responses=_answers(401, 403))
     async def ice_servers(request: Request, response: Response) -> dict:
         """STUN and TURN servers with credentials that last `ttl` seconds."""
         await authorise(request, None, "view")
-        response.headers.update({"Cache-Control": "no-store", **cors(request)})
+        response.headers["Cache-Control"] = "no-store"
         return viewers.ice.configuration("page")
 
     @routes.options(PATH, include_in_schema=False)
     @routes.options(PATH + "/{viewer_id}", include_in_schema=False)
-    async def preflight(request: Request) -> Response:
-        return Response(status_code=204, headers={"Accept-Post": f"{SDP}, {JSON}", "Accept-Patch": FRAGMENT, **cors(request)})
-
-
-class _Cors:
-    """Headers that let the pages of listed origins call, and no others."""
-
-    def __init__(self, origins: tuple[str, ...]):
-        self._origins = frozenset(origins)
-
-    def __call__(self, request: Request) -> dict[str, str]:
-        origin = request.headers.get("origin")
-        if origin not in self._origins:
-            return {"Vary": "Origin"}
-        return {"Vary": "Origin", "Access-Control-Allow-Origin": origin, "Access-Control-Allow-Methods": "POST, PATCH, DELETE, OPTIONS",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type, If-Match", "Access-Control-Expose-Headers": EXPOSED,
-                "Access-Control-Max-Age": "600"}  # fmt: skip
+    async def options() -> Response:
+        """What may be sent here; pages of other origins are the business of listen.origins."""
+        return Response(status_code=204, headers={"Accept-Post": f"{SDP}, {JSON}", "Accept-Patch": FRAGMENT})
 
 
 def _answers(*statuses: int) -> dict:

@@ -164,6 +164,26 @@ class InterruptedView(Wire):
     position_ms: int
 
 
+class OutputView(Wire):
+    """How a destination does. url: server and application alone. state: connecting, live, waiting (for the next try), closed."""
+
+    id: str
+    name: str
+    kind: str
+    url: str | None
+    state: str
+    reconnects: int
+    failures: int
+    last_error: str | None
+    bytes: int
+    drops: int
+    links: dict[str, str]
+
+
+class OutputList(Wire):
+    outputs: list[OutputView]
+
+
 # ---------------------------------------------------------------- avatars, keys, the server
 
 
@@ -204,6 +224,16 @@ class ConsentView(Wire):
 
 class ConsentList(Wire):
     consents: list[ConsentView]
+
+
+class MarkView(Wire):
+    """payload: 32 bits in hex. confidence: that all of them are right. false_alarm: bound on the probability that an unmarked video says so."""
+
+    found: bool
+    payload: str | None
+    confidence: float
+    false_alarm: float
+    pictures: int
 
 
 class KeyWish(Wire):
