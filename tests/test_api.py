@@ -1,9 +1,13 @@
 """The session API over HTTP, on the real studio: who may what, what a session's life looks like, what is refused and how."""
 
 import asyncio
+import gc
+import hashlib
 import io
+import json
 import re
 import time
+import weakref
 from pathlib import Path
 
 import av
@@ -12,10 +16,12 @@ import numpy as np
 
 from api_server import bearer, changed, portrait, running, settings, tone
 from liveavatar.config import load
-from liveavatar.serving import eventlog
+from liveavatar.serving import eventlog, signing
 from liveavatar.serving.access import ANYBODY, SCOPES
+from liveavatar.serving.durable import private_folder
 from liveavatar.serving.problems import TYPES
 from liveavatar.serving.settings import ListenConfig, ServeConfig
+from liveavatar.serving.voices import VoiceFailed
 from liveavatar.serving.watermark import Watermark
 from liveavatar.serving.wire import ProblemBody
 
@@ -61,6 +67,11 @@ OPERATIONS = {
     "POST /v1/sessions/{session_id}/whep": (("view",), {"content": "v=0", "headers": {"content-type": "application/sdp"}}),
     "PATCH /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
     "DELETE /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
+    "GET /v1/chain !": (LOOK, {}),
+    "GET /v1/recordings !": (LOOK, {}),
+    "GET /v1/recordings/{recording_id} !": (LOOK, {}),
+    "GET /v1/recordings/{recording_id}/file !": (LOOK, {}),
+    "DELETE /v1/recordings/{recording_id} !": (STEER, {}),
     "GET /v1/ice-servers": (("view",), {}),
     "POST /v1/watermark:detect !": (LOOK, {"content": b"x", "headers": {"content-type": "application/octet-stream"}}),
     "POST /v1/livekit/join !": (STEER, {"json": JOIN}),
@@ -85,7 +96,15 @@ async def things(server, key: str) -> dict[str, str]:
     made = await server.http.post("/v1/consents", files={"media": portrait()}, data=STATEMENT, headers=bearer(key))
     avatar = await server.http.post("/v1/avatars", files={"portrait": portrait()}, data={"consent_id": made.json()["id"]}, headers=bearer(key))
     return {"session_id": await server.opened(key), "avatar_id": avatar.json()["id"], "consent_id": made.json()["id"], "prefix": key[3:15],
-            "output_id": "0" * 16, "viewer_id": "0" * 16, "name": "index.m3u8"}
+            "output_id": "0" * 16, "viewer_id": "0" * 16, "name": "index.m3u8", "recording_id": recorded(server, "acme")}
+
+
+def recorded(server, owner: str) -> str:
+    """Id of a finished recording of this tenant's."""
+    folder = private_folder(server.folder / "recordings")
+    (folder / f"{'a' * 32}.json").write_text(json.dumps({"owner": owner, "complete": True}))
+    (folder / f"{'a' * 32}.mp4").write_bytes(b"mp4")
+    return "a" * 32
 
 
 async def ask(server, operation: str, ids: dict[str, str], credential: str | None):
@@ -339,6 +358,25 @@ def test_a_face_lives_as_long_as_its_consent(tmp_path):
     asyncio.run(story())
 
 
+def test_a_voice_that_fails_is_told_and_the_next_words_are_spoken(tmp_path):
+    async def moody(text):
+        yield tone(0.1), 16_000
+        if text == "bad":
+            raise VoiceFailed("out of breath")
+
+    async def story():
+        async with running(settings(tmp_path), speak=moody) as server:
+            session = await server.opened()
+            for text in ("bad", "good"):
+                await server.http.post(f"/v1/sessions/{session}/say", json={"text": text})
+            events = server.studio.sessions[session].events()
+            (error,) = [event.data async for event in until(events, "error", 1)]
+            assert (error["code"], error["status"], error["retryable"]) == ("voice", 502, True)
+            assert [event.data["segment"] async for event in until(events, "speak.finished", 2)] == [0, 1]
+
+    asyncio.run(story())
+
+
 def test_a_repeated_post_opens_one_session(tmp_path):
     async def story():
         async with running(settings(tmp_path)) as server:
@@ -420,6 +458,35 @@ def test_outputs_start_and_end_and_show_no_key(tmp_path):
     asyncio.run(story())
 
 
+def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
+    """Through the API alone: record, speak, stop, list; the file plays and says that a machine made it (REC-2, REC-4, 19.4)."""
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            http, session = server.http, await server.opened()
+            made = await http.post(f"/v1/sessions/{session}/outputs", json={"kind": "record"})
+            await http.post(f"/v1/sessions/{session}/audio?segment=3", content=tone(0.5).tobytes(), headers=PCM)
+            [done] = [event.data async for event in until(server.studio.sessions[session].events(), "speak.finished", 1)]
+            assert (await http.delete(made.headers["location"])).status_code == 204
+            async with asyncio.timeout(30):
+                while not (found := (await http.get("/v1/recordings")).json()["recordings"]):
+                    await asyncio.sleep(0.1)
+            [recording] = found
+            assert (recording["session"], recording["owner"], recording["signed"], recording["whole"]) == (session, "operator", True, True)
+            assert [segment["segment"] for segment in recording["segments"]] == [3]
+            assert (await http.get("/v1/recordings", headers=bearer(server.tenant("acme")))).json() == {"recordings": []}
+            file = await http.get(recording["links"]["file"])
+            assert file.headers["content-type"] == "video/mp4" and hashlib.sha256(file.content).hexdigest() == recording["sha256"]
+            (tmp_path / "got.mp4").write_bytes(file.content)
+            manifest = signing.inspect(tmp_path / "got.mp4")
+            assert manifest.valid and manifest.made_by_machine
+            with av.open(str(tmp_path / "got.mp4")) as container:
+                assert len(list(container.decode(video=0))) >= 12
+            assert (await http.delete(recording["links"]["self"])).status_code == 204 and not list((tmp_path / "recordings").iterdir())
+
+    asyncio.run(story())
+
+
 def test_the_config_of_the_cpu_server_loads():
     config = load(Path(__file__).parents[1] / "configs" / "serve_tiny.yaml", (), ServeConfig)
     assert config.access.required and sum(config.engine.stages, ()) == config.engine.chain
@@ -435,7 +502,7 @@ def test_whether_a_video_is_ours(tmp_path):
         with av.open(out, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "18"})
             stream.width = stream.height = 256
-            for n in range(50):
+            for n in range(25):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(mark(np.roll(ground, n, 1)), format="rgb24")))
             container.mux(stream.encode(None))
         return out.getvalue()
@@ -446,10 +513,33 @@ def test_whether_a_video_is_ours(tmp_path):
                 return await server.http.post("/v1/watermark:detect", content=video, headers={"content-type": "video/mp4"})
 
             ours = (await asked(film(server.at.mark_key))).json()
-            assert ours["found"] and ours["payload"] == "0000004d" and ours["pictures"] == 50
+            assert ours["found"] and ours["payload"] == "0000004d" and ours["pictures"] == 25
             assert not (await asked(film(bytes(range(32))))).json()["found"]
             for nonsense in (b"x" * 1000, b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\nfile /etc/passwd\n"):
                 answer = await asked(nonsense)
                 assert problem(answer) == (422, "unprocessable") and "passwd" not in answer.text
+
+    asyncio.run(story())
+
+
+def test_what_is_over_leaves_no_session_behind(tmp_path):
+    """Opened, spoken to, interrupted, ended: nothing of it is alive but what can still be asked about it (API-2)."""
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            gone, tasks = [], None
+            for _ in range(6):
+                session = await server.opened(outputs=[])
+                gone.append(weakref.ref(server.studio.sessions[session]))
+                await server.http.post(f"/v1/sessions/{session}/audio", content=tone(0.2).tobytes(), headers=PCM)
+                await server.http.post(f"/v1/sessions/{session}/interrupt")
+                await server.http.delete(f"/v1/sessions/{session}")
+                await asyncio.sleep(0)
+                tasks = tasks or len(asyncio.all_tasks())
+            gc.collect()
+            assert [ref() for ref in gone] == [None] * 6 and len(asyncio.all_tasks()) == tasks and not server.studio.sessions
+            last = await server.http.get(f"/v1/sessions/{session}")
+            assert (last.json()["state"], last.json()["reason"], last.json()["lease"]) == ("closed", "closed", None)
+            assert (await server.http.get(f"/v1/sessions/{session}/stats")).json()["interrupts"] == 1
 
     asyncio.run(story())

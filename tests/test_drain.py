@@ -118,6 +118,12 @@ def test_operators_have_a_door_of_their_own(tmp_path):
     asyncio.run(story())
 
 
+def test_answers_do_not_wait_for_one_another(tmp_path):
+    """asyncio switches Nagle's algorithm off for sockets whose protocol is named, and only for those."""
+    with listen.bind(settings(tmp_path)) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -184,6 +184,29 @@ class OutputList(Wire):
     outputs: list[OutputView]
 
 
+class RecordingView(Wire):
+    """A finished recording. whole: nothing of it was lost. sha256: of the signed file. segments: {segment, start, end, interrupted}."""
+
+    id: str
+    session: str | None
+    owner: str | None
+    avatar: str | None
+    consent: str | None
+    began: str | None
+    seconds: float | None
+    bytes: int | None
+    sha256: str | None
+    signed: bool | None
+    whole: bool
+    segments: list[dict] | None
+    epochs: list[dict] | None
+    links: dict[str, str]
+
+
+class RecordingList(Wire):
+    recordings: list[RecordingView]
+
+
 # ---------------------------------------------------------------- avatars, keys, the server
 
 
@@ -262,6 +285,30 @@ class NewKey(KeyView):
 
 class KeyList(Wire):
     keys: list[KeyView]
+
+
+class RankView(Wire):
+    """busy: share of the last seconds at work. rss, gpu: bytes."""
+
+    rank: int
+    roles: list[str]
+    busy: float
+    rss: int
+    gpu: int
+
+
+class ChainView(Wire):
+    """The chain as the console draws it. budget: median seconds of a block by part. factor: times real time when it was warmed.
+    realtime_factor: now, of each session at work.
+    """
+
+    alive: bool
+    restarts: int
+    capacity: int
+    factor: float
+    realtime_factor: float | None
+    ranks: list[RankView]
+    budget: dict[str, float | None]
 
 
 class ServerView(Wire):
