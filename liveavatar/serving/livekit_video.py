@@ -86,6 +86,7 @@ class SessionVideo(VideoGenerator):
         self._calm.set()  # no interruption is under way
         self._rest.set()  # nobody holds a frame of ours that is not yet in the synchroniser
         self._cutting, self._cuts = asyncio.Lock(), set[asyncio.Task]()
+        self._waits = 0  # how often what waits in push_audio was forgotten
         self._number, self._open, self._deaf = FIRST_SEGMENT, None, False  # open: takes what arrives; deaf: the rest of it is unwanted
         self._pending = deque[int]()  # segments that were pushed and not reported as ended
         self._current: int | None = None  # the one that is being spoken
@@ -108,10 +109,10 @@ class SessionVideo(VideoGenerator):
 
         Nothing is spoken before the tracks are published: nobody would hear it.
         """
+        waits = self._waits
         await self._calm.wait()
-        epoch = self._epoch
         await self._shown.wait()
-        if epoch != self._epoch:
+        if waits != self._waits:
             return
         if isinstance(frame, AudioSegmentEnd):
             self._deaf = False
@@ -135,6 +136,10 @@ class SessionVideo(VideoGenerator):
                 return  # the session has ended meanwhile, and close() tells
 
     # ------------------------------------------------------------ interruption
+
+    def forget(self) -> None:
+        """What waits in push_audio was cleared before it was taken."""
+        self._waits += 1
 
     async def clear_buffer(self) -> None:
         """The agent wants silence: returns when nothing of the old epoch is left anywhere (BRG-2, BRG-3)."""
