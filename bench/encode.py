@@ -86,7 +86,8 @@ def main() -> None:
     for r in sounds:
         print(f"{r['codec']}: {r['encode']['p50_ms']:.2f} ms per 40 ms (p95 {r['encode']['p95_ms']:.2f})")
     if options.out:
-        options.out.write_text(json.dumps({"machine": machine(), "commit": commit(), "pictures": options.pictures, "video": rows, "sound": sounds}, indent=1) + "\n")
+        found = {"machine": machine(), "commit": commit(), "pictures": options.pictures, "video": rows, "sound": sounds}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
