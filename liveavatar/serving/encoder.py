@@ -69,10 +69,10 @@ class VideoEncoder:
         return [self._packet(packet) for packet in self._context.encode(frame)]
 
     def _frame(self, picture: np.ndarray) -> av.VideoFrame:
-        """One pass of swscale: size, colours, limited range."""
+        """One pass of swscale: size, colours, limited range; on this thread, for handing out slices costs more than it gains."""
         frame = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(picture), format="rgb24")
         return self._reformat.reformat(frame, self.width, self.height, "yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG",
-                                       interpolation="BILINEAR")  # fmt: skip
+                                       interpolation="BILINEAR", threads=1)  # fmt: skip
 
     def _packet(self, packet: av.Packet) -> Packet:
         index, epoch, made = self._inside.popleft()
