@@ -38,6 +38,7 @@ setup(
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
         "liveavatar.conditioning": ["visemes.yaml"],
+        "liveavatar.runtime": ["devices.yaml"],
         "liveavatar.serving": ["monitoring/*", "console/*", "console/**/*"],
         "liveavatar.evaluation": ["published.yaml", "human_page.html"],
     },

@@ -113,7 +113,8 @@ async def on_air(folder):
         stalled = now()
         lost = out.status.reconnects
         await station.play(lambda: "no progress" in out.status.last_error and out.status.state != "live")
-        assert now() - stalled < 10 and out.status.reconnects == lost
+        assert now() - stalled < 1.5 + 3  # stall_seconds, and what its kernel took meanwhile does not count
+        assert out.status.reconnects == lost
         os.kill(worker, signal.SIGCONT)
         await station.play(lambda: out.status.reconnects == lost + 1)
         assert now() - stalled < 10  # the gate

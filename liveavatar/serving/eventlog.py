@@ -88,6 +88,14 @@ def read(path: str | Path) -> Iterator[Record]:
         yield record
 
 
+def head(path: str | Path) -> tuple[int, str]:
+    """Lines and the hash of the last: note it elsewhere, and a cut-off end shows. Raises LogError."""
+    count, last = 0, START
+    for record in read(path):
+        count, last = record.n + 1, record.hash
+    return count, last
+
+
 class EventLog:
     """The one writer of a log; calls may come from several threads. See the module for the interface.
 

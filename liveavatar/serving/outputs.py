@@ -99,10 +99,10 @@ class Outputs:
             await self._allowed(wanted.kind, wanted.url)
 
     async def _allowed(self, kind: str, url: str) -> str:
-        """Where to connect: the address that was checked; with TLS the name stays, for certificates speak of names."""
+        """Where to connect: the address that was checked."""
         outputs = self._settings.outputs
         target = await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
-        return url if target.scheme.endswith("s") else target.pinned
+        return target.address
 
     async def start(self, lease: Lease, wanted: Wanted) -> Output:
         """Send the session there from now on. Raises what check() raises, RateLimited, Unprocessable, Conflict."""
