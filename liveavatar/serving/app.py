@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 from liveavatar import __version__
 from liveavatar.serving import (
     answers, livekit_compat, routes_avatars, routes_outputs, routes_provenance, routes_recordings, routes_server, routes_sessions, routes_watermark,
-    stream_socket, whep,
+    stream_socket, viewer_report, whep,
 )  # fmt: skip
 from liveavatar.serving.access import Access
 from liveavatar.serving.audit import Audit
@@ -38,6 +38,7 @@ from liveavatar.serving.voices import open_voice
 from liveavatar.serving.watermark import server_key
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.whep import Viewers
+from liveavatar.telemetry import now as monotonic
 
 CONSOLE = Path(__file__).parent / "console"
 EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED)  # headers a listed page may read
@@ -80,10 +81,17 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, speak: Sp
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
                     desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
                     webhooks=Webhooks(settings.outputs.private, metrics.webhook),
-                    outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings)),
-                    viewers=Viewers(IceServers(settings.network), settings.access.viewers),
+                    outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings),
+                                    broke=metrics.recording_failed),
+                    viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
                     speak=voice.speak if voice else speak)  # fmt: skip
+
+
+def _reports(metrics: Metrics) -> Callable[[object], None]:
+    """What a viewer's page says of its reception (MET-2)."""
+    viewer = viewer_report.Viewer(metrics, monotonic())
+    return lambda figures: viewer.take(figures, monotonic()) and None
 
 
 def admin_app(app: FastAPI) -> FastAPI:
