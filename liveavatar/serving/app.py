@@ -47,8 +47,10 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
                speak: Speak | None = None) -> FastAPI:  # fmt: skip
     """The application of one server. It owns leases and whatever ends with the process, but not the studio.
 
-    stages: what watches the chain, told by the studio's notes. speak: text to speech in place of what settings.speech names. Raises ConfigError, LogError for files in storage.folder that are not what they
-    were. Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
+    stages: what watches the chain, told by the studio's notes. speak: text to speech in place of what settings.speech
+    names. Raises ConfigError, LogError for files in storage.folder that are not what they were.
+
+    Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
     sessions, `desk.lease` tells whose one is.
     """
     at = _services(studio, settings, metrics or studio.metrics, speak)

@@ -86,7 +86,8 @@ async def chain(request: Request, who: Who, at: At) -> ChainView:
     who.need(VIEW, CONTROL)
     studio, stages = at.desk.studio, request.app.state.stages
     return ChainView(alive=studio.alive, restarts=studio.restarts, capacity=studio.capacity, factor=studio.factor,
-                     realtime_factor=stages.realtime_factor(), ranks=[RankView(**rank) for rank in stages.load()], budget=stages.budget())  # fmt: skip
+                     realtime_factor=stages.realtime_factor(), budget=stages.budget(),
+                     ranks=[RankView(**rank) for rank in stages.load()])  # fmt: skip
 
 
 def features(at: Services) -> list[str]:
