@@ -181,6 +181,25 @@ def test_somebody_else_interrupts():
     run(scene())
 
 
+def test_a_stream_may_be_closed_long_after_its_sound():
+    """A slow voice: the segment ends when the agent says so, with what was heard of it; silence between its parts does not count."""
+
+    async def scene():
+        async with played() as (video, _, _, notes):
+            for seconds in (0.4, 0.2):
+                for frame in frames(tone(seconds, 16_000), 16_000):
+                    await video.push_audio(frame)
+                await until(lambda: speaking(notes))
+                await asyncio.sleep(1.2)
+            assert not ended(notes) and video.speaking
+            await video.push_audio(AudioSegmentEnd())
+            await until(lambda: ended(notes))
+            return notes[-1][1], [name for name, _ in notes].count("sound")
+
+    outcome, sounds = run(scene())
+    assert outcome == (pytest.approx(0.6, abs=0.01), False) and sounds == pytest.approx(15, abs=3)
+
+
 def test_a_full_buffer_makes_the_agent_wait():
     """Speech comes faster than it is spoken and beyond sessions.audio_seconds: none is lost, none is refused to the agent."""
 
