@@ -1,9 +1,10 @@
 """Glass to glass: how old a picture is when Chromium shows it, and how far sound and picture are apart.
 
-    PYTHONPATH=. python bench/glass.py --seconds 60 [--relay] --out bench/results/glass-cpu2.json
+    PYTHONPATH=. python bench/glass.py --seconds 60 [--relay] [--interruptions 12] --out bench/results/glass-cpu2.json
 
 A card with a painted millisecond clock goes through our encoders, viewer and WHEP endpoint into headless Chromium on the
 same machine; the page reads the clock off each picture it presents. --relay: once more, through coturn on both sides.
+--interruptions: of a whole server with the test card engine, until an aiortc viewer hears silence (BRG-1).
 Onsets (flash against beep) contain the page's own path of sound (Web Audio); playout is the browser's own account.
 """
 
@@ -23,12 +24,13 @@ from pipeline import commit, machine
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))  # the card and the page are those of tests/test_browser.py
 
+import api_server
 from browser_kit import application, chromium, offsets, percentiles, serving
-from viewer_kit import HEIGHT, WIDTH, Card, coturn, own_address, playing
+from viewer_kit import HEIGHT, WIDTH, Card, Peer, coturn, interrupted, own_address, playing, until
 
 from liveavatar.serving.settings import NetworkConfig, ServeConfig
 
-GATES = {"glass_ms_p95": 150, "playout_ms_p95": 45, "late_joiner_ms": 500}
+GATES = {"glass_ms_p95": 150, "playout_ms_p95": 45, "late_joiner_ms": 500, "silence_ms_p95": 250}
 
 
 async def watch(browser, url: str, configuration: dict, seconds: float):
@@ -58,7 +60,7 @@ async def measure(config: ServeConfig, seconds: float, picture: Path | None = No
         "onset_ms": percentiles(offsets(settled("flashes"), seen["beeps"])), "late_joiner_ms": late, "decoded": seen["decoded"],
         "freezes": seen["freezes"],
         "video_jitter_buffer_ms": round(seen["jitter_ms"], 1), "sound_jitter_buffer_ms": round(seen["sound_jitter_ms"], 1),
-        "concealed_ratio": round(seen["concealed"] / seen["samples"], 4), "lost": sum(s.lost for s in sent), "drops": sum(s.drops for s in sent),
+        "concealed_ratio": round(seen["concealed"] / seen["samples"], 4), "lost": sum(s.lost for s in sent), "drops": [s.drops for s in sent],
     }  # fmt: skip
     return figures
 
@@ -72,10 +74,24 @@ async def relayed(seconds: float) -> dict:
             return await measure(ServeConfig(network=NetworkConfig(turn=(url,), turn_secret_file=str(path), relay_only=True)), seconds)
 
 
+async def silences(count: int) -> dict:
+    """ms from POST interrupt to silence at a viewer."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with api_server.running(api_server.settings(Path(folder))) as server:
+            name, peer = await server.opened(), Peer()
+            made = await server.http.post(f"/v1/sessions/{name}/whep", content=await peer.offer(), headers={"Content-Type": "application/sdp"})
+            await peer.accept(made.text)
+            await until(lambda: peer.pictures and peer.sound)
+            found = [1000 * (await interrupted(server.http, server.studio.sessions[name], peer))[0] for _ in range(count)]
+            await peer.close()
+    return percentiles(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--relay", action="store_true")
+    parser.add_argument("--interruptions", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "glass.json")
     args = parser.parse_args()
     report = {"command": " ".join(["python", "bench/glass.py", *sys.argv[1:]]), "machine": machine(), "commit": commit(),
@@ -83,7 +99,9 @@ def main() -> None:
     report["direct"] = asyncio.run(measure(ServeConfig(), args.seconds, args.out.with_suffix(".png")))
     if args.relay:
         report["relay"] = asyncio.run(relayed(args.seconds))
-    report["load_average"], report["niceness"] = [round(value, 1) for value in os.getloadavg()], os.nice(0)  # others may share the machine
+    if args.interruptions:
+        report["silence_ms"] = asyncio.run(silences(args.interruptions))
+    report["load_average"], report["realtime"] = [round(load, 1) for load in os.getloadavg()], os.sched_getscheduler(0) != os.SCHED_OTHER
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

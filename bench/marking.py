@@ -37,7 +37,7 @@ Pictures = list[np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """size: of the pictures when they are marked. rate: bit/s. scale: media.scale. then: what happens to the decoded pictures."""
+    """size: of the pictures when they are marked. rate: bit/s. scale: media.scale. then: what happens to the decoded pictures. deep: every size is tried."""
 
     name: str
     clip: str
@@ -45,6 +45,7 @@ class Case:
     rate: int
     scale: int = 1
     then: Callable[[Pictures], Pictures] = lambda pictures: pictures
+    deep: bool = False
 
 
 def sized(width: int, height: int) -> Callable[[Pictures], Pictures]:
@@ -92,6 +93,8 @@ CASES = (
     Case("avatar 128, 0.4 Mb/s, 75% cut out of it", "avatar", 128, 400_000, then=cropped(0.75)),
     Case("avatar 512, 0.8 Mb/s, shifted by 13 and 37", "avatar", 512, 800_000, then=lambda pictures: [np.roll(p, (13, 37), (0, 1)) for p in pictures]),
     Case("avatar 512, 0.8 Mb/s, 90% cut out, then to 512", "avatar", 512, 800_000, then=lambda p: sized(512, 512)(cropped(0.9)(p))),
+    Case("the same, read with --deep", "avatar", 512, 800_000, then=lambda p: sized(512, 512)(cropped(0.9)(p)), deep=True),
+    Case("avatar 512, 0.4 Mb/s, 70% cut out, then to 480, read with --deep", "avatar", 512, 400_000, then=lambda p: sized(480, 480)(cropped(0.7)(p)), deep=True),
     Case("avatar 512, 0.8 Mb/s, wider by 10%", "avatar", 512, 800_000, then=sized(563, 512)),
     Case("avatar 512, 0.8 Mb/s, turned by 0.5 degrees", "avatar", 512, 800_000, then=turned(0.5)),
     Case("avatar 512, 0.8 Mb/s, turned by 2 degrees", "avatar", 512, 800_000, then=turned(2)),
@@ -136,7 +139,11 @@ def survival(case: Case, clips: dict[str, Pictures]) -> dict:
     marked = [mark.mark(picture) for picture in plain]
     seen = coded(marked, case.rate, case.scale)
     used = coded.rate
-    got = readings(case.then(seen), lambda: Detector(KEY))
+    then = case.then(seen)
+    if case.deep:
+        got = readings(then[: 2 * WINDOW], lambda: Detector(KEY, watermark.deep_heights(len(then[0]))))
+    else:
+        got = readings(then, lambda: Detector(KEY))
     right = np.mean([32 - (r.payload ^ PAYLOAD).bit_count() for r in got]) / 32
     return {"case": case.name, "mark_psnr_db": round(psnr(plain[:25], marked[:25]), 2), "used_mbps": round(used / 1e6, 3), "readings": len(got),
             "found": sum(r.found for r in got), "payload_right": sum(r.found and r.payload == PAYLOAD for r in got), "bits_right": round(float(right), 4),

@@ -14,9 +14,10 @@ import statistics
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from liveavatar.serving.ice import IceServers
 from liveavatar.serving.problems import Problem
 from liveavatar.serving.settings import ServeConfig
-from liveavatar.serving.whep import router
+from liveavatar.serving.whep import Viewers, router
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -44,7 +45,8 @@ function look(now, meta) {
   const data = pixels.getImageData(0, 0, 320, 140).data, ms = stamp(data);
   if (seen.first === null) seen.first = performance.now() - began;
   seen.shown++;
-  if (ms !== null) { seen.ages.push((wall - ms) % 0x100000); if (ms !== last) seen.moved++; last = ms; }
+  const age = ms === null ? Infinity : (wall - ms) & 0xFFFFF;
+  if (age < 10000) { seen.ages.push(age); if (ms !== last) seen.moved++; last = ms; }  // else misread
   const bright = data[(120 * 320 + 160) * 4] > 128;
   if (bright && !lit) seen.flashes.push(meta.expectedDisplayTime);
   lit = bright;
@@ -133,7 +135,14 @@ async function measured() {
 
 def application(card, settings: ServeConfig = ServeConfig(), viewers=None) -> FastAPI:
     """The page at / and the card's WHEP endpoint; everybody may do everything."""
-    app = FastAPI()
+    viewers = viewers or Viewers(IceServers(settings.network), settings.access.viewers)
+
+    @contextlib.asynccontextmanager
+    async def life(app):
+        yield
+        await viewers.close()
+
+    app = FastAPI(lifespan=life)
 
     async def authorise(request, session_id, scope):
         pass

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from liveavatar.core import ConfigError
 from liveavatar.serving.badge import CORNERS, Badge
 
 
@@ -26,9 +27,9 @@ def test_white_letters_on_dark_whatever_is_behind(value):
 
 def test_unusable_labels_are_refused():
     for text in ("", "  ", "a\nb", "x" * 25):
-        with pytest.raises(ValueError, match="badge text"):
+        with pytest.raises(ConfigError, match="badge_text"):
             Badge(text, 256, 256)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ConfigError, match="does not fit"):
         Badge("made by a machine", 64, 64)
-    with pytest.raises(ValueError, match="corner"):
+    with pytest.raises(ConfigError, match="corner"):
         Badge("AI", 64, 64, "middle")

@@ -110,8 +110,8 @@ def test_a_sentence_that_lacks_a_moment_was_heard():
     assert answer.heard_text == "One two three four five." and answer.over
 
 
-INPUTS = st.lists(st.tuples(st.sampled_from(("began", "said", "noise", "sentence", "answered", "voiced", "started", "finished", "cut", "mute", "stale")),
-                            st.integers(0, 3)), max_size=60)  # fmt: skip
+NAMES = ("began", "said", "noise", "sentence", "answered", "voiced", "started", "finished", "cut", "mute", "stale")
+INPUTS = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 3)), max_size=60)
 
 
 @settings(max_examples=150, deadline=None)

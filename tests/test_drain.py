@@ -28,7 +28,8 @@ def server(tmp_path):
     """(process, client of the operator): configs/serve_tiny.yaml with the test card in place of the model."""
     overrides = ["--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={tmp_path}", "sessions.drain_seconds=20"]
     command = [sys.executable, "-m", "liveavatar", "serve", str(ROOT / "configs" / "serve_tiny.yaml"), *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     try:
         key, address = (first_word(process, start) for start in ("la_", "http://"))
         with httpx.Client(base_url=address, headers=bearer(key), timeout=10) as client:
@@ -116,6 +117,12 @@ def test_operators_have_a_door_of_their_own(tmp_path):
             await serving
 
     asyncio.run(story())
+
+
+def test_answers_do_not_wait_for_one_another(tmp_path):
+    """asyncio switches Nagle's algorithm off for sockets whose protocol is named, and only for those."""
+    with listen.bind(settings(tmp_path)) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def free_port() -> int:

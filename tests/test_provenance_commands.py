@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.core import LiveAvatarError
-from liveavatar.serving.provenance_commands import verify
+from liveavatar.serving.audit import FILE
+from liveavatar.serving.eventlog import EventLog
+from liveavatar.serving.provenance_commands import audit_commands, verify
 
 
 @pytest.fixture
@@ -59,3 +61,20 @@ def test_what_cannot_be_read_and_a_missing_key(run, tmp_path):
     (tmp_path / "watermark.key").unlink()
     result = run(tmp_path / "text.mp4")
     assert isinstance(result.exception, LiveAvatarError) and "--key" in str(result.exception) and not (tmp_path / "watermark.key").exists()
+
+
+def test_the_audit_log(tmp_path):
+    log, app = EventLog(tmp_path / FILE), typer.Typer()
+    for n in range(3):
+        log.append("session.closed", {"id": n})
+    log.close()
+    app.add_typer(audit_commands(lambda function: function))
+    check = lambda *words: CliRunner().invoke(app, ["audit", "verify", "--folder", str(tmp_path), *words])  # noqa: E731
+    whole = check()
+    assert whole.exit_code == 0 and whole.output.startswith("3 lines, all whole; head 3:")
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(b"".join(lines[:2]))
+    assert check().exit_code == 0 and check("--head", whole.output.split("head ")[1].strip()).exit_code == 1
+    (tmp_path / FILE).write_bytes(lines[0] + lines[2])
+    broken = check()
+    assert broken.exit_code == 1 and "line 2 does not follow" in broken.output

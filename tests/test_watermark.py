@@ -14,7 +14,7 @@ from PIL import Image
 
 from liveavatar.core import ConfigError, InputError
 from liveavatar.serving import spread
-from liveavatar.serving.watermark import FALSE_ALARM, KEY_FILE, Detector, Watermark, fold, limited, read_video, server_key, whiten
+from liveavatar.serving.watermark import FALSE_ALARM, KEY_FILE, Detector, Watermark, deep_heights, fold, limited, read_video, server_key, whiten
 
 KEY, PAYLOAD = b"an operator's key, 32 bytes long", 0xDEADBEEF
 PORTRAIT = Path(__file__).parents[1] / "liveavatar" / "assets" / "portrait.png"
@@ -150,6 +150,18 @@ def test_rescaled(seen):
 def test_cropped_by_any_number_of_pixels(seen, top, left, bottom, right):
     reading = read([p[top:bottom, left:right] for p in seen])
     assert reading.found and reading.payload == PAYLOAD and reading.turn == (-top % 128, -left % 128)
+
+
+def test_a_part_cut_out_and_enlarged_is_found_when_every_size_is_tried(seen):
+    enlarged = [np.asarray(Image.fromarray(p[11:240, 9:238]).resize((300, 300), Image.Resampling.BICUBIC)) for p in seen]
+    assert not read(enlarged).found
+    tried = [height for height in deep_heights(300) if 220 <= height < 240]  # the others take long and find nothing
+    assert deep_heights(300)[0] == 180 and deep_heights(300)[-1] == 480
+    detector = Detector(KEY, tuple(tried))
+    for picture in enlarged:
+        detector.add(picture)
+    reading = detector.read()
+    assert reading.found and reading.payload == PAYLOAD and abs(reading.height - 229) <= 2
 
 
 def test_shifted_round(seen):

@@ -172,12 +172,29 @@ def test_after_an_interruption_nothing_of_the_past_leaves():
     asyncio.run(body())
 
 
+def test_a_picture_that_was_held_back_and_will_not_leave_is_a_gap():
+    async def body():
+        viewer = a_viewer()
+        viewer.put(picture(0, key=True)), viewer.put(sound(0))
+        track = a_track(viewer, "video", H264, lambda item: item.epoch >= viewer._epoch)
+        viewer._tracks.append(track)
+        taking = asyncio.ensure_future(track.recv())
+        await asyncio.sleep(0)
+        assert track.held.pts == 0 and waiting(viewer)[0] == []
+        asked = viewer._session.asked
+        viewer.flush(1)
+        viewer.put(picture(1, epoch=1)), viewer.put(picture(2, key=True, epoch=1))
+        assert viewer._session.asked == asked + 1 and (await taking).pts == 2 * 3600
+
+    asyncio.run(body())
+
+
 def test_what_is_late_is_not_held_back():
     """Pictures leave 20 ms after their tick and a tick's second sound with them; a burst after a stall leaves at once."""
 
     async def body():
         late, viewer = 0.0, a_viewer()
-        pictures, sounds = a_track(viewer, "video", H264, lambda item: True, lambda: late), a_track(viewer, "audio", OPUS, lambda item: True, lambda: late)
+        pictures, sounds = (a_track(viewer, kind, codec, lambda item: True, lambda: late) for kind, codec in (("video", H264), ("audio", OPUS)))
         viewer.put(picture(0, key=True)), viewer.put(sound(0)), viewer.put(sound(1))
 
         async def took(track) -> float:

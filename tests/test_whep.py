@@ -12,13 +12,14 @@ import pytest
 
 pytest.importorskip("aiortc", reason="WebRTC needs the extra: pip install 'liveavatar[serve]'")
 
+import api_server
 import httpx
 from browser_kit import application
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from viewer_kit import Card, Peer, playing, until
+from viewer_kit import Card, Peer, interrupted, playing, until
 
 from liveavatar.core import ConfigError
 from liveavatar.serving.ice import IceServers
@@ -229,6 +230,28 @@ def test_we_send_checks_to_peers_not_to_ourselves():
     offer = read_offer(OFFER.replace("192.0.2.2 58897", "127.0.0.1 58897"))
     assert "127.0.0.1 58897" not in offer.text and "fd00::2" in offer.text and " tcp " not in offer.text
     assert offer.wants == {"h264", "opus"} and not offer.speaks and offer.ufrag == UFRAG and offer.mid == "0"
+
+
+def test_a_viewer_of_a_whole_server_hears_speech_then_silence_then_the_end(tmp_path):
+    """BRG-1 at the viewer: 250 ms on an idle machine. When the session ends, its viewers are told, not left."""
+
+    async def body():
+        async with api_server.running(api_server.settings(tmp_path)) as server:
+            name = await server.opened()
+            peer = Peer()
+            made = await server.http.post(f"/v1/sessions/{name}/whep", content=await peer.offer(), headers=SDP)
+            assert made.status_code == 201, made.text
+            await peer.accept(made.text)
+            await until(lambda: peer.pictures and peer.sound)
+            assert not peer.loud()
+            silence, said = await interrupted(server.http, server.studio.sessions[name], peer)
+            assert 300 < said["position_ms"] < 6000, said
+            assert silence < 0.8, silence
+            assert (await server.http.delete(f"/v1/sessions/{name}")).status_code in (200, 204)
+            await until(lambda: peer.channel.readyState == "closed" and server.at.viewers.all() == [])
+            await peer.close()
+
+    run(body)
 
 
 LINES = OFFER.splitlines()

@@ -142,6 +142,10 @@ class Peer:
                 else:
                     self.sound.append((time.monotonic(), frame.to_ndarray()[0, ::2]))
 
+    def loud(self) -> list[float]:
+        """Clock seconds at which it heard something."""
+        return [at for at, pcm in self.sound if np.abs(pcm.astype(int)).max() > 2000]
+
     def _message(self, text: str) -> None:
         self.messages.append(text)
         if '"ping"' in text:
@@ -157,6 +161,18 @@ class Peer:
         await self.pc.close()
         for task in self._tasks:
             task.cancel()
+
+
+async def interrupted(http, session, peer: Peer, after: float = 0.5) -> tuple[float, dict]:
+    """Speech for `after` s, then POST interrupt: seconds until `peer` hears nothing any more, and the answer."""
+    heard, tone = len(peer.loud()), 8000 * np.sin(2 * np.pi * 220 * np.arange(6 * 16_000) / 16_000)
+    await session.push_audio(tone.astype(np.int16), 16_000, end=True)
+    await until(lambda: len(peer.loud()) > heard)
+    await asyncio.sleep(after)
+    began = time.monotonic()
+    answer = await http.post(f"/v1/sessions/{session.id}/interrupt")
+    await asyncio.sleep(1.0)
+    return max(peer.loud()) - began, answer.json()
 
 
 async def until(condition, seconds: float = 10.0) -> float:
@@ -208,4 +224,4 @@ def bound(host: str, port: int) -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "coturn", "free_port", "own_address", "playing", "read_bar_code", "until"]
+__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "coturn", "free_port", "interrupted", "own_address", "playing", "read_bar_code", "until"]

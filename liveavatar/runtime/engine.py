@@ -29,7 +29,7 @@ from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
 from liveavatar.runtime.observing import Observation
-from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate
+from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
 from liveavatar.runtime.tracing import open_trace
@@ -126,6 +126,7 @@ class Session:
         """Forget audio not yet generated and pictures not yet taken; returns the new epoch."""
         self._check()
         message = self.timeline.interrupt()
+        self.playout.calm()
         self._engine.trace.interrupt(self.name, message.epoch)
         self._intake = Intake()
         self.changed.fire()
@@ -205,7 +206,7 @@ class Session:
 
     def paced(self, due: float) -> None:
         """The consumer plays by its own clock: the block after the last one taken is due at `due` (clock seconds)."""
-        self.playout.origin = due - float(self.timeline.shown)
+        self.playout.paced(due, float(self.timeline.shown))
         self._engine.wake()
 
     def fail(self, error: LiveAvatarError) -> None:
@@ -374,7 +375,7 @@ class Engine:
         if decision.late:
             session.timeline.idle()
         session.asked = now
-        session.playout.admitted(now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
+        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.seconds)
         messages = session.timeline.admit(now)
         self.trace.admitted(messages, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again

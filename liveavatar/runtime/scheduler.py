@@ -55,6 +55,13 @@ def candidate(name: str, timeline: Timeline, playout: Playout, *, live: bool, as
     return Candidate(name, timeline.has_audio, timeline.in_flight, live, due, timeline.gated, asked)
 
 
+def prepare(playout: Playout, timeline: Timeline, now: float, pipe_seconds: float) -> None:
+    """The next block goes now, down a pipe that takes so long."""
+    playout.admitted(now, float(timeline.next_pts), pipe_seconds)
+    if timeline.urgent:
+        playout.hurry(now + pipe_seconds, float(timeline.next_pts))
+
+
 class PipeTime:
     """How long a block has been taking from admission to its pictures: a high percentile of the last few.
 
@@ -112,10 +119,15 @@ class Scheduler:
 
 
 class Playout:
-    """When a live session's blocks are due. The first picture shown sets the clock; an underrun moves it on."""
+    """When a live session's blocks are due. The first picture shown sets the clock; an underrun moves it on.
+
+    A consumer with a clock of its own says when its next block is due (`paced`). An answer that breaks into idle pictures is
+    shown as soon as it is there, so what follows it is due earlier than those said (`hurry`).
+    """
 
     def __init__(self):
         self.origin: float | None = None  # clock time (s) of pts 0
+        self._hurried: float | None = None  # pts of an answer that is on its way
         self._expected: float | None = None  # the same, guessed until something was shown
 
     def admitted(self, now: float, pts: float, pipe_seconds: float) -> None:
@@ -127,6 +139,19 @@ class Playout:
         """Pictures that begin at `pts` seconds left at `now`."""
         at = now - pts
         self.origin = at if self.origin is None else max(self.origin, at)
+
+    def paced(self, due: float, pts: float) -> None:
+        """The consumer will show pictures that begin at `pts` at `due`."""
+        if self._hurried is None or pts > self._hurried:
+            self.origin, self._hurried = due - pts, None
+
+    def hurry(self, at: float, pts: float) -> None:
+        """Pictures that begin at `pts` are expected at `at` and go before what waits."""
+        self.origin, self._hurried = at - pts if self.origin is None else min(self.origin, at - pts), pts
+
+    def calm(self) -> None:
+        """The answer will not come: it was interrupted."""
+        self._hurried = None
 
     def deadline(self, pts: float) -> float | None:
         """When pictures that begin at `pts` are due; None before anything was sent."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from liveavatar.core import FPS, Audio, CleanLatent, Frames, Geometry, Message, Refresh
-from liveavatar.runtime.scheduler import PipeTime, Playout, Scheduler, candidate
+from liveavatar.runtime.scheduler import PipeTime, Playout, Scheduler, candidate, prepare
 from liveavatar.runtime.timeline import Timeline
 
 NO_PICTURES = torch.zeros(12, 1, 1, 3, dtype=torch.uint8)
@@ -157,7 +157,7 @@ class Simulation:
             if decision.late:
                 session.timeline.idle()
             session.asked = self.now
-            session.playout.admitted(self.now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
+            prepare(session.playout, session.timeline, self.now, self.scheduler.pipe_time.seconds)
             for message in session.timeline.admit(self.now):
                 if isinstance(message, Audio):
                     session.admitted[message.index] = self.now
@@ -184,7 +184,7 @@ class Simulation:
             session.underrun += self.now - session.plays_until
         shown = self.now if session.last_idle and not idle else max(self.now, session.plays_until)
         session.plays_until, session.last_idle = shown + len(output.pictures) / FPS, idle
-        session.playout.origin = session.plays_until - float(session.timeline.shown)
+        session.playout.paced(session.plays_until, float(session.timeline.shown))
         return shown
 
     # ------------------------------------------------------------ the ranks
@@ -201,12 +201,16 @@ class Simulation:
         group = [rank.queue.pop(0)]
         while isinstance(group[0], Audio) and rank.queue and isinstance(rank.queue[0], Audio) and len(group) < len(self.costs.batch):
             group.append(rank.queue.pop(0))
-        steps = sum(role.startswith("step") for role in rank.roles)
-        seconds = steps * self.costs.refresh if isinstance(group[0], Refresh) else self._work(rank, len(group))
+        seconds = self._seconds(rank, group)
         rank.working, rank.busy = True, rank.busy + seconds
         for message in group:
             self._announce_clean(rank, message, len(group))
         self._at(self.now + seconds, self._leave, index, group)
+
+    def _seconds(self, rank: Rank, group: list[Message]) -> float:
+        if isinstance(group[0], Audio):
+            return self._work(rank, len(group))
+        return self.costs.refresh * sum(role.startswith("step") for role in rank.roles) if isinstance(group[0], Refresh) else 0.0
 
     def _work(self, rank: Rank, blocks: int) -> float:
         return sum(self.costs.roles[role] for role in rank.roles) * self.costs.batch[blocks - 1]

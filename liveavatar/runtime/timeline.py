@@ -91,7 +91,7 @@ class Timeline:
     @property
     def urgent(self) -> bool:
         """Speech is there and the last block was idle: somebody waits for an answer."""
-        return self.has_audio and self._idled
+        return self._idled and not self._silence and self.received > self._used and self.has_audio
 
     @property
     def gated(self) -> bool:

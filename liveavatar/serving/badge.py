@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from liveavatar.core import ConfigError
+
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 SHARE, LEAST = 0.07, 12  # height of the label: of the shorter side; pixels at least
 OVERSAMPLING = 4
@@ -14,18 +16,18 @@ BACKGROUND, INK = (20, 20, 24, 190), (255, 255, 255, 255)
 class Badge:
     """Draws the same label on every picture of one stream. Holds only constants: one object may serve many threads.
 
-    text: 1 to 24 characters. height, width: of the pictures, pixels. Raises ValueError when the label does not fit.
+    text: 1 to 24 characters. height, width: of the pictures, pixels. Raises ConfigError when the label does not fit.
     """
 
     def __init__(self, text: str, height: int, width: int, corner: str = "top-left"):
         if not 0 < len(text) <= 24 or not text.isprintable() or not text.strip():
-            raise ValueError(f"badge text {text!r}: must be 1 to 24 printable characters")
+            raise ConfigError(f"provenance.badge_text={text!r}: must be 1 to 24 printable characters")
         if corner not in CORNERS:
-            raise ValueError(f"badge corner {corner!r}: must be one of {', '.join(CORNERS)}")
+            raise ConfigError(f"badge corner {corner!r}: must be one of {', '.join(CORNERS)}")
         label = _label(text, max(LEAST, round(SHARE * min(height, width))))
         rows, columns, margin = *label.shape[:2], max(2, label.shape[0] // 4)
         if rows + 2 * margin > height or columns + 2 * margin > width:
-            raise ValueError(f"badge text {text!r} does not fit a picture of {width}x{height}")
+            raise ConfigError(f"provenance.badge_text={text!r}: does not fit a picture of {width}x{height}")
         top = margin if corner.startswith("top") else height - margin - rows
         left = margin if corner.endswith("left") else width - margin - columns
         self.height, self.width = height, width

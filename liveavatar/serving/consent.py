@@ -217,14 +217,6 @@ def consents(folder: str | Path) -> list[Consent]:
     return list(_replay(Path(folder)).values())
 
 
-def head(folder: str | Path) -> tuple[int, str]:
-    """Lines of the log and the hash of the last: keep it elsewhere, and a cut-off end shows. Raises LogError."""
-    last = None
-    for last in eventlog.read(Path(folder) / LOG):
-        pass
-    return (0, eventlog.START) if last is None else (last.n + 1, last.hash)
-
-
 def verify(folder: str | Path, head: tuple[int, str] | None = None) -> list[str]:
     """What is wrong with a folder's consents, one line each; empty: chain, signatures and statements are whole.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import structlog
 
 from liveavatar.core import LiveAvatarError
 from liveavatar.serving.access import Principal
+from liveavatar.serving.answers import as_problem
 from liveavatar.serving.feeder import Feeder
+from liveavatar.serving.happenings import Event
 from liveavatar.serving.live import LiveSession, Role
 from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem
 from liveavatar.serving.quotas import Quotas
@@ -23,7 +25,7 @@ from liveavatar.telemetry import now as monotonic
 
 Usable = Callable[[str, str, Callable[[str], bool]], Path]
 OVER = ("closing", "closed", "failed")
-REMEMBERED = 1000  # sessions that are over and can still be asked about
+REMEMBERED = 200  # sessions that are over and can still be asked about
 EPOCHS_AHEAD = 1000  # a client may be
 TICK_SECONDS = 0.5  # between two looks at all leases
 
@@ -42,14 +44,31 @@ class Wish:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+class Ended:
+    """What can still be asked of a session that is over. It holds nothing of the session itself, which is gone."""
+
+    def __init__(self, session: LiveSession):
+        self.id, self.avatar, self.state, self.reason, self.epoch = session.id, session.avatar, session.state, session.reason, session.epoch
+        self.width, self.height, self._happenings, self._stats = session.width, session.height, session.happenings, session.stats()
+
+    def events(self, after: int = 0) -> AsyncIterator[Event]:
+        """As LiveSession's: whoever was away reads the last ones."""
+        return self._happenings.read(after)
+
+    def stats(self) -> dict:
+        """The last ones."""
+        return self._stats
+
+
 @dataclass(eq=False, kw_only=True)
 class Lease:
     """A session that somebody has. opened, seen: clock seconds. created: Unix seconds.
 
-    holders: sockets and whatever else keeps it from being idle. segments: number of the next one. tasks: end with it.
+    holders: of what keeps it from being idle (an agent's room). sockets: streams that are open; these hold it with what they
+    say, as a client that hangs says nothing. segments: number of the next one. tasks: end with it.
     """
 
-    session: LiveSession
+    session: LiveSession | Ended
     owner: str
     key: str
     wish: Wish
@@ -61,6 +80,7 @@ class Lease:
     length_seconds: float
     feeder: Feeder | None = None
     holders: int = 0
+    sockets: int = 0
     segments: int = 0
     reason: str | None = None
     tasks: list[asyncio.Task] = field(default_factory=list)
@@ -177,7 +197,9 @@ class Desk:
                       length_seconds=min(wish.length_seconds or limits.length_seconds, limits.length_seconds))  # fmt: skip
 
         def failed(error: Exception) -> None:
-            log.warning("speech_failed", session=session.id, reason=type(error).__name__)
+            problem = as_problem(error)
+            log.warning("speech_failed", session=session.id, kind=problem.kind)
+            session.happenings.add("error", code=problem.kind, status=problem.status, detail=problem.detail, retryable=problem.status >= 500)
 
         lease.feeder = Feeder(session, failed, errors=(LiveAvatarError,))
         self._leases[session.id] = lease
@@ -208,6 +230,8 @@ class Desk:
         await lease.session.close(reason)
         for task in lease.tasks:
             task.cancel()
+        lease.session, lease.feeder = Ended(lease.session), None
+        lease.tasks.clear()
         self.studio.metrics.session_ended(reason)
         facts = {"session": lease.id, "owner": lease.owner, "avatar": lease.wish.avatar, "reason": lease.reason,
                  "seconds": round(self._clock() - lease.opened, 1)}  # fmt: skip

@@ -36,6 +36,7 @@ DURATIONS = {"h264": 3_600, "opus": 960, "aac": 1_024}
 LIBRARIES = {"opus": "libopus", "aac": "aac"}
 ORPHAN_SECONDS = 60  # a call that takes so long has no living parent: the kernel's alarm ends the process
 HIGHEST_DESCRIPTOR = 64
+WINDOW_AT = 228  # of struct tcp_info in linux/tcp.h
 ANSWER_BYTES, ANSWER_SECONDS = 65_536, 10.0
 
 
@@ -53,9 +54,11 @@ def open_container(job: dict) -> av.container.OutputContainer:
 
 def packets(file, container, sound: str):
     """What the parent sends, until it closes the pipe."""
-    while header := file.read(HEADER.size):
+    while len(header := file.read(HEADER.size)) == HEADER.size:
         track, keyframe, pts, size = HEADER.unpack(header)
-        packet = av.Packet(file.read(size))
+        if len(data := file.read(size)) < size:
+            return  # the parent died in the middle
+        packet = av.Packet(data)
         packet.stream, packet.time_base = container.streams[track], Fraction(1, RATES[track])
         packet.pts = packet.dts = pts
         packet.duration, packet.is_keyframe = DURATIONS["h264" if track == VIDEO else sound], bool(keyframe)
@@ -142,14 +145,29 @@ class FarEnd:
         sockets = [socket.socket(fileno=os.dup(number)) for number in used]
         self.streams = [s for s in sockets if s.type == socket.SOCK_STREAM]
         self.datagrams = [s for s in sockets if s.type == socket.SOCK_DGRAM]
+        self._widest = [0] * len(self.streams)
 
     def held(self) -> int:
-        """Bytes that were taken from us and not acknowledged yet: what a stalled server leaves behind."""
-        return sum(struct.unpack("i", fcntl.ioctl(s, termios.TIOCOUTQ, bytes(4)))[0] for s in self.streams)
+        """Bytes the kernels on the way have and the far program has not read: what a stalled server leaves behind.
+
+        Ours holds what was not acknowledged. How much the far one holds shows in its window: it offers as much less.
+        """
+        total = 0
+        for number, stream in enumerate(self.streams):
+            window = _window(stream)
+            self._widest[number] = max(self._widest[number], window)
+            total += struct.unpack("i", fcntl.ioctl(stream, termios.TIOCOUTQ, bytes(4)))[0] + self._widest[number] - window
+        return total
 
     def heard(self) -> bool:
         """Whether a datagram (RTCP, a check of consent) came since the last mux(), which takes in what waits."""
         return bool(self.datagrams and select.select(self.datagrams, [], [], 0)[0])
+
+
+def _window(stream: socket.socket) -> int:
+    """Bytes the far kernel offers to take (tcpi_snd_wnd, since Linux 5.4; 0 before)."""
+    info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, WINDOW_AT + 4)
+    return struct.unpack_from("I", info, WINDOW_AT)[0] if len(info) == WINDOW_AT + 4 else 0
 
 
 def _is_socket(number: int) -> bool:

@@ -64,7 +64,7 @@ class Feeder:
 
     async def _feed(self, utterance: Utterance) -> None:
         rate, last = 16_000, np.zeros(0, np.int16)
-        async for chunk, rate in utterance.chunks:
+        async for chunk, rate in self._made(utterance):
             step = max(1, round(PIECE_SECONDS * rate))
             for start in range(0, len(chunk), step):
                 if utterance.epoch < self._session.epoch:
@@ -73,6 +73,14 @@ class Feeder:
             last = chunk[:0]
         if utterance.end and utterance.epoch >= self._session.epoch:
             await self._push(last, rate, utterance, end=True)
+
+    async def _made(self, utterance: Utterance) -> AsyncGenerator[tuple[np.ndarray, int], None]:
+        """Its chunks; one that breaks off ends there, so that its segment ends, too."""
+        try:
+            async for chunk in utterance.chunks:
+                yield chunk
+        except self._errors as error:
+            self._failed(error)
 
     async def _push(self, pcm: np.ndarray, rate: int, utterance: Utterance, end: bool) -> None:
         while utterance.epoch >= self._session.epoch:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -43,6 +44,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
 }
+
+log = structlog.get_logger("liveavatar.http")
 
 
 class ProblemResponse(Response):
@@ -94,7 +97,7 @@ class Gate:
         except Problem as problem:
             count(self._metrics, problem, scope["path"])
             return await ProblemResponse(problem, request_id)(scope, receive, send)
-        await self._app(scope, receive, _with_headers(send, scope["path"], request_id))
+        await self._app(scope, receive, _with_headers(send, scope, request_id))
 
     async def _asker(self, scope: Scope, headers: Headers) -> Principal | None:
         """Whoever asks for what is not for everybody. None: everybody."""
@@ -105,6 +108,7 @@ class Gate:
             return None
         principal = await admit(self._access, self._quotas, credential(headers), address(scope))
         if path == METRICS:
+            principal.need_key()
             principal.need(ADMIN)
         return principal
 
@@ -175,7 +179,9 @@ def _bounded(receive: Receive, headers: Headers, most: int) -> Receive:
     return bounded
 
 
-def _with_headers(send: Send, path: str, request_id: str) -> Send:
+def _with_headers(send: Send, scope: Scope, request_id: str) -> Send:
+    path = scope["path"]
+
     async def headed(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
@@ -184,6 +190,7 @@ def _with_headers(send: Send, path: str, request_id: str) -> Send:
             headers["X-Request-Id"] = request_id
             if path.startswith("/v1/"):
                 headers.setdefault("Cache-Control", "no-store")
+                log.debug("request", request=request_id, method=scope["method"], path=path, status=message["status"])
         await send(message)
 
     return headed

@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
 def bind(settings: ServeConfig) -> socket.socket:
     """The listening socket, so that its port is known before anything is started. Raises OSError."""
     family = socket.AF_INET6 if ":" in settings.listen.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY on no other, 40 ms an answer
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind((settings.listen.host, settings.listen.port))
     listening.listen()  # who comes before the application is up waits

@@ -15,8 +15,8 @@ import numpy as np
 
 try:
     from pipecat.frames.frames import (
-        CancelFrame, EndFrame, Frame, InterruptionFrame, OutputImageRawFrame, OutputTransportReadyFrame, StartFrame, TTSAudioRawFrame, TTSStartedFrame,
-        TTSStoppedFrame,
+        CancelFrame, EndFrame, Frame, InterruptionFrame, OutputImageRawFrame, OutputTransportReadyFrame, StartFrame, TTSAudioRawFrame,
+        TTSStartedFrame, TTSStoppedFrame,
     )  # fmt: skip
     from pipecat.processors.frame_processor import FrameDirection
     from pipecat.services.ai_service import AIService
@@ -91,7 +91,7 @@ class _Ticks(Edge):
 
 
 class LiveAvatarVideoService(AIService):
-    """See the module. client: InProcess or Remote; it is opened with the pipeline and closed with it."""
+    """See the module. client: InProcess, or remote.RemoteAvatar; it is opened with the pipeline and closed with it."""
 
     Settings = ServiceSettings
 

@@ -1,4 +1,4 @@
-"""`liveavatar verify FILE` and `liveavatar consent verify|list`."""
+"""`liveavatar verify FILE`, `liveavatar consent verify|list` and `liveavatar audit verify`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from liveavatar.serving.signing import Manifest
     from liveavatar.serving.watermark import Reading
 
-NOT_FOUND = 1  # exit status of verify without a mark, and of consent verify with a problem; unreadable is 2
+NOT_FOUND = 1  # exit status of verify without a mark, and of the others with a problem; unreadable is 2
 VERIFY_EPILOG = (
     "[bold]Examples[/bold]\n\nliveavatar verify talk.mp4   [dim]with the key of the server in ./var[/dim]\n\n"
     "liveavatar verify clip.mkv --key watermark.key --pictures 2000"
 )
 
 Folder = Annotated[Path, typer.Option("--folder", "-f", metavar="FOLDER", help="The server's storage.folder.")]
+Head = Annotated[Optional[str], typer.Option(metavar="LINES:HASH", help="A head that was noted earlier: shows a cut-off end too.")]
 
 
 def verify(
@@ -28,6 +29,7 @@ def verify(
     key: Annotated[Optional[Path], typer.Option("--key", "-k", metavar="FILE", help="The watermark's key. Default: watermark.key in the folder.")] = None,
     folder: Folder = Path("var"),
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures to read; 25 are enough of most video.")] = 500,
+    deep: Annotated[bool, typer.Option("--deep", help="Also try every size from 0.6 to 1.6 times: a part cut out and enlarged. Slow: give --pictures 25.")] = False,
 ) -> None:
     """Is this video ours? Its watermark and its C2PA manifest, a line each. Exit status 0: watermark found, 1: not found, 2: cannot be read."""
     from liveavatar.core import ConfigError
@@ -36,7 +38,7 @@ def verify(
     key = key or folder / watermark.KEY_FILE
     if not key.is_file():
         raise ConfigError(f"{key}: no such key: name the watermark's key with --key, or the server's folder with --folder")
-    reading = watermark.read_video(file, watermark.server_key(folder, key), pictures)
+    reading = watermark.read_video(file, watermark.server_key(folder, key), pictures, deep)
     typer.echo(watermark_line(reading))
     typer.echo(_manifest(file))
     raise typer.Exit(0 if reading.found else NOT_FOUND)
@@ -80,19 +82,16 @@ def consent_commands(guard: Callable) -> typer.Typer:
     return app
 
 
-def verify_consents(
-    folder: Folder = Path("var"),
-    head: Annotated[Optional[str], typer.Option(metavar="LINES:HASH", help="A head that was published earlier: shows a cut-off end too.")] = None,
-) -> None:
+def verify_consents(folder: Folder = Path("var"), head: Head = None) -> None:
     """Check the chain, every signature and every statement. Exit status 1 when something is wrong."""
-    from liveavatar.serving import consent
+    from liveavatar.serving import consent, eventlog
 
     problems = consent.verify(folder, _head(head))
     for problem in problems:
         typer.echo(problem)
     if problems:
         raise typer.Exit(NOT_FOUND)
-    lines, last = consent.head(folder)
+    lines, last = eventlog.head(folder / consent.LOG)
     typer.echo(f"{len(consent.consents(folder))} consents, all whole; head {lines}:{last}")
 
 
@@ -102,6 +101,28 @@ def list_consents(folder: Folder = Path("var")) -> None:
 
     for given in consent.consents(folder):
         typer.echo(consent_line(given, time.time()))
+
+
+def audit_commands(guard: Callable) -> typer.Typer:
+    """The sub-app `audit`. guard: as of consent_commands."""
+    app = typer.Typer(name="audit", no_args_is_help=True, rich_markup_mode="rich", help="What a server did: its tamper-evident log.")
+    app.callback()(lambda: None)  # one command, and still named
+    app.command("verify")(guard(verify_audit))
+    return app
+
+
+def verify_audit(folder: Folder = Path("var"), head: Head = None) -> None:
+    """Check the chain of the event log. Exit status 1 at the first wrong line."""
+    from liveavatar.serving import eventlog
+    from liveavatar.serving.audit import FILE
+
+    path = folder / FILE
+    broken = eventlog.check(path, _head(head))
+    if broken is not None:
+        typer.echo(f"{path}: line {broken.line} {broken.reason}")
+        raise typer.Exit(NOT_FOUND)
+    lines, last = eventlog.head(path)
+    typer.echo(f"{lines} lines, all whole; head {lines}:{last}")
 
 
 def consent_line(consent: Consent, now: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
@@ -12,6 +13,7 @@ from liveavatar.serving.access import ADMIN
 from liveavatar.serving.gate import METRICS
 from liveavatar.serving.metrics import CONTENT_TYPE
 from liveavatar.serving.services import BEARER, At, Services, Who
+from liveavatar.serving.targets import FORMS
 from liveavatar.serving.wire import KeyList, KeyView, KeyWish, NewKey, ServerView, problems
 
 probes, metrics, operations = APIRouter(tags=["probes"]), APIRouter(), APIRouter()
@@ -79,7 +81,8 @@ async def server(who: Who, at: At) -> ServerView:
 
 def features(at: Services) -> list[str]:
     """What may be asked of it beyond sessions."""
-    return sorted(["say"] * (at.speak is not None) + at.extras)
+    found = {"say": at.speak is not None, "watermark": at.mark_key is not None, "livekit": find_spec("livekit") is not None}
+    return sorted([*FORMS, "record", "whep", *(name for name, there in found.items() if there)])
 
 
 @router.post("/keys", status_code=201, response_model=NewKey, responses=problems(400, 403, 413))

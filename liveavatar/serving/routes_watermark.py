@@ -27,7 +27,6 @@ CPU_SECONDS, MEMORY, WALL_SECONDS = 20, 2_000_000_000, 40.0  # of the process th
 SIZE, LONGEST = struct.Struct("<II"), 200  # bytes of what the process says
 WORKER = Path(__file__).with_name("pictureworker.py")
 KINDS = "A video file: mp4, webm, mkv, flv, ts, avi"
-ONE_AT_A_TIME = asyncio.Semaphore(1)  # it takes a core for seconds
 
 router = APIRouter(prefix="/v1", tags=["provenance"], dependencies=[BEARER])
 
@@ -39,7 +38,7 @@ async def detect(who: Who, at: At, video: Annotated[bytes, Body(media_type="appl
     who.need(VIEW, CONTROL)
     if at.mark_key is None:
         raise Unprocessable("this server marks nothing: see provenance.watermark", kind="watermark")
-    async with ONE_AT_A_TIME:
+    async with at.one_video:
         reading = await asyncio.to_thread(read_mark, video, at.mark_key)
     return MarkView(found=reading.found, payload=f"{reading.payload:08x}" if reading.found else None, confidence=reading.confidence,
                     false_alarm=reading.false_alarm, pictures=reading.pictures)  # fmt: skip

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liveavatar.core import ConfigError
+
 KEY_BYTES = 16  # at least
 TILE, BLOCK = 128, 8  # pixels
 BLOCKS = TILE // BLOCK  # of a tile, each way
@@ -82,9 +84,9 @@ class Chips:
 
     @classmethod
     def of(cls, key: bytes) -> Chips:
-        """key: at least 16 bytes, secret. Raises ValueError."""
+        """key: at least 16 bytes, secret. Raises ConfigError."""
         if len(key) < KEY_BYTES:
-            raise ValueError(f"a watermark key of {len(key)} bytes: at least {KEY_BYTES} are needed")
+            raise ConfigError(f"a watermark key of {len(key)} bytes: at least {KEY_BYTES} are needed")
         sent = REPEATS * SYMBOLS * WORD
         order = np.argsort(np.frombuffer(_stream(key, b"places", 8 * sent), "<u8"), kind="stable")
         return cls(

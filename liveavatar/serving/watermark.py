@@ -29,9 +29,10 @@ STRENGTH = 1.0  # root mean square of what is added where the picture is neither
 FLAT, BUSY = 0.7, 2.0  # of it, at least and at most
 USUAL = 6.0  # activity of a block that gets STRENGTH
 SHIFT = 8  # fixed point of the embedder
-HEIGHTS = (128, 192, 256, 384, 400, 480, 512, 640, 704, 720, 768, 1024, 1280)  # of pictures when they were marked; a video is tried at its own height and each of these
+HEIGHTS = (128, 192, 256, 384, 400, 480, 512, 640, 704, 720, 768, 1024, 1280)  # of pictures when they were marked; a video's own is tried too
 GROUP = 25  # pictures whose mean is cleaned at a time
 SHRUNK = 2.6  # times smaller, the pattern is finer than the pixels: larger heights are not tried
+DEEP, DEEP_STEP = (0.6, 1.6), 2  # of a picture's height; pixels
 PEAKS = 4  # turns of the tile that are tried at every size
 
 
@@ -160,8 +161,14 @@ class Detector:
         return Reading(alarm < FALSE_ALARM, payload, confidence, z, needed, alarm, height, turn, self.pictures)
 
 
-def read_video(path: Path, key: bytes, pictures: int = 500) -> Reading:
-    """The mark of the first so many pictures of a video file. Raises InputError when it cannot be read."""
+def deep_heights(height: int) -> tuple[int, ...]:
+    """Heights to try where a picture was cut out and then enlarged or reduced by nobody knows how much: so close together that the
+    tiles of a picture stay in step. Hundreds of them: each takes about a tenth of a second."""
+    return tuple(range(round(DEEP[0] * height), round(DEEP[1] * height) + 1, DEEP_STEP))
+
+
+def read_video(path: Path, key: bytes, pictures: int = 500, deep: bool = False) -> Reading:
+    """The mark of the first so many pictures of a video file. deep: try every size. Raises InputError when it cannot be read."""
     import av
 
     detector, size = Detector(key), {}
@@ -170,7 +177,9 @@ def read_video(path: Path, key: bytes, pictures: int = 500) -> Reading:
             if not container.streams.video:
                 raise InputError(f"{path}: holds no video")
             for frame in itertools.islice(container.decode(video=0), pictures):
-                size = size or {"width": frame.width, "height": frame.height}
+                if not size:
+                    size = {"width": frame.width, "height": frame.height}
+                    detector = Detector(key, deep_heights(frame.height)) if deep else detector
                 detector.add(frame.to_ndarray(format="rgb24", **size))
     except (av.FFmpegError, OSError) as error:
         if not detector.pictures:

@@ -41,6 +41,7 @@ EDGE_SECONDS = 0.2  # what waits for a viewer: five pictures, 200 ms of sound (s
 PICTURE_HOLD = 0.02  # seconds, see PacketTrack._hold
 HEARD_RATE = 16_000  # Hz, of what a microphone brings
 HEARD_FRAMES = 50  # of 20 ms that wait for whoever listens; then the oldest goes
+CLOSE_SECONDS = 5.0  # for goodbyes
 MESSAGE_BYTES = 4096  # of a peer's message on its data channel
 REFUSALS = (ValueError, AssertionError, exceptions.InvalidAccessError, exceptions.InvalidStateError, exceptions.OperationError,
             exceptions.InternalError)  # fmt: skip
@@ -73,7 +74,8 @@ class Patience:
 @dataclass(frozen=True, kw_only=True)
 class ViewerStats:
     """Of one viewer since it came. rtt, jitter: seconds, the worse of both tracks, None before its first report. lost:
-    packets. pli: keyframes it asked for. drops: pieces its edges threw away. stale: pieces of a past epoch."""
+    packets. pli: keyframes it asked for. drops: pieces its edges threw away. stale: pieces of a past epoch. heard_drops: of
+    its microphone."""
 
     rtt: float | None = None
     jitter: float | None = None
@@ -101,12 +103,12 @@ class WallClock:
 
 class PacketTrack(MediaStreamTrack):
     """Hands a viewer's packets of one codec to aiortc, which sends them as they are. fresh: whether a packet may still leave.
-    clock: the session's, by which packets were made."""
+    clock: the session's, by which packets were made. held: the packet that is held back just now."""
 
     def __init__(self, kind: str, edge: packets.Edge, barrier: asyncio.Event, wall: WallClock, fresh: Callable[[packets.Packet], bool],
                  clock: Callable[[], float]):  # fmt: skip
         super().__init__()
-        self.kind, self.sender = kind, None
+        self.kind, self.sender, self.held = kind, None, None
         self._edge, self._barrier, self._wall, self._fresh, self._clock = edge, barrier, wall, fresh, clock
         self._sent: packets.Packet | None = None
 
@@ -123,7 +125,11 @@ class PacketTrack(MediaStreamTrack):
     async def _next(self) -> packets.Packet:
         while (item := await self._edge.get()) is not None:
             hold = self._hold(item)
-            await asyncio.sleep(min(hold, max(0.0, item.made + hold - self._clock())))  # what is late anyway is not held back
+            wait = min(hold, item.made + hold - self._clock())
+            if wait > 0:  # what is late anyway leaves at once, and with it all that came in a burst
+                self.held = item
+                await asyncio.sleep(wait)
+                self.held = None
             if self._fresh(item):
                 return item
         raise MediaStreamError
@@ -171,8 +177,9 @@ class Microphone:
         try:
             await self._heard(pcm, HEARD_RATE)
         except Problem as problem:  # the session has enough, or is closing: this piece is lost, not the viewer
+            if not self.drops:
+                log.warning("microphone", refused=problem.kind)
             self.drops += 1
-            log.warning("microphone", refused=problem.kind)
 
 
 class Viewer:
@@ -192,6 +199,7 @@ class Viewer:
                       for codec, (kind, _) in TRACKS.items()}  # fmt: skip
         self._session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
         self._offer: Offer | None = None
+        self._tracks: list[PacketTrack] = []
         self._barrier, self._wall = asyncio.Event(), WallClock()
         self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
         self._sign, self._reports, self._channel, self._microphone = clock(), {}, None, None
@@ -230,6 +238,7 @@ class Viewer:
         transceiver = self._peer.addTransceiver(track, "sendrecv" if speaks else "sendonly")
         transceiver.setCodecPreferences([c for c in RTCRtpSender.getCapabilities(kind).codecs if c.mimeType.lower() in types])
         track.sender = transceiver.sender
+        self._tracks.append(track)
         transceiver.sender._send_keyframe = self._pictures_lost
 
     async def trickle(self, fragment: Fragment) -> None:
@@ -283,6 +292,8 @@ class Viewer:
         self._epoch = max(self._epoch, epoch)
         for edge in self.edges.values():
             edge.flush(epoch)
+        if any(track.kind == "video" and track.held is not None for track in self._tracks):
+            self._gap()  # that picture will not leave, and the next ones build upon it
 
     def _gap(self) -> None:
         if self._whole:
@@ -314,7 +325,7 @@ class Viewer:
         try:
             self._told(figures)
         except Problem as problem:
-            log.info("report", viewer=self.name, refused=problem.detail)
+            log.debug("report", viewer=self.name, refused=problem.detail)
 
     def _say(self, message: dict) -> None:
         if self._channel is not None and self._channel.readyState == "open":
@@ -382,7 +393,10 @@ class Viewer:
         for task in list(self._tasks):
             task.cancel()
         self._gone(self)
-        await self._peer.close()
+        try:
+            await asyncio.wait_for(self._peer.close(), CLOSE_SECONDS)
+        except TimeoutError:
+            log.error("viewer", viewer=self.name, session=self._session.id, reason="its connection does not close")
 
 
 def _read_message(text: str | bytes) -> dict:

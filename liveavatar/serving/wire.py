@@ -184,6 +184,29 @@ class OutputList(Wire):
     outputs: list[OutputView]
 
 
+class RecordingView(Wire):
+    """A finished recording. whole: nothing of it was lost. sha256: of the signed file. segments: {segment, start, end, interrupted}."""
+
+    id: str
+    session: str | None
+    owner: str | None
+    avatar: str | None
+    consent: str | None
+    began: str | None
+    seconds: float | None
+    bytes: int | None
+    sha256: str | None
+    signed: bool | None
+    whole: bool
+    segments: list[dict] | None
+    epochs: list[dict] | None
+    links: dict[str, str]
+
+
+class RecordingList(Wire):
+    recordings: list[RecordingView]
+
+
 # ---------------------------------------------------------------- avatars, keys, the server
 
 

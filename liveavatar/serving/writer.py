@@ -17,6 +17,7 @@ from liveavatar.telemetry import now
 WINDOW = 80  # packets under way to a writer, about a second: beyond it the edge fills, whose policy is known
 CONNECT_SECONDS = 10.0  # for the process to start and the server to answer, where outputs.stall_seconds is less
 EXIT_SECONDS = 1.0  # for a process that is ending
+NOISE = 10  # of what was written since the last progress, more than this part must have been read: windows are rounded
 SILENCES = 3  # times outputs.stall_seconds without any datagram from a server
 ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")  # no proxies, nobody's keys
 
@@ -28,17 +29,17 @@ class WriterFailed(LiveAvatarError):
 class Writer:
     """One life of a destination.py process. job: see destination.open_container. clock: seconds, monotonic.
 
-    `sent`: packets handed over; `count`: those whose mux() came back. `delivered`: bytes of these that the peer acknowledged;
-    one more is progress, for success of mux() alone only means that the kernel took it. Datagrams are not acknowledged: there
-    RTCP and checks of consent, which come each 5 s at least, say that somebody is there. `begun` is set by the first report.
-    One drive() per Writer.
+    `sent`: packets handed over; `count`: those whose mux() came back. `delivered`: bytes of these that the far program has
+    read; more of them is progress, for success of mux() alone only means that the kernel took them. Datagrams are not
+    acknowledged: there RTCP and checks of consent, which come each 5 s at least, say that somebody is there. `begun` is set
+    by the first report. One drive() per Writer.
     """
 
     def __init__(self, job: dict, stall_seconds: float, clock: Callable[[], float] = now, on_progress: Callable[[int], None] = lambda size: None):
         self.sent = self.count = self.delivered = 0
         self._job, self._stall, self._clock, self._on_progress = job, stall_seconds, clock, on_progress
         self._process: asyncio.subprocess.Process | None = None
-        self._held, self._progress, self._heard = 0, 0.0, 0.0
+        self._held, self._muxed, self._progress, self._heard = 0, 0, 0.0, 0.0  # muxed: bytes, when the last progress was made
         self._finishing, self._closed, self._words = False, False, ""
         self._room, self.begun = asyncio.Event(), asyncio.Event()
 
@@ -111,8 +112,8 @@ class Writer:
                 self._heard = time
             self.count, self._held = message["n"], message["held"]
             grown = message["bytes"] - message["held"] - self.delivered
-            if grown > 0:
-                self.delivered, self._progress = self.delivered + grown, time
+            if grown * NOISE > message["bytes"] - self._muxed:
+                self.delivered, self._muxed, self._progress = self.delivered + grown, message["bytes"], time
                 self._on_progress(grown)
             self._room.set()
             self.begun.set()
