@@ -39,7 +39,8 @@ export class Chain {
     this.lookNow.textContent = t("look");
     this.keepLabel.textContent = t("keep_looking");
     if (!chain) return;
-    const facts = {realtime: chain.realtime_factor === null ? "–" : `× ${chain.realtime_factor.toFixed(2)}`, capacity: `${chain.sessions} / ${chain.capacity}`, restarts: String(chain.restarts), memory: this.memory(chain)};
+    const facts = {realtime: chain.realtime_factor === null ? "–" : `× ${chain.realtime_factor.toFixed(2)}`, capacity: `${chain.sessions} / ${chain.capacity}`, restarts: String(chain.restarts), memory: this.memory(chain),
+      degradation: String(this.app.stats?.degradation_step ?? "–"), drops: String(this.app.stats?.stale_pushes ?? "–")};
     fill(this.facts, Object.entries(facts).map(([key, value]) => h("div", {}, h("dt", {}, t(key)), h("dd", {}, value))));
     this.drawRanks(chain);
     this.drawBudget(chain);
