@@ -1,7 +1,7 @@
 // One viewer: picture and sound over WHEP, the page's microphone on the same connection, and what the browser measures.
 
 const LOUD = 0.004;  // RMS above which something is heard
-const QUIET_MS = 120;  // so long without sound is silence
+const PAUSE_MS = 120, SILENT_MS = 500, SPEECH_MS = 1500;  // without sound: between words; after the end; and it is no longer speech
 const REPORT_MS = 5000;
 const TOLD = ["freezeCount", "pliCount", "nackCount", "packetsLost", "framesDropped", "framesDecoded", "jitterBufferDelay", "jitterBufferEmittedCount"];
 
@@ -66,17 +66,17 @@ export class Player extends EventTarget {
     if (level > LOUD) {
       this.loudAt = now;
       if (this.asked !== null) { this._say("first", now - this.asked); this.asked = null; }
-    } else if (this.hushed !== null && now - Math.max(this.loudAt, this.hushed) > QUIET_MS) {
+    } else if (this.hushed !== null && now - Math.max(this.loudAt, this.hushed) > SILENT_MS) {
       this._say("silent", Math.max(0, this.loudAt - this.hushed));
       this.hushed = null;
     }
   }
 
   // Something was asked for; the next sound answers it. Nothing is measured while the avatar is still speaking.
-  ask() { if (performance.now() - this.loudAt > QUIET_MS) this.asked = performance.now(); }
+  ask() { if (performance.now() - this.loudAt > PAUSE_MS) this.asked = performance.now(); }
 
   // It was told to be silent; where it was, there is nothing to measure.
-  hush() { this.hushed = performance.now() - this.loudAt < 2 * QUIET_MS ? performance.now() : null; this.asked = null; }
+  hush() { this.hushed = performance.now() - this.loudAt < SPEECH_MS ? performance.now() : null; this.asked = null; }
 
   _say(type, detail) { this.dispatchEvent(new CustomEvent(type, {detail})); }
 

@@ -108,7 +108,8 @@ export const bytes = count => count === null || count === undefined ? "–" : co
 
 export function span(seconds) {
   const s = Math.max(0, Math.round(seconds));
-  return s < 60 ? `${s} s` : s < 3600 ? `${Math.floor(s / 60)} min ${s % 60} s` : `${Math.floor(s / 3600)} h ${Math.floor(s % 3600 / 60)} min`;
+  const [large, small, units] = s < 3600 ? [Math.floor(s / 60), s % 60, ["min", "s"]] : [Math.floor(s / 3600), Math.floor(s % 3600 / 60), ["h", "min"]];
+  return [large && `${large} ${units[0]}`, (small || !large) && `${small} ${units[1]}`].filter(Boolean).join(" ");
 }
 
 export const clock = unix => new Date(unix * 1000).toLocaleTimeString(language(), {hour12: false});
