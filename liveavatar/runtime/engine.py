@@ -28,6 +28,7 @@ from liveavatar.runtime import placement
 from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
+from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
@@ -71,6 +72,7 @@ class Session:
         self.error: LiveAvatarError | None = None
         self.opened = self.closing = self.closed = self.parked = False
         self.changed = Signal()
+        self.observed: list[Observation] = []
         self._engine, self._intake, self._pushing = engine, Intake(), asyncio.Lock()
 
     # ------------------------------------------------------------ audio
@@ -180,6 +182,19 @@ class Session:
             if self.closing or self.timeline.done:
                 raise StopAsyncIteration
             await self.changed.wait()
+
+    async def observe(self) -> Observation:
+        """What every step makes of the next block, and its pictures. Raises InputError where the chain has no steps."""
+        self._check()
+        seen = Observation(self.timeline.observe(), self._engine.config.stages)
+        self.observed.append(seen)
+        try:
+            while not seen.whole:
+                self._check()
+                await self.changed.wait()
+        finally:
+            self.observed.remove(seen)
+        return seen
 
     # ------------------------------------------------------------ for the engine
 
@@ -382,6 +397,8 @@ class Engine:
                 self._received(self.sessions[message.session], message)
 
     def _received(self, session: Session, message: Message) -> None:
+        for seen in session.observed:
+            seen.take(message)
         match message:
             case core.Opened():
                 session.opened = True

@@ -19,6 +19,7 @@ import numpy as np
 from liveavatar import __version__
 from liveavatar.core import FPS, SAMPLE_RATE, InputError, LiveAvatarError, RankFailure, SessionClosed
 from liveavatar.runtime.engine import Session, Signal
+from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.timeline import Output
 from liveavatar.serving.broadcast import Broadcast
 from liveavatar.serving.happenings import Event, Happenings
@@ -163,6 +164,15 @@ class LiveSession:
         await self._tell(lambda engine: engine.set_reference(picture))
         self.role = replace(self.role, avatar=avatar, picture=picture)
         self.happenings.add("session.updated", avatar=avatar)
+
+    async def observe(self) -> Observation:
+        """The next block as each step of the chain leaves it. Raises Conflict, InputError (no steps), RankFailure."""
+        self._check()
+        if self._engine is None:
+            raise Conflict("the engine is being restarted")
+        self.used_at = self.clock()
+        self._wake()
+        return await self._engine.observe()
 
     async def _tell(self, order: Callable[[Session], Awaitable]) -> None:
         if self._engine is not None:

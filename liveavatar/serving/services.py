@@ -25,6 +25,7 @@ from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.webrtc import Heard
@@ -41,7 +42,7 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
     speech; None: this server has no voice.
-    one_video: looking for a mark takes a core for seconds, so one at a time.
+    one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
     settings: ServeConfig
@@ -57,6 +58,7 @@ class Services:
     metrics: Metrics
     probe: LoopProbe
     mark_key: bytes | None
+    stages: Stages
     consents: ConsentLog
     wall: Callable[[], float] = time.time
     speak: Speak | None = None

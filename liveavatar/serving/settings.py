@@ -86,7 +86,7 @@ class MediaConfig:
     preset: str = "veryfast"
     bitrate: int = 1_500_000  # bit/s of video
     sound_bitrate: int = 64_000
-    keyframe_seconds: float = 2.0
+    keyframe_seconds: float = 1.0  # also what a recording loses at most when the server is killed
     scale: int = 1  # pictures leave so many times larger (a phone's decoder dislikes 128 px)
 
     def __post_init__(self):
