@@ -172,6 +172,9 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await page.wait_for_selector("#panel_log b >> text=speak.started")
     await page.wait_for_selector("#panel_log b >> text=avatar.added")
     await shot(page, "log")
+    await page.click("#tab_server")
+    await page.wait_for_selector("#panel_server code >> text=/whep$/")
+    await shot(page, "server")
 
 
 async def add_a_face(page) -> None:
@@ -186,6 +189,8 @@ async def add_a_face(page) -> None:
     await page.wait_for_selector("#avatars .face:has-text('Ada') input:checked", state="attached")
     await page.click("#tab_provenance")
     await page.wait_for_selector("#panel_provenance td >> text=Ada L.")
+    await page.wait_for_selector("#panel_provenance td >> text=C2PA")
+    assert "Invalid" not in await page.inner_text("#panel_provenance")
     await shot(page, "provenance")
 
 
@@ -206,7 +211,7 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(tmp_path):
                 await moving(page)
                 assert await page.is_disabled("#mic") and await page.is_disabled("#interrupt") and await page.is_disabled("#text")
                 assert await page.query_selector("#tab_chain") is None, "the chain is the operator's"
-                for tab in ("health", "sessions", "outputs", "provenance", "log"):
+                for tab in ("health", "sessions", "outputs", "provenance", "server", "log"):
                     await page.tap(f"#tab_{tab}")
                     assert await page.evaluate("document.documentElement.scrollWidth <= 390"), tab
                 await shot(page, "phone_dark")

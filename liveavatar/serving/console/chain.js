@@ -39,7 +39,8 @@ export class Chain {
     this.lookNow.textContent = t("look");
     this.keepLabel.textContent = t("keep_looking");
     if (!chain) return;
-    const facts = {realtime: chain.realtime_factor === null ? "–" : `× ${chain.realtime_factor.toFixed(2)}`, capacity: `${chain.sessions} / ${chain.capacity}`, restarts: String(chain.restarts), memory: this.memory(chain)};
+    const facts = {realtime: chain.realtime_factor === null ? "–" : `× ${chain.realtime_factor.toFixed(2)}`, capacity: `${chain.sessions} / ${chain.capacity}`, restarts: String(chain.restarts), memory: this.memory(chain),
+      degradation: String(this.app.stats?.degradation_step ?? "–"), drops: String(this.app.stats?.stale_pushes ?? "–")};
     fill(this.facts, Object.entries(facts).map(([key, value]) => h("div", {}, h("dt", {}, t(key)), h("dd", {}, value))));
     this.drawRanks(chain);
     this.drawBudget(chain);
@@ -58,7 +59,7 @@ export class Chain {
     const head = this.node(t("head"), ["sessions"], edges ? `${t("speech_waiting")} ${edges.audio_in.depth.toFixed(1)} s` : "–", edges && edges.audio_in.depth / edges.audio_in.capacity);
     const ranks = chain.ranks.map(rank => [this.wire(rank.blocks ?? 0),
       this.node(t("rank", {n: rank.rank}), rank.roles, rank.busy === null ? t("not_measured") : `${Math.round(100 * rank.busy)} % ${t("busy")} · ${bytes(rank.rss)}${rank.gpu ? ` · GPU ${bytes(rank.gpu)}` : ""}`, rank.busy)]);
-    const playout = this.node(t("playout"), [`${stats?.viewers ?? 0} ${t("viewers").toLowerCase()}`], edges ? `${ms(edges.playout.depth)} ${t("ahead")}` : "–", edges && Math.min(1, edges.playout.depth));
+    const playout = this.node(t("playout"), [`${t("viewers")} ${stats?.viewers ?? 0}`], edges ? `${ms(edges.playout.depth)} ${t("ahead")}` : "–", edges && Math.min(1, edges.playout.depth));
     fill(this.ranks, head, ranks, this.wire(0), playout);
   }
 

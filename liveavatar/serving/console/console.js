@@ -1,7 +1,7 @@
 // The page, put together: the door, then the stage and the operator's tabs over one shared view of the server.
 
 import {Api, Problem} from "./api.js";
-import {$, toast} from "./dom.js";
+import {$, fill, h, toast} from "./dom.js";
 import {Avatars} from "./avatars.js";
 import {Operator} from "./operator.js";
 import {Stage} from "./stage.js";
@@ -57,7 +57,7 @@ function health() {
   const taken = !ready && !draining && reasons.every(reason => reason.includes("taken"));  // full is no fault
   pill.hidden = false;
   pill.dataset.state = ready || taken ? "good" : "bad";
-  pill.textContent = `${t(draining ? "draining" : ready || taken ? "ready" : "not_ready")} · ${engine}`;
+  fill(pill, t(draining ? "draining" : ready || taken ? "ready" : "not_ready"), h("span", {class: "engine"}, ` · ${engine}`));
   pill.title = reasons.join("; ");
 }
 

@@ -36,3 +36,8 @@ export function twice(label, sure, act) {
   });
   return button;
 }
+
+export async function copy(text, done) {
+  await navigator.clipboard.writeText(text);
+  toast(done);
+}

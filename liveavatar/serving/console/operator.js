@@ -2,6 +2,7 @@
 
 import {$, fill, h, twice} from "./dom.js";
 import {Chain} from "./chain.js";
+import {Facts} from "./facts.js";
 import {History} from "./history.js";
 import {Outputs} from "./outputs.js";
 import {Provenance} from "./provenance.js";
@@ -14,7 +15,7 @@ export class Operator {
   constructor(app) {
     this.app = app;
     const admin = app.may("admin");
-    this.tabs = {chain: admin && new Chain(app), health: new Curves(app), sessions: new Sessions(app), outputs: new Outputs(app), provenance: new Provenance(app), log: new Log(app)};
+    this.tabs = {chain: admin && new Chain(app), health: new Curves(app), sessions: new Sessions(app), outputs: new Outputs(app), provenance: new Provenance(app), log: new Log(app), server: new Facts(app)};
     this.buttons = {};
     for (const [name, tab] of Object.entries(this.tabs)) if (tab) this.make(name, tab);
     this.choose(Object.keys(this.buttons)[0]);

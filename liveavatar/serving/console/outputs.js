@@ -1,6 +1,6 @@
 // Where the session on stage is sent: started, watched and ended here. Addresses come back without their keys.
 
-import {fill, h, toast, twice} from "./dom.js";
+import {copy, fill, h, twice} from "./dom.js";
 import {bytes, t} from "./words.js";
 
 const KINDS = ["record", "rtmp", "hls", "whip"];
@@ -79,14 +79,9 @@ export class Outputs {
 
   row(output) {
     const {app} = this, over = output.state === "closed";
-    const place = output.url ?? (output.links.playlist ? h("button", {type: "button", class: "quiet", onclick: () => copy(location.origin + output.links.playlist)}, t("copy")) : "–");
+    const place = output.url ?? (output.links.playlist ? h("button", {type: "button", class: "quiet", onclick: () => copy(location.origin + output.links.playlist, t("copied"))}, t("copy")) : "–");
     const stop = over || !app.may("control") ? null : twice(t("stop"), t("sure"), () => app.try(async () => { await app.api.delete(output.links.self); await this.load(); }));
     const cells = [t(`k_${output.kind}`), h("span", {class: "pill", "data-state": {live: "good", closed: ""}[output.state] ?? "wait"}, output.state), place, this.rate(output), bytes(output.bytes), String(output.reconnects), String(output.failures), output.last_error ?? "–"];
     return h("tr", {}, cells.map(cell => h("td", {}, cell)), h("td", {class: "acts"}, stop));
   }
-}
-
-async function copy(text) {
-  await navigator.clipboard.writeText(text);
-  toast(t("copied"));
 }

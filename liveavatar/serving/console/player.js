@@ -17,7 +17,7 @@ export class Player extends EventTarget {
     peer.addTransceiver("video", {direction: "recvonly"});
     this.voice = peer.addTransceiver("audio", {direction: speaks ? "sendrecv" : "recvonly"});
     this._pulse(peer.createDataChannel("pulse"));
-    const stream = new MediaStream();
+    const stream = this.stream = new MediaStream();
     peer.ontrack = ({track}) => {
       stream.addTrack(track);
       this.video.srcObject = stream;
@@ -38,13 +38,15 @@ export class Player extends EventTarget {
     await this.voice.sender.replaceTrack(this.track);
   }
 
-  async close() {
+  // over: the session has ended, and this viewer with it. Else the server is told first: a peer that hangs up is forgotten there.
+  async close(over) {
     this.timers.forEach(clearInterval);
     this.track?.stop();
+    this.video.pause();
+    if (this.home && !over) await this.api.delete(this.home).catch(() => null);
     this.peer?.close();
     this.context?.close();
-    this.video.srcObject = null;
-    if (this.home) await this.api.delete(this.home).catch(() => null);  // the server may have ended it before us
+    if (this.video.srcObject === this.stream) this.video.srcObject = null;  // another one may play there by now
   }
 
   // ------------------------------------------------------------ what is heard

@@ -16,8 +16,11 @@ export class Stage {
     app.on("avatar", () => this.avatarChosen());
     app.on("language", () => this.draw());
     setInterval(() => this.measure(), 1000);
-    const loudness = () => { $("level").value = this.player ? Math.min(1, 3 * this.player.level) : 0; requestAnimationFrame(loudness); };
-    loudness();
+    setInterval(() => { $("level").value = this.player ? Math.min(1, 3 * this.player.level) : 0; }, 50);
+    $("poster").addEventListener("load", () => {
+      const {width, height} = $("backdrop");
+      $("backdrop").getContext("2d").drawImage($("poster"), 0, 0, width, height);
+    });
     this.draw();
   }
 
@@ -75,7 +78,7 @@ export class Stage {
   }
 
   // Stop watching; the session itself goes on.
-  async leave() {
+  async leave(over = false) {
     const {player, socket} = this;
     Object.assign(this, {player: null, socket: null, measured: {}, talking: false});
     Object.assign(this.app, {session: null, stats: null});
@@ -83,7 +86,7 @@ export class Stage {
     fill($("talk_lines"));
     this.show("off");
     this.app.tell("session", null);
-    await player?.close();
+    await player?.close(over);
     this.draw();
   }
 
@@ -115,7 +118,7 @@ export class Stage {
     if (message.type === "talk.answer") this.said("assistant", message.text + (message.cut ? " …" : ""));
     if (message.type === "speak.finished") { this.turn.heard = message.position_ms / 1000; this.draw(); }
     if (message.type === "error") toast(message.detail, "bad");
-    if (message.type === "session.closed") { toast(t("ended", {reason: message.reason})); this.app.try(() => this.leave()); this.app.tell("changed"); }
+    if (message.type === "session.closed") { toast(t("ended", {reason: message.reason})); this.app.try(() => this.leave(true)); this.app.tell("changed"); }
   }
 
   said(role, text) {
@@ -198,7 +201,7 @@ export class Stage {
   poster() {
     const picture = this.app.avatars.pictures.get(this.app.avatars.chosen);
     if (picture) $("poster").src = picture;
-    $("poster").hidden = !picture;
+    $("poster").hidden = !picture || Boolean(this.player);
   }
 
   draw() {
@@ -208,6 +211,7 @@ export class Stage {
     this.show($("state").dataset.state);
     $("video").hidden = !live;
     $("start").hidden = live;
+    $("poster").hidden = live || !$("poster").src;
     $("end").disabled = $("apply").disabled = !live || !this.app.may("control");
     $("say_note").textContent = t(why);
     $("text").disabled = live && why !== "ctrl_enter";
