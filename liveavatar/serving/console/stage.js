@@ -183,7 +183,7 @@ export class Stage {
   }
 
   async converse(on) {
-    if (on) await this.app.api.post(`${this.home}/conversation`);
+    if (on) await this.app.api.post(`${this.home}/conversation`).catch(error => { if (error.status !== 409) throw error; });  // 409: it is one already
     else await this.app.api.delete(`${this.home}/conversation`);
     this.talking = on;
     this.draw();
