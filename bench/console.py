@@ -11,7 +11,7 @@ from pathlib import Path
 
 SPEECH = Path(__file__).parent.parent / "liveavatar/assets/speech.wav"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required", "--disable-features=WebRtcHideLocalIpsWithMdns"]
-TEXT = "Good evening. I am the avatar that lives inside this package. Everything you see here is made on two processor cores, block by block, while I speak."
+TEXT = "Good evening. I am the avatar inside this package. What you see is made on two processor cores, block by block, while I speak."
 
 
 def speak(page) -> None:

@@ -96,8 +96,8 @@ def test_a_person_speaks_through_the_avatar_and_an_operator_watches(tmp_path):
     """Key, start, text, sound file, microphone, interruption, then every tab, the other language, and the end; on a desk."""
 
     async def body():
-        config = settings(tmp_path)
-        async with on_port(config, speak=voice, conversations=conversations()) as (server, port), chromium() as browser, visitor(browser, f"http://{port}") as (page, wrong):
+        parts = {"speak": voice, "conversations": conversations()}
+        async with on_port(settings(tmp_path), **parts) as (server, port), chromium() as browser, visitor(browser, f"http://{port}") as (page, wrong):
             await enter(page, server.key)
             assert server.key not in await page.content() and await page.input_value("#key") == ""
             await page.click("#start")
@@ -183,7 +183,7 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await page.wait_for_selector("#panel_outputs td >> text=closed")
 
     await page.click("#tab_provenance")
-    await page.set_input_files("#panel_provenance input", {"name": "x.mp4", "mimeType": "video/mp4", "buffer": next(Path(folder).rglob("*.mp4")).read_bytes()})
+    await page.set_input_files("#panel_provenance input", next(folder.rglob("*.mp4")))
     await page.wait_for_selector("#panel_provenance [role=status] >> text=/watermark/")
 
     await add_a_face(page)
