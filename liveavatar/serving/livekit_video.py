@@ -12,8 +12,8 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-
 from functools import partial
+
 import numpy as np
 
 from liveavatar.core import ConfigError
