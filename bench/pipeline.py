@@ -10,33 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import torch
 
 from liveavatar import config as configs
 from liveavatar.generate import Job, generate
 from liveavatar.runtime.placement import cut
 
-HERE = Path(__file__).parent
-
-
-def machine() -> dict:
-    """Host, processor and GPU as the JSON names them."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
-
-
-def commit() -> str:
-    """Commit of the working tree, with + when it is changed."""
-    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+from measured import HERE, commit, machine
 
 
 def measure(base: configs.Config, ranks: int, launcher: str, seconds: float) -> dict:

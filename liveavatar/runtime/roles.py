@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from liveavatar import core
+from liveavatar import core, ops
 from liveavatar.config import Config
-from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
+from liveavatar.core import Audio, Block, Close, ConfigError, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
 from liveavatar.diffusion.denoise import noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
 from liveavatar.models.s2v import CausalS2V, TextCache
+from liveavatar.runtime.graphs import GraphedForward
 from liveavatar.runtime.sources import StageSource, open_source
 
 PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
@@ -197,7 +198,8 @@ class Denoiser:
     """
 
     def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,
-                 last: bool, observe: bool = False):
+                 last: bool, observe: bool = False, graphs: bool = False):
+        self.forward = GraphedForward(model) if graphs else model
         self.model, self.index, self.step, self.sinks, self.geometry = model, index, step, sinks, geometry
         self.last, self.observe = last, observe
         self.caches: dict[str, StepCache] = {}
@@ -226,7 +228,7 @@ class Denoiser:
     def _denoise(self, block: Block) -> list[Message]:
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
         latents, velocity = denoise_block(
-            self.model, self.step, block.latents.to(self.model.device), self.sinks.audio,
+            self.forward, self.step, block.latents.to(self.model.device), self.sinks.audio,
             self.sinks.sessions[block.session].text, self.caches[block.session],
             block=block.index, sink_distance=block.sink_distance)
         out: list[Message] = []
@@ -302,6 +304,10 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     stage_names: a slice of the chain, e.g. ("condition", "step0"). Raises WeightsError, ConfigError, InputError.
     """
     source, device = open_source(config), torch.device(device)
+    ops.use_own_kernels(config.model.fast.kernels)
+    ops.use_attention(config.model.fast.attention)
+    if config.model.fast.graphs and device.type != "cuda":
+        raise ConfigError(f"model.fast.graphs: CUDA graphs need a GPU, and this rank runs on {device.type}")
     dtype = source.dtype(device)
     steps = [int(name.removeprefix("step")) for name in stage_names if name.startswith("step")]
     pictures = {"condition", "decode"} & set(stage_names)
@@ -312,7 +318,7 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
                                  sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
                                  front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device)))
     if steps:
-        roles += _denoisers(source, steps, dtype, device)
+        roles += _denoisers(source, steps, dtype, device, config.model.fast.graphs)
     if "decode" in stage_names:
         roles.append(Decoder(vae))
     elif stage_names[-1] == source.chain[-1]:
@@ -320,10 +326,10 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     return roles
 
 
-def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Role]:
+def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device, graphs: bool) -> list[Role]:
     model = source.transformer(dtype, device)
     sinks, last = StageSinks(model), len(source.sigmas) - 2
     with torch.inference_mode():
         levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
-    return [sinks, *(Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe)
+    return [sinks, *(Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe, graphs=graphs)
                      for k, level in zip(steps, levels))]
