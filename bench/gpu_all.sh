@@ -14,7 +14,7 @@ part() { # seconds, name, command
   timeout "$limit" "$@" 2>&1 | tee -a "$out/gpu_all.log" || echo "== $name: ended with ${PIPESTATUS[0]}" | tee -a "$out/gpu_all.log"
 }
 gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | sed 's/.* //; s/[^A-Za-z0-9-]/-/g' | tr 'A-Z' 'a-z')"
-part 60  "does every kernel run and agree"  "$python" bench/kernels.py --out "$out/kernels-$gpu.json"
+part 60  "does every kernel run and agree"  "$python" bench/kernel_times.py --out "$out/kernels-$gpu.json"
 part 150 "step, the figures that count"     "$python" bench/step.py --sizes 704x384 --ways plain eager all "all fp8" --repeat 5 --out "$out/step-$gpu.json"
 part 40  "accuracy"                         "$python" bench/accuracy.py --out "$out/accuracy-$gpu.json"
 part 90  "decode"                           "$python" bench/decode.py --sizes 704x384 --repeat 5 --out "$out/decode-$gpu.json"

@@ -1,6 +1,6 @@
 """Each Triton kernel at the sizes of the 14B model: error against its torch reference, microseconds of both, GB/s. Needs a GPU.
 
-    python bench/kernels.py [--tokens 3168] [--out bench/results/kernels.json]
+    python bench/kernel_times.py [--tokens 3168] [--out bench/results/kernels.json]
 """
 
 from __future__ import annotations
