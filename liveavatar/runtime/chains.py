@@ -145,7 +145,7 @@ class ThreadChain(Base):
     def __init__(self, config: Config, source: worker.Source | None):
         super().__init__(config)
         self._job = worker.Job(config, source, len(self.stages), None, {})
-        self._links = [QueueLink() for _ in self.stages]
+        self._links = [QueueLink(worker.inbox_room(config)) for _ in self.stages]
         self._pumps: list[worker.Pump | None] = [None for _ in self.stages]
         self._bring_up(lambda: [self._spawn(f"rank{rank}", self._rank, rank) for rank in range(len(self.stages))])
 

@@ -236,7 +236,7 @@ class Engine:
     def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
         self.config, self.source, self.chain, self.clock, self.trace = config, source, chain, clock, trace
         self.geometry = source.geometry
-        self.scheduler = Scheduler(credits=config.runtime.in_flight or len(config.stages) + 1)
+        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1)
         self.sessions: dict[str, Session] = {}
         self.failure: LiveAvatarError | None = None
         self._outbox: deque[tuple[Message, asyncio.Future]] = deque()
@@ -473,6 +473,7 @@ def resolve(config: Config) -> tuple[Config, StageSource]:
     source = open_source(config)
     stages = config.stages or (source.chain,)
     placement.check_cut(stages, source.chain)
+    placement.check_register(config, stages)
     g = source.geometry
     config = replace(config, stages=stages, video=replace(config.video, height=g.height, width=g.width))
     least = float(g.block_seconds) + source.lookahead_samples / core.SAMPLE_RATE

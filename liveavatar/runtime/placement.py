@@ -15,8 +15,8 @@ import psutil
 import torch
 from rich.table import Table
 
-from liveavatar.config import Config
-from liveavatar.core import FPS, Geometry, PlacementError
+from liveavatar.config import Config, RuntimeConfig
+from liveavatar.core import FPS, ConfigError, Geometry, PlacementError
 from liveavatar.models.cache import cache_bytes
 from liveavatar.models.s2v import CausalS2V, S2VConfig, stored_dtype
 
@@ -70,6 +70,26 @@ def check_cut(stages: Sequence[Sequence[str]], chain: Sequence[str]) -> None:
                                      f"concatenate to {' '.join(chain)}")
     if expected:
         raise PlacementError(f"stages end too early: {expected[0]!r} is missing; the stages must concatenate to {' '.join(chain)}")
+
+
+def steps_of(stage: Sequence[str]) -> int:
+    """How many denoising steps a stage holds."""
+    return sum(name.startswith("step") for name in stage)
+
+
+def check_register(config: Config, stages: Sequence[Sequence[str]]) -> None:
+    """Raise ConfigError where the register (runtime.shift_register, runtime.batch) could never move two blocks together."""
+    r = config.runtime
+    if r.shift_register and max(map(steps_of, stages)) < 2:
+        raise ConfigError("runtime.shift_register: no stage holds several steps, so there is nothing to move together: "
+                          "cut the chain into fewer stages, or leave it off")
+    if r.batch > r.sessions:
+        raise ConfigError(f"runtime.batch={r.batch}: more than runtime.sessions={r.sessions}, it could never be filled")
+
+
+def blocks_inside(config: Config) -> int:
+    """Blocks of one session the chain of `config` (stages written out) works on at once: one a stage, or one a step of a shift register."""
+    return sum(max(1, steps_of(stage)) if config.runtime.shift_register else 1 for stage in config.stages)
 
 
 # ---------------------------------------------------------------- devices
@@ -276,7 +296,7 @@ def plan(config: Config, model_config: S2VConfig, geometry: Geometry, devices: S
     check_cut(stages, chain)
     if len(devices) < len(stages):
         raise PlacementError(f"{len(stages)} stages need {len(stages)} devices, there are {len(devices)}")
-    sizer = Sizer(model_config, geometry, dtype, vae, text_encoder_bytes)
+    sizer = Sizer(model_config, geometry, dtype, vae, text_encoder_bytes, config.runtime)
     ranks = tuple(sizer.rank(i, names, device, times) for i, (names, device) in enumerate(zip(stages, devices)))
     sessions, on_host = config.runtime.sessions, [r for r in ranks if r.device.kind == "cpu"]
     processes = 1 if config.runtime.launcher == "inproc" else 1 + len(ranks)
@@ -288,14 +308,15 @@ def plan(config: Config, model_config: S2VConfig, geometry: Geometry, devices: S
 class Sizer:
     """Bytes and seconds of roles for one model, size and dtype."""
 
-    def __init__(self, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int):
-        self.model, self.geometry, self.dtype, self.vae, self.text_encoder_bytes = model, geometry, dtype, vae, text_encoder_bytes
+    def __init__(self, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int,
+                 runtime: RuntimeConfig):
+        self.runtime, self.model, self.geometry, self.dtype, self.vae, self.text_encoder_bytes = model, geometry, dtype, vae, text_encoder_bytes
         self.vae_weights, self.vae_state = vae_bytes(vae, geometry, dtype) if vae is not None else (0, 0)
 
     def rank(self, index: int, roles: tuple[str, ...], device: Device, times: Mapping[str, float] | None) -> RankPlan:
         """The plan of one rank holding `roles`."""
         fixed, per_session = {}, {}
-        steps = sum(r.startswith("step") for r in roles)
+        steps = steps_of(roles)
         if {"condition", "decode"} & set(roles) and self.vae is not None:
             fixed["vae"] = self.vae_weights
         if "condition" in roles and self.text_encoder_bytes:
@@ -320,8 +341,9 @@ class Sizer:
     def working(self, roles: tuple[str, ...]) -> int:
         """Peak of activations, estimated: about 16 vectors of D and one of F a token; 6 widest maps of the VAE."""
         m, g, size, need = self.model, self.geometry, self.dtype.itemsize, [0]
-        if any(r.startswith("step") for r in roles):
-            need.append(max(g.block_tokens, g.sink_tokens) * (m.ffn_dim + 16 * m.dim) * size)
+        if steps_of(roles):
+            together = self.runtime.batch * (steps_of(roles) if self.runtime.shift_register else 1)  # blocks in one forward
+            need.append(max(together * g.block_tokens, g.sink_tokens) * (m.ffn_dim + 16 * m.dim) * size)
         if self.vae is not None and {"condition", "decode"} & set(roles):
             pictures = g.frames_per_block if "decode" in roles else 4
             patch = self.vae.get("patch_size") or 1

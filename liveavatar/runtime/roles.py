@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from liveavatar import core
-from liveavatar.config import Config
 from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
 from liveavatar.diffusion.denoise import noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
+from liveavatar.models.rows import Row
 from liveavatar.models.s2v import CausalS2V, TextCache
-from liveavatar.runtime.sources import StageSource, open_source
 
 PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
 REMEMBERED = 8  # portraits, and prompts, whose encodings a Conditioner keeps; the oldest unused leaves first
@@ -224,11 +223,19 @@ class Denoiser:
         self.model.set_sink(self.caches[session], self.sinks.sessions[session].sink, h, w)
 
     def _denoise(self, block: Block) -> list[Message]:
+        row = self.row(block)
+        latents, velocity = denoise_block(self.model, self.step, row.x, row.audio, row.text, row.cache,
+                                          block=row.block, sink_distance=row.sink_distance)
+        return self.done(block, latents, velocity)
+
+    def row(self, block: Block) -> Row:
+        """The block at this step, with the conditioning that stands now and the session's history."""
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
-        latents, velocity = denoise_block(
-            self.model, self.step, block.latents.to(self.model.device), self.sinks.audio,
-            self.sinks.sessions[block.session].text, self.caches[block.session],
-            block=block.index, sink_distance=block.sink_distance)
+        return Row(block.latents.to(self.model.device), self.sinks.audio, self.sinks.sessions[block.session].text,
+                   self.caches[block.session], block.index, block.sink_distance)
+
+    def done(self, block: Block, latents: torch.Tensor, velocity: torch.Tensor) -> list[Message]:
+        """What leaves this step: the block, less noisy, and what the head wants to know. latents [16,3,h,w]; velocity: fp32."""
         out: list[Message] = []
         if self.observe or block.observe:
             out.append(core.Latents(block.session, index=block.index, step=self.index, latents=for_head(latents),
@@ -291,39 +298,3 @@ class ChainEnd:
             case Close():
                 return [core.Closed(message.session)]
         return []
-
-
-# ---------------------------------------------------------------- stages
-
-
-def build_stage(config: Config, stage_names: Sequence[str], device: torch.device | str) -> list[Role]:
-    """The roles of one rank, in order, with only the weights they need.
-
-    stage_names: a slice of the chain, e.g. ("condition", "step0"). Raises WeightsError, ConfigError, InputError.
-    """
-    source, device = open_source(config), torch.device(device)
-    dtype = source.dtype(device)
-    steps = [int(name.removeprefix("step")) for name in stage_names if name.startswith("step")]
-    pictures = {"condition", "decode"} & set(stage_names)
-    vae = source.vae(dtype, device) if source.has_vae and pictures else None
-    roles: list[Role] = []
-    if "condition" in stage_names:
-        roles.append(Conditioner(geometry=source.geometry, latent_channels=source.model_config.in_dim,
-                                 sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
-                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device)))
-    if steps:
-        roles += _denoisers(source, steps, dtype, device)
-    if "decode" in stage_names:
-        roles.append(Decoder(vae))
-    elif stage_names[-1] == source.chain[-1]:
-        roles.append(ChainEnd())
-    return roles
-
-
-def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Role]:
-    model = source.transformer(dtype, device)
-    sinks, last = StageSinks(model), len(source.sigmas) - 2
-    with torch.inference_mode():
-        levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
-    return [sinks, *(Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe)
-                     for k, level in zip(steps, levels))]

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from liveavatar.config import Config
-from liveavatar.core import UPWARD, ConfigError, Message, Open, SetPrompt, SetReference, Span
+from liveavatar.core import UPWARD, Block, ConfigError, Message, Open, SetPrompt, SetReference, Span
 from liveavatar.runtime.links import DistLink, Link, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode
 
 BEAT_SECONDS = 0.25
@@ -39,7 +39,7 @@ MESSAGE_FRAME, NOTE_FRAME = b"M", b"J"  # first byte of a frame to the head: an 
 
 
 class Source(Protocol):
-    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.roles)."""
+    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.stages)."""
 
     def build_stage(self, config: Config, stage_names: Sequence[str], device: torch.device) -> Sequence[Callable]: ...
 
@@ -74,6 +74,25 @@ def describe(message: Message) -> str:
 SLOW = (Open, SetPrompt, SetReference)  # may load an encoder, and hold the interpreter for seconds
 
 
+class Holder(Protocol):
+    """A role that keeps messages for a while: what it was given comes out when it is advanced.
+
+    The Pump advances holders whenever nothing waits in the inbox, and before a message they hold back, so a holder decides
+    who shares a piece of work and never how long anybody waits for company.
+    """
+
+    def __call__(self, message: Message) -> list[Message]: ...
+
+    def under_way(self) -> Sequence[tuple[Callable, Message]]:
+        """(who, what) of the next advance, oldest first; empty: nothing is kept."""
+
+    def holds_back(self, message: Message) -> bool:
+        """Whether it must advance before it can take `message`."""
+
+    def advance(self) -> list[Message]:
+        """One piece of work; what is done comes out in order."""
+
+
 class Pump:
     """Inbox -> roles one after the other -> next stage; what is meant for the head goes up at once.
 
@@ -87,6 +106,7 @@ class Pump:
                  announce: Callable[[], None] = lambda: None, traced: int | None = None):
         self.roles, self.inbox, self.down, self.up, self.announce = tuple(roles), inbox, down, up, announce
         self.traced = traced
+        self.holders: dict[int, Holder] = {place: role for place, role in enumerate(self.roles) if hasattr(role, "advance")}
         self.busy: tuple[str, Message, float] | None = None
         self._stopping = False
 
@@ -95,9 +115,13 @@ class Pump:
         """Until stop(), or the inbox is closed. Raises LinkBroken and whatever a role raises."""
         while not self._stopping:
             try:
-                self._pass(self.inbox.receive())
+                message = self.inbox.receive(0.0 if self._under_way() else None)
             except LinkClosed:
                 return
+            if message is not None:
+                self._pass(message)
+            for place in self._under_way() if message is None else ():
+                self._advance(place)
 
     def stop(self) -> None:
         """End run() after the message at hand."""
@@ -114,25 +138,42 @@ class Pump:
         busy = self.busy
         return busy is not None and isinstance(busy[1], SLOW)
 
-    def _pass(self, message: Message) -> None:
-        travelling = [message]
-        for role in self.roles:
-            made = [out for item in travelling for out in self._call(role, item)]
-            for out in made:
-                if isinstance(out, UPWARD):
-                    self.up(out)
-            travelling = [out for out in made if not isinstance(out, UPWARD)]
-        if self.down is not None:
-            for out in travelling:
-                self.down.send(out)
+    def _under_way(self) -> list[int]:
+        """Places of the holders that keep something."""
+        return [place for place, holder in self.holders.items() if holder.under_way()]
 
-    def _call(self, role: Callable, message: Message) -> list[Message]:
+    def _pass(self, message: Message, place: int = 0) -> None:
+        """`message` through the roles from `place` on, and whatever it leads to, one after the other."""
+        if isinstance(message, UPWARD):
+            self.up(message)
+        elif place < len(self.roles):
+            while place in self.holders and self.holders[place].holds_back(message):
+                self._advance(place)
+            role = self.roles[place]
+            # a block that is taken in is no work yet: its span comes from the advance
+            who = () if place in self.holders and isinstance(message, Block) else ((role, message),)
+            self._onward(place, self._work(role, message, lambda: role(message), who))
+        elif self.down is not None:
+            self.down.send(message)
+
+    def _advance(self, place: int) -> None:
+        holder = self.holders[place]
+        who = tuple(holder.under_way())
+        self._onward(place, self._work(*who[0], holder.advance, who))
+
+    def _onward(self, place: int, made: list[Message]) -> None:
+        for out in made:
+            self._pass(out, place + 1)
+
+    def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]]) -> list[Message]:
+        """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`."""
         self.busy = (type(role).__name__, message, time.monotonic())
         if isinstance(message, SLOW):
             self.announce()
-        made = role(message)
+        made = act()
         if self.traced is not None:
-            self.up(span_of(self.traced, *self.busy[1:], role))
+            for worker, item in who:
+                self.up(span_of(self.traced, item, self.busy[2], worker))
         self.busy = None
         if isinstance(message, SLOW):
             self.announce()
@@ -298,12 +339,17 @@ def build(job: Job, rank: int, device: torch.device) -> Sequence[Callable]:
     """The roles of this rank, each warmed up if it knows how. Raises whatever loading raises."""
     source = job.source
     if source is None:
-        from liveavatar.runtime import roles as source  # only ranks load models; the head never does
+        from liveavatar.runtime import stages as source  # only ranks load models; the head never does
     roles = source.build_stage(job.config, stages_of(job.config)[rank], device)
     for role in roles:
         if hasattr(role, "warm"):
             role.warm()
     return roles
+
+
+def inbox_room(config: Config) -> int:
+    """Messages that wait in front of a stage: the next one, and enough to fill a batch of several sessions."""
+    return max(2, config.runtime.batch + 1)
 
 
 def read_inlet(connection: Connection, inbox: QueueLink) -> None:
@@ -320,7 +366,7 @@ def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> Non
     torch.set_num_threads(threads_of(job.config, job.world))
     device = device_of(job.config, rank)
     before, after = Neighbours(job, rank, device).links()
-    inbox = QueueLink()
+    inbox = QueueLink(inbox_room(job.config))
     pump = Pump(build(job, rank, device), inbox, after, control.message, control.beat,
                 traced(job.config, rank))
     control.pump = pump
