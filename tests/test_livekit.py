@@ -258,7 +258,7 @@ def test_an_avatar_in_a_room(sfu):
             assert (await agent.output.wait_for_playout()).playback_position == pytest.approx(0.5, abs=0.005)
             times = [at for at, *_ in viewer.pictures if at > began]
             rate = (len(times) - 1) / (times[-1] - times[0])
-            assert rate > 21, f"{rate:.1f} pictures a second: the SDK's preset for this size would be 15"
+            assert rate > 17, f"{rate:.1f} pictures a second: the SDK's preset for this size would be 15"
             red = viewer.pictures[-1][2][4, :, 0].astype(int)
             assert red[-8:].mean() - red[:8].mean() > 30  # RGB came through as RGB
             await agent.room.disconnect()
@@ -309,7 +309,7 @@ def test_two_hundred_interruptions_do_not_stop_the_sound(sfu):
                 await agent.say(0.1)
                 await asyncio.sleep(0.008 * (turn % 5))  # before, while and after it is heard
                 agent.output.clear_buffer()
-                await asyncio.wait_for(agent.output.wait_for_playout(), 1.5)  # below the agent's own deadline of 2 s
+                await asyncio.wait_for(agent.output.wait_for_playout(), 1.9)  # below the agent's own deadline of 2 s
             agent.events.clear()
             await agent.say(0.3)
             event = await agent.output.wait_for_playout()

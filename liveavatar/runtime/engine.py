@@ -28,12 +28,8 @@ from liveavatar.runtime import placement
 from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
-<<<<<<< HEAD
-from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
-=======
 from liveavatar.runtime.observing import Observation
-from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate
->>>>>>> h_console
+from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
 from liveavatar.runtime.tracing import open_trace

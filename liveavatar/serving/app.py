@@ -13,12 +13,8 @@ from starlette.staticfiles import StaticFiles
 
 from liveavatar import __version__
 from liveavatar.serving import (
-<<<<<<< HEAD
-    answers, livekit_compat, routes_avatars, routes_outputs, routes_provenance, routes_recordings, routes_server, routes_sessions, routes_watermark,
-    stream_socket, viewer_report, whep,
-=======
-    answers, livekit_compat, routes_avatars, routes_chain, routes_outputs, routes_provenance, routes_server, routes_sessions, routes_watermark, stream_socket, whep,
->>>>>>> h_console
+    answers, livekit_compat, routes_avatars, routes_chain, routes_outputs, routes_provenance, routes_recordings, routes_server, routes_sessions,
+    routes_watermark, stream_socket, viewer_report, whep,
 )  # fmt: skip
 from liveavatar.serving.access import Access
 from liveavatar.serving.audit import Audit
@@ -48,50 +44,25 @@ CONSOLE = Path(__file__).parent / "console"
 EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED)  # headers a listed page may read
 
 
-<<<<<<< HEAD
 def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, stages: Stages | None = None,
                speak: Speak | None = None) -> FastAPI:  # fmt: skip
     """The application of one server. It owns leases and whatever ends with the process, but not the studio.
 
     stages: what watches the chain, told by the studio's notes. speak: text to speech in place of what settings.speech
     names. Raises ConfigError, LogError for files in storage.folder that are not what they were.
-=======
-def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, speak: Speak | None = None,
-               stages: Stages | None = None) -> FastAPI:  # fmt: skip
-    """The application of one server. It owns leases and whatever ends with the process, but not the studio.
-
-    speak: text to speech. stages: watches the studio's chain. Raises ConfigError, LogError for files in storage.folder that are not what they were.
->>>>>>> h_console
 
     Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
     sessions, `desk.lease` tells whose one is.
     """
-<<<<<<< HEAD
-    at = _services(studio, settings, metrics or studio.metrics, speak)
-=======
-    quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
-    store, consents, metrics = AvatarStore(folder / "avatars"), ConsentLog(folder), metrics or studio.metrics
-    audit = Audit(folder, lambda: metrics.provenance_failed("log"))
-    audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
-    at = Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                  desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
-                  webhooks=Webhooks(settings.outputs.private, metrics.webhook),
-                  outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings)),
-                  viewers=Viewers(IceServers(settings.network), settings.access.viewers),
-                  consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings), speak=speak, stages=stages)  # fmt: skip
->>>>>>> h_console
+    at = _services(studio, settings, metrics or studio.metrics, stages, speak)
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
-    app.state.services, app.state.stages = at, stages or Stages(at.metrics, engine=settings.engine_kind)
+    app.state.services = at
     if settings.listen.admin_port is None:
         app.include_router(routes_server.metrics)
     answers.install(app)
-<<<<<<< HEAD
     routes = (routes_server, routes_avatars, routes_provenance, routes_watermark, routes_sessions, routes_outputs, routes_recordings,
-              stream_socket)  # fmt: skip
-=======
-    routes = (routes_server, routes_avatars, routes_provenance, routes_watermark, routes_sessions, routes_outputs, routes_chain, stream_socket)
->>>>>>> h_console
+              routes_chain, stream_socket)  # fmt: skip
     for router in (routes_server.probes, *(module.router for module in routes), livekit_compat.router()):
         app.include_router(router)
     app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=at.microphone), dependencies=[BEARER])
@@ -101,7 +72,7 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
     return app
 
 
-def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, speak: Speak | None) -> Services:
+def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: Stages | None, speak: Speak | None) -> Services:
     quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
     store, consents = AvatarStore(folder / "avatars"), ConsentLog(folder)
     voice = None if speak else open_voice(settings.speech)
@@ -114,7 +85,7 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, speak: Sp
                                     broke=metrics.recording_failed),
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
-                    speak=voice.speak if voice else speak)  # fmt: skip
+                    stages=stages or Stages(metrics, engine=settings.engine_kind), speak=voice.speak if voice else speak)  # fmt: skip
 
 
 def _reports(metrics: Metrics) -> Callable[[object], None]:

@@ -89,14 +89,14 @@ def read(path: str | Path) -> Iterator[Record]:
         yield record
 
 
-<<<<<<< HEAD
 def head(path: str | Path) -> tuple[int, str]:
     """Lines and the hash of the last: note it elsewhere, and a cut-off end shows. Raises LogError."""
     count, last = 0, START
     for record in read(path):
         count, last = record.n + 1, record.hash
     return count, last
-=======
+
+
 def tail(path: str | Path, lines: int) -> list[Record]:
     """The last few lines, oldest first, without a look at those before them: for reading, not for proof. Raises LogError."""
     try:
@@ -107,7 +107,6 @@ def tail(path: str | Path, lines: int) -> list[Record]:
     except OSError as error:
         raise LogError(f"{path}: cannot be read: {error.strerror}") from None
     return [Record(**json.loads(line)) for line in found[-lines:]]
->>>>>>> h_console
 
 
 class EventLog:

@@ -17,7 +17,6 @@ from liveavatar.serving.previews import data_url, previews
 from liveavatar.serving.problems import Capacity
 from liveavatar.serving.routes_sessions import SessionId
 from liveavatar.serving.services import BEARER, At, Services, Who
-from liveavatar.serving.stages import PARTS
 from liveavatar.serving.wire import Wire, problems
 
 PREVIEW_SECONDS = 15.0  # a block may take to come through; longer than any that can be watched live
@@ -92,15 +91,15 @@ async def chain(who: Who, at: At) -> ChainView:
     studio = at.desk.studio
     cut = studio.engine.config.stages if studio.engine is not None else ()
     return ChainView(
-        engine=at.settings.engine_kind, up=studio.alive, ranks=_ranks(at, cut), budget=at.stages.budget() if at.stages else dict.fromkeys(PARTS),
-        throughput=at.stages and at.stages.throughput(), realtime_factor=at.stages and at.stages.realtime_factor(), sessions=len(studio.sessions),
+        engine=at.settings.engine_kind, up=studio.alive, ranks=_ranks(at, cut), budget=at.stages.budget(),
+        throughput=at.stages.throughput(), realtime_factor=at.stages.realtime_factor(), sessions=len(studio.sessions),
         capacity=studio.capacity, restarts=studio.restarts, steps=any(name.startswith("step") for stage in cut for name in stage),
     )  # fmt: skip
 
 
 def _ranks(at: Services, cut) -> list[RankView]:
     """As the chain is cut; with figures where spans were reported."""
-    loads = {load["rank"]: load for load in at.stages.load()} if at.stages else {}
+    loads = {load["rank"]: load for load in at.stages.load()}
     return [RankView(**{**loads.get(n, {"rank": n}), "roles": list(roles)}) for n, roles in enumerate(cut)]
 
 

@@ -52,10 +52,7 @@ async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
     if gpus is not None:
         gpus.watch(metrics)
     app = create_app(studio, settings, metrics=metrics, stages=stages)
-<<<<<<< HEAD
     watch_outputs(metrics, app.state.services.outputs)
-=======
->>>>>>> h_console
     if (key := app.state.services.access.first_key()) is not None:
         say(f"first key, shown this once (scopes: all): {key}")
     try:

@@ -42,11 +42,7 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
     speech; None: this server has no voice.
-<<<<<<< HEAD
-    one_video: looking for a mark takes a core for seconds, so one at a time.
-=======
-    extras: names of what else may be asked of it. stages: watches the chain; None: nobody does.
->>>>>>> h_console
+    one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
     settings: ServeConfig
@@ -62,15 +58,11 @@ class Services:
     metrics: Metrics
     probe: LoopProbe
     mark_key: bytes | None
+    stages: Stages
     consents: ConsentLog
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
-<<<<<<< HEAD
     one_video: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-=======
-    extras: list[str] = field(default_factory=list)
-    stages: Stages | None = None
->>>>>>> h_console
 
     def session(self, session_id: str) -> LiveSession:
         """One that was authorised and runs. Raises NotFound, Conflict."""

@@ -21,12 +21,14 @@ export class Avatars {
   }
 
   draw() {
-    const faces = this.list.map(({id, name}) => h("label", {class: "face", title: name},
+    const faces = this.list.map(({id}) => h("label", {class: "face", title: this.name(id)},
       h("input", {type: "radio", name: "avatar", value: id, checked: id === this.chosen, onchange: () => this.choose(id)}),
-      h("img", {src: this.pictures.get(id) ?? "", alt: ""}), h("span", {}, name)));
+      h("img", {src: this.pictures.get(id) ?? "", alt: ""}), h("span", {}, this.name(id))));
     const add = this.app.may("control") ? [h("button", {type: "button", class: "face add", onclick: () => this.ask()}, h("i", {"aria-hidden": "true"}, "+"), h("span", {}, t("add")))] : [];
     fill($("avatars"), faces, add);
   }
+
+  name(id) { return (this.list.find(avatar => avatar.id === id)?.name ?? id).replaceAll("_", " "); }
 
   choose(id) {
     this.chosen = id;

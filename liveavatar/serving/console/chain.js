@@ -58,7 +58,7 @@ export class Chain {
     const head = this.node(t("head"), ["sessions"], edges ? `${t("speech_waiting")} ${edges.audio_in.depth.toFixed(1)} s` : "–", edges && edges.audio_in.depth / edges.audio_in.capacity);
     const ranks = chain.ranks.map(rank => [this.wire(rank.blocks ?? 0),
       this.node(t("rank", {n: rank.rank}), rank.roles, rank.busy === null ? t("not_measured") : `${Math.round(100 * rank.busy)} % ${t("busy")} · ${bytes(rank.rss)}${rank.gpu ? ` · GPU ${bytes(rank.gpu)}` : ""}`, rank.busy)]);
-    const playout = this.node(t("playout"), [`${stats?.viewers ?? 0} ${t("viewers")}`], edges ? `${ms(edges.playout.depth)} ${t("ahead")}` : "–", edges && Math.min(1, edges.playout.depth));
+    const playout = this.node(t("playout"), [`${stats?.viewers ?? 0} ${t("viewers").toLowerCase()}`], edges ? `${ms(edges.playout.depth)} ${t("ahead")}` : "–", edges && Math.min(1, edges.playout.depth));
     fill(this.ranks, head, ranks, this.wire(0), playout);
   }
 
@@ -84,7 +84,7 @@ export class Chain {
     const bar = h("div", {class: "budget", role: "img", "aria-label": known.map(([part, seconds]) => `${t(part)} ${ms(seconds)}`).join(", ")});
     for (const [part, seconds] of known) {
       const piece = h("span", {class: `part ${part}`, title: `${t(part)}: ${ms(seconds)}`});
-      piece.style.flexGrow = Math.max(seconds, total / 400);
+      piece.style.flexGrow = Math.max(100 * seconds / total, 0.4);
       bar.append(piece);
     }
     fill(this.budget, bar, h("ul", {class: "legend"}, known.map(([part, seconds]) => h("li", {}, h("i", {class: `part ${part}`}), `${t(part)} `, h("b", {}, ms(seconds)))), h("li", {class: "sum"}, "Σ ", h("b", {}, ms(total)))));

@@ -1,6 +1,6 @@
 // Fifteen minutes of figures, one a second, and small curves of them.
 
-const SECONDS = 900;
+const SECONDS = 900, LEAST_SECONDS = 120;  // kept; and shown at least
 
 export class History {
   constructor(names) { this.rings = Object.fromEntries(names.map(name => [name, []])); }
@@ -22,7 +22,7 @@ export class History {
     const pen = canvas.getContext("2d"), style = getComputedStyle(canvas), ring = this.rings[name];
     pen.scale(scale, scale);
     const low = Math.min(0, ...ring.filter(v => v !== null)), top = Math.max(least, ...ring.filter(v => v !== null)) || 1;
-    const x = i => width - (ring.length - 1 - i) * width / (SECONDS - 1), y = value => height - 2 - (value - low) / (top - low) * (height - 4);
+    const shown = Math.max(LEAST_SECONDS, ring.length), x = i => width - (ring.length - 1 - i) * width / (shown - 1), y = value => height - 2 - (value - low) / (top - low) * (height - 4);
     pen.strokeStyle = style.getPropertyValue("--line");
     pen.beginPath(); pen.moveTo(0, y(0)); pen.lineTo(width, y(0)); pen.stroke();
     pen.strokeStyle = style.getPropertyValue("--accent");

@@ -117,7 +117,7 @@ class Sessions {
 
   row(session) {
     const now = Date.now() / 1000, here = this.app.session?.id === session.id, {app} = this;
-    const cells = [session.avatar_id, session.owner, session.state, span(now - session.created_at), session.lease ? span(session.lease.ends_at - now) : "–", String(session.viewers)];
+    const cells = [app.avatars.name(session.avatar_id), session.owner, session.state, span(now - session.created_at), session.lease ? span(session.lease.ends_at - now) : "–", String(session.viewers)];
     const watch = here ? h("span", {class: "note"}, t("here")) : h("button", {type: "button", onclick: () => app.try(() => app.stage.watch(session))}, t("watch"));
     const end = app.may("control") ? twice(t("end_it"), t("sure"), () => app.try(() => this.end(session.id, here))) : null;
     return h("tr", {title: session.id}, cells.map(text => h("td", {}, text)), h("td", {class: "acts"}, watch, end));

@@ -73,8 +73,8 @@ export class Player extends EventTarget {
   // Something was asked for; the next sound answers it. Nothing is measured while the avatar is still speaking.
   ask() { if (performance.now() - this.loudAt > QUIET_MS) this.asked = performance.now(); }
 
-  // It was told to be silent.
-  hush() { this.hushed = performance.now(); this.asked = null; }
+  // It was told to be silent; where it was, there is nothing to measure.
+  hush() { this.hushed = performance.now() - this.loudAt < 2 * QUIET_MS ? performance.now() : null; this.asked = null; }
 
   _say(type, detail) { this.dispatchEvent(new CustomEvent(type, {detail})); }
 

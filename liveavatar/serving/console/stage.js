@@ -62,7 +62,6 @@ export class Stage {
     this.app.session = session;
     this.seen = 0;
     this.turn = {};
-    $("screen").style.aspectRatio = `${session.width} / ${session.height}`;
     this.player = new Player($("video"), this.app.api, session.id);
     this.player.addEventListener("first", ({detail}) => { this.turn.first = detail / 1000; this.draw(); });
     this.player.addEventListener("silent", ({detail}) => { this.turn.silence = detail / 1000; this.draw(); });
@@ -199,7 +198,7 @@ export class Stage {
   poster() {
     const picture = this.app.avatars.pictures.get(this.app.avatars.chosen);
     if (picture) $("poster").src = picture;
-    $("poster").hidden = !picture || Boolean(this.player);
+    $("poster").hidden = !picture;
   }
 
   draw() {
@@ -209,7 +208,6 @@ export class Stage {
     this.show($("state").dataset.state);
     $("video").hidden = !live;
     $("start").hidden = live;
-    $("poster").hidden = live || !$("poster").src;
     $("end").disabled = $("apply").disabled = !live || !this.app.may("control");
     $("say_note").textContent = t(why);
     $("text").disabled = live && why !== "ctrl_enter";

@@ -18,7 +18,7 @@ const WORDS = {
   lost: ["Connection lost", "连接中断"],
   who: ["Who speaks", "选择形象"], add: ["Add a face", "添加形象"],
   prompt: ["Prompt", "提示词"], prompt_hint: ["A calm person talking in a bright room …", "明亮的房间里，一个人平静地说话……"],
-  apply: ["Apply to the live picture", "应用到当前画面"], applied: ["It holds from the next block on.", "将从下一个数据块起生效。"],
+  apply: ["Apply", "应用"], applied: ["It holds from the next block on.", "将从下一个数据块起生效。"],
   speak: ["Let it speak", "让它说话"], text: ["Text", "文字"], text_hint: ["Write what the avatar should say …", "输入要说的话……"],
   speak_it: ["Speak", "朗读"],
   no_voice: ["This server has no voice: set speech.voice in its configuration.", "服务器未配置语音合成：请设置 speech.voice。"],
