@@ -11,7 +11,7 @@ from liveavatar.config import Config, ModelConfig, RuntimeConfig, VideoConfig
 from liveavatar.models.rows import Row, forward_rows, stack_modulations
 from liveavatar.runtime.links import QueueLink
 from liveavatar.runtime.register import Register
-from liveavatar.runtime.stages import build_stage
+from liveavatar.runtime.stage_roles import build_stage
 from liveavatar.runtime.worker import Pump
 
 BLOCK, LOOKAHEAD = 7680, 2000

@@ -25,7 +25,7 @@ from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import local_devices
 from liveavatar.runtime.roles import PRIMING_LATENTS, to_bytes
 from liveavatar.runtime.sources import open_source
-from liveavatar.runtime.stages import build_stage
+from liveavatar.runtime.stage_roles import build_stage
 
 SESSION = "gates"  # part of the noise's seed
 SAMPLES_PER_PICTURE = SAMPLE_RATE // FPS

@@ -33,7 +33,7 @@ TERM_SECONDS = 6.0  # inside torchrun: what the head keeps of its life after SIG
 HEAD_KEY = "liveavatar/head"  # in torchrun's own store: where the head listens
 # Imported once by the forkserver instead of by every rank: torch, and for a checkpoint what reading one takes.
 WORKER_MODULES = ("liveavatar.runtime.worker",)
-CHECKPOINT_MODULES = ("liveavatar.runtime.stages", "liveavatar.models.vae", "liveavatar.models.encoders")
+CHECKPOINT_MODULES = ("liveavatar.runtime.stage_roles", "liveavatar.models.vae", "liveavatar.models.encoders")
 # Freed tensors stay in the process: without this every VAE call pays for its pages again (platform.md).
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}

@@ -39,7 +39,7 @@ MESSAGE_FRAME, NOTE_FRAME = b"M", b"J"  # first byte of a frame to the head: an 
 
 
 class Source(Protocol):
-    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.stages)."""
+    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.stage_roles)."""
 
     def build_stage(self, config: Config, stage_names: Sequence[str], device: torch.device) -> Sequence[Callable]: ...
 
@@ -339,7 +339,7 @@ def build(job: Job, rank: int, device: torch.device) -> Sequence[Callable]:
     """The roles of this rank, each warmed up if it knows how. Raises whatever loading raises."""
     source = job.source
     if source is None:
-        from liveavatar.runtime import stages as source  # only ranks load models; the head never does
+        from liveavatar.runtime import stage_roles as source  # only ranks load models; the head never does
     roles = source.build_stage(job.config, stages_of(job.config)[rank], device)
     for role in roles:
         if hasattr(role, "warm"):
