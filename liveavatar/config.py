@@ -86,6 +86,7 @@ class RuntimeConfig:
     threads: int | None = None  # CPU threads of one rank; None: cores / ranks, at least 1
     in_flight: int | None = None  # blocks of one session inside the chain; None: one more than it works on at once
     queued_seconds: float = 10.0  # audio a session may hold before push_audio waits
+    decode_beside: bool = False  # decode that shares a GPU with steps runs on a CUDA stream of its own; on a CPU it follows the step
     heartbeat_seconds: float = 2.0  # silence after which a rank is declared dead
     block_seconds: float = 600.0  # one role may spend this long on one message before it counts as hung
     start_seconds: float = 600.0  # a rank must be ready within this

@@ -277,15 +277,23 @@ class Decoder:
                 self.states.pop(message.session, None)
                 return [core.Closed(message.session)]
             case Block():
-                pictures = self.vae.decode(message.latents.to(self.vae.device), self.states[message.session])
-                return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=to_bytes(pictures))]
+                return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=to_bytes(self.pictures(message)))]
         return []
+
+    def pictures(self, block: Block) -> torch.Tensor:
+        """Float [3,T,H,W] in [-1, 1]."""
+        return self.vae.decode(block.latents.to(self.vae.device), self.states[block.session])
 
 
 def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
     """Float [-1, 1] [3,T,H,W] -> uint8 [T,H,W,3] on the CPU, rounded."""
+    return to_levels(pictures).cpu()
+
+
+def to_levels(pictures: torch.Tensor) -> torch.Tensor:
+    """Float [-1, 1] [3,T,H,W] -> uint8 [T,H,W,3] where it is, rounded."""
     scaled = ((pictures.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
-    return scaled.permute(1, 2, 3, 0).contiguous().cpu()
+    return scaled.permute(1, 2, 3, 0).contiguous()
 
 
 class ChainEnd:

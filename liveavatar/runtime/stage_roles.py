@@ -8,6 +8,7 @@ import torch
 
 from liveavatar.config import Config
 from liveavatar.diffusion.rollout import Step
+from liveavatar.runtime.beside import decoder_on
 from liveavatar.runtime.register import Register
 from liveavatar.runtime.roles import ChainEnd, Conditioner, Decoder, Denoiser, Role, StageSinks
 from liveavatar.runtime.sources import StageSource, open_source
@@ -31,7 +32,7 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     if steps:
         roles += _denoisers(source, steps, dtype, device, config)
     if "decode" in stage_names:
-        roles.append(Decoder(vae))
+        roles.append(decoder_on(Decoder(vae), device, bool(steps) and config.runtime.decode_beside))
     elif stage_names[-1] == source.chain[-1]:
         roles.append(ChainEnd())
     return roles
