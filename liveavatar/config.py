@@ -86,6 +86,7 @@ class RuntimeConfig:
     threads: int | None = None  # CPU threads of one rank; None: cores / ranks, at least 1
     in_flight: int | None = None  # blocks of one session inside the chain; None: one more than it works on at once
     queued_seconds: float = 10.0  # audio a session may hold before push_audio waits
+    shards: tuple[int, ...] | None = None  # ranks that share each stage's forwards, a number per stage (sequence parallel); None: one
     decode_beside: bool = False  # decode that shares a GPU with steps runs on a CUDA stream of its own; on a CPU it follows the step
     heartbeat_seconds: float = 2.0  # silence after which a rank is declared dead
     block_seconds: float = 600.0  # one role may spend this long on one message before it counts as hung
@@ -103,6 +104,8 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:  # so put, not-a-number is refused too
                 raise ConfigError(f"runtime.{name}={value}: must be positive")
+        if any(count < 1 for count in self.shards or ()):
+            raise ConfigError(f"runtime.shards={list(self.shards)}: every stage needs a rank")
 
 
 @dataclass(frozen=True, kw_only=True)

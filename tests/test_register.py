@@ -12,7 +12,7 @@ from liveavatar.models.rows import Row, forward_rows, stack_modulations
 from liveavatar.runtime.links import QueueLink
 from liveavatar.runtime.register import Register
 from liveavatar.runtime.stage_roles import build_stage
-from liveavatar.runtime.worker import Pump
+from liveavatar.runtime.pump import Pump
 
 BLOCK, LOOKAHEAD = 7680, 2000
 TOLERANCE = 2e-4  # of latents whose size is about 1: matmuls of another height sum in another order

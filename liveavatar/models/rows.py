@@ -33,7 +33,9 @@ class Row:
 
 
 class Exchange(Protocol):
-    """What processes that share a forward say to each other. tokens stands for those of a band, in the order latent, row, column."""
+    """What P processes that share a forward say to each other (runtime/bands.py)."""
+
+    shards: int
 
     def band(self, x: torch.Tensor) -> torch.Tensor:
         """This process's rows of a picture, [..., h, w] -> [..., h/P, w]."""
@@ -41,8 +43,11 @@ class Exchange(Protocol):
     def order(self, angles: torch.Tensor, latents: int) -> torch.Tensor:
         """Angles of all tokens [2, n, d/2] in the order that to_heads gives."""
 
-    def to_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, n/P, heads, d] -> [B, n, heads/P, d]: all tokens of this process's heads."""
+    def own_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """This process's share, [..., heads, d] -> [..., heads/P, d]."""
+
+    def to_heads(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each [B, n/P, heads, d] -> [B, n, heads/P, d]: all tokens of this process's heads."""
 
     def to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The way back of to_heads."""
@@ -54,13 +59,21 @@ class Exchange(Protocol):
 class Alone:
     """The Exchange of a process that computes everything."""
 
+    shards = 1
+
     def band(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def order(self, angles: torch.Tensor, latents: int) -> torch.Tensor:
         return angles
 
-    to_heads = to_tokens = whole = band
+    def to_heads(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return parts
+
+    own_heads = to_tokens = whole = band
+
+
+ALONE = Alone()
 
 
 def stack_modulations(modulations: Sequence[StepModulation]) -> StepModulation:
@@ -70,7 +83,7 @@ def stack_modulations(modulations: Sequence[StepModulation]) -> StepModulation:
     return StepModulation(blocks, type(heads[0])(*(torch.cat(part) for part in zip(*heads))))
 
 
-def forward_rows(model: CausalS2V, rows: Sequence[Row], modulation: StepModulation, exchange: Exchange = Alone()) -> torch.Tensor:
+def forward_rows(model: CausalS2V, rows: Sequence[Row], modulation: StepModulation, exchange: Exchange = ALONE) -> torch.Tensor:
     """Velocities of all rows, fp32 [R, 16, F, h, w]; leaves each block's keys and values in its own cache, as CausalS2V.forward does.
 
     modulation: of the rows in their order (stack_modulations). All rows have one size.
@@ -85,7 +98,7 @@ def forward_rows(model: CausalS2V, rows: Sequence[Row], modulation: StepModulati
     for i, layer in enumerate(model.blocks):
 
         def attend(q, k, v, i=i):
-            q, k, v = (exchange.to_heads(part) for part in (q, k, v))
+            q, k, v = exchange.to_heads(q, k, v)
             seen = [place.attend(i, q[n : n + 1], k[n : n + 1], v[n : n + 1]) for n, place in enumerate(places)]
             return exchange.to_tokens(torch.cat(seen))
 

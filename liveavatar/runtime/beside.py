@@ -29,7 +29,7 @@ class Decoding:
 
 
 class DecoderBeside:
-    """Decoder on a stream of its own. A holder (worker.Pump). Its sessions' states live on that stream alone."""
+    """Decoder on a stream of its own. A holder (pump.Pump). Its sessions' states live on that stream alone."""
 
     def __init__(self, decoder: Decoder, device: torch.device):
         self.decoder, self.device = decoder, device

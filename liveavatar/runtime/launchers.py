@@ -25,6 +25,7 @@ from liveavatar.config import LAUNCHERS, Config, one_of
 from liveavatar.core import ConfigError, PlacementError, RankFailure
 from liveavatar.runtime import worker
 from liveavatar.runtime.chains import Chain, Crew, ProcessChain, ThreadChain
+from liveavatar.runtime.seats import seats_of
 from liveavatar.runtime.supervisor import describe_exit
 
 LOOPBACK = "127.0.0.1"
@@ -53,7 +54,7 @@ def launch(config: Config, launcher: str | None = None, source: worker.Source | 
 
 
 def _crew(name: str, config: Config, modules: Sequence[str]) -> Crew:
-    world = len(worker.stages_of(config))
+    world = len(seats_of(config))
     if name == "local":
         return LocalCrew(config, world, modules)
     if name == "ray":
@@ -109,7 +110,7 @@ class LocalCrew:
                 try:
                     process.start()
                 except (EOFError, ConnectionError):  # the forkserver died, by its imports or for want of memory
-                    raise RankFailure(rank, worker.stages_of(self._config)[rank], "the process that starts it has died") from None
+                    raise RankFailure(rank, seats_of(self._config)[rank].roles, "the process that starts it has died") from None
                 self._processes.append(process)
 
     def ended(self, rank: int) -> str | None:

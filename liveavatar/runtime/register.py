@@ -34,7 +34,7 @@ class Under:
 
 
 class Register:
-    """StageSinks and Denoisers of one stage as one role. A holder (worker.Pump): takes blocks in, gives them out of `advance`."""
+    """StageSinks and Denoisers of one stage as one role. A holder (pump.Pump): takes blocks in, gives them out of `advance`."""
 
     def __init__(self, sinks: StageSinks, steps: Sequence[Denoiser], *, shift: bool, batch: int):
         self.sinks, self.steps, self.shift, self.batch = sinks, tuple(steps), shift, batch

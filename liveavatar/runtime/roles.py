@@ -18,11 +18,11 @@ import torch
 
 from liveavatar import core
 from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
-from liveavatar.diffusion.denoise import noise, sink_distance
+from liveavatar.diffusion.denoise import euler, noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
-from liveavatar.models.rows import Row
+from liveavatar.models.rows import ALONE, Exchange, Row, forward_rows
 from liveavatar.models.s2v import CausalS2V, TextCache
 
 PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
@@ -162,8 +162,8 @@ class StageSinks:
     many steps the stage holds: the sink does not depend on the step (model.md section 7).
     """
 
-    def __init__(self, model: CausalS2V):
-        self.model = model
+    def __init__(self, model: CausalS2V, exchange: Exchange = ALONE):
+        self.model, self.exchange = model, exchange
         self.sessions: dict[str, Identity] = {}
         self.audio: AudioTokens | None = None
 
@@ -184,7 +184,10 @@ class StageSinks:
         reference = old.reference if reference is None else reference
         motion = old.motion if motion is None else motion
         text = old.text if context is None else self.model.encode_text(context.to(self.model.device))
-        return Identity(reference, motion, text, self.model.prefill(reference, motion, text))
+        sink = self.model.prefill(reference, motion, text)
+        if self.exchange.shards > 1:
+            sink = Sink(self.exchange.own_heads(sink.k), self.exchange.own_heads(sink.v))
+        return Identity(reference, motion, text, sink)
 
 
 class Denoiser:
@@ -219,11 +222,18 @@ class Denoiser:
     def _take_sink(self, session: str) -> None:
         g, h, w = self.geometry, self.geometry.latent_height, self.geometry.latent_width
         if session not in self.caches:
-            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks)
+            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks, self._cache)
         self.model.set_sink(self.caches[session], self.sinks.sessions[session].sink, h, w)
 
+    def _cache(self, *, heads: int, **sizes) -> StepCache:
+        """A StepCache of this rank's heads."""
+        return StepCache(heads=heads // self.sinks.exchange.shards, **sizes)
+
     def _denoise(self, block: Block) -> list[Message]:
-        row = self.row(block)
+        row, exchange = self.row(block), self.sinks.exchange
+        if exchange.shards > 1:
+            (velocity,) = forward_rows(self.model, [row], self.step.modulation, exchange)
+            return self.done(block, euler(row.x, velocity, self.step.sigma, self.step.sigma_next), velocity)
         latents, velocity = denoise_block(self.model, self.step, row.x, row.audio, row.text, row.cache,
                                           block=row.block, sink_distance=row.sink_distance)
         return self.done(block, latents, velocity)

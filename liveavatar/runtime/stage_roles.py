@@ -8,16 +8,17 @@ import torch
 
 from liveavatar.config import Config
 from liveavatar.diffusion.rollout import Step
+from liveavatar.models.rows import ALONE, Exchange
 from liveavatar.runtime.beside import decoder_on
 from liveavatar.runtime.register import Register
 from liveavatar.runtime.roles import ChainEnd, Conditioner, Decoder, Denoiser, Role, StageSinks
 from liveavatar.runtime.sources import StageSource, open_source
 
 
-def build_stage(config: Config, stage_names: Sequence[str], device: torch.device | str) -> list[Role]:
+def build_stage(config: Config, stage_names: Sequence[str], device: torch.device | str, exchange: Exchange = ALONE) -> list[Role]:
     """The roles of one rank, in order, with only the weights they need.
 
-    stage_names: a slice of the chain, e.g. ("condition", "step0"). Raises WeightsError, ConfigError, InputError.
+    stage_names: a slice of the chain, e.g. ("condition", "step0"). exchange: with the ranks that share the stage. Raises WeightsError, ConfigError, InputError.
     """
     source, device = open_source(config), torch.device(device)
     dtype = source.dtype(device)
@@ -30,7 +31,7 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
                                  sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
                                  front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device)))
     if steps:
-        roles += _denoisers(source, steps, dtype, device, config)
+        roles += _denoisers(source, steps, dtype, device, config, exchange)
     if "decode" in stage_names:
         roles.append(decoder_on(Decoder(vae), device, bool(steps) and config.runtime.decode_beside))
     elif stage_names[-1] == source.chain[-1]:
@@ -38,9 +39,10 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     return roles
 
 
-def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device, config: Config) -> list[Role]:
+def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device, config: Config,
+               exchange: Exchange) -> list[Role]:
     model = source.transformer(dtype, device)
-    sinks, last = StageSinks(model), len(source.sigmas) - 2
+    sinks, last = StageSinks(model, exchange), len(source.sigmas) - 2
     with torch.inference_mode():
         levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
     denoisers = [Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe)
