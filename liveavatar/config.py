@@ -103,22 +103,28 @@ class RuntimeConfig:
 
     launcher: str = "inproc"
     threads: int | None = None  # CPU threads of one rank; None: cores / ranks, at least 1
-    in_flight: int | None = None  # blocks of one session inside the chain; None: stages + 1
+    in_flight: int | None = None  # blocks of one session inside the chain; None: one more than it works on at once
     queued_seconds: float = 10.0  # audio a session may hold before push_audio waits
+    shards: tuple[int, ...] | None = None  # ranks that share each stage's forwards, a number per stage (sequence parallel); None: one
+    decode_beside: bool = False  # decode that shares a GPU with steps runs on a CUDA stream of its own; on a CPU it follows the step
     heartbeat_seconds: float = 2.0  # silence after which a rank is declared dead
     block_seconds: float = 600.0  # one role may spend this long on one message before it counts as hung
     start_seconds: float = 600.0  # a rank must be ready within this
     sessions: int = 4  # sessions one chain holds
+    shift_register: bool = False  # steps of one stage run side by side, each on its own block: one read of the weights for all
+    batch: int = 1  # blocks of so many sessions go through a step together where they wait for it together
     ray_address: str | None = None
     trace: str | None = None  # file for the trace of the run (telemetry.py), replaced if it exists
     spans: bool = False  # ranks tell how long each role took, trace or none: who serves watches it. A GPU is waited for after each role
 
     def __post_init__(self):
         one_of("runtime.launcher", self.launcher, LAUNCHERS)
-        for name in ("threads", "in_flight", "queued_seconds", "heartbeat_seconds", "block_seconds", "start_seconds", "sessions"):
+        for name in ("threads", "in_flight", "queued_seconds", "heartbeat_seconds", "block_seconds", "start_seconds", "sessions", "batch"):
             value = getattr(self, name)
             if value is not None and not value > 0:  # so put, not-a-number is refused too
                 raise ConfigError(f"runtime.{name}={value}: must be positive")
+        if any(count < 1 for count in self.shards or ()):
+            raise ConfigError(f"runtime.shards={list(self.shards)}: every stage needs a rank")
 
 
 @dataclass(frozen=True, kw_only=True)

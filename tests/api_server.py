@@ -16,11 +16,15 @@ from PIL import Image
 from liveavatar.serving import listen
 from liveavatar.serving.access import SCOPES
 from liveavatar.serving.app import create_app
+from liveavatar.serving.problems import TYPES
 from liveavatar.serving.services import Services
 from liveavatar.serving.settings import AccessConfig, ListenConfig, ServeConfig, SessionsConfig, StorageConfig
 from liveavatar.serving.studio import Studio
+from liveavatar.serving.wire import ProblemBody
 
 BASE = "http://127.0.0.1"
+PCM = {"content-type": "audio/pcm"}
+STATEMENT = {"subject": "Ada", "method": "self", "scope": "conversation"}  # of a consent
 
 
 def settings(folder: Path, access: dict | None = None, sessions: dict | None = None, **more) -> ServeConfig:
@@ -108,3 +112,22 @@ def tone(seconds: float, rate: int = 16_000) -> np.ndarray:
 def changed(config: ServeConfig, **sections) -> ServeConfig:
     """With other values in some sections."""
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+async def until(events, name: str, count: int):
+    """The next `count` events of this name."""
+    async with asyncio.timeout(20):
+        async for event in events:
+            if event.name == name:
+                count -= 1
+                yield event
+            if not count:
+                return
+
+
+def problem(answer) -> tuple[int, str]:
+    """Status and kind of a refusal, which is a problem in every way (API-4)."""
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    body = answer.json()
+    assert body["status"] == answer.status_code and body["request_id"] and body["title"] and set(body) <= {*ProblemBody.model_fields}
+    return answer.status_code, body["type"].removeprefix(TYPES)

@@ -28,7 +28,8 @@ def server(tmp_path):
     """(process, client of the operator): configs/serve_tiny.yaml with the test card in place of the model."""
     overrides = ["--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={tmp_path}", "sessions.drain_seconds=20"]
     command = [sys.executable, "-m", "liveavatar", "serve", str(ROOT / "configs" / "serve_tiny.yaml"), *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     try:
         key, address = (first_word(process, start) for start in ("la_", "http://"))
         with httpx.Client(base_url=address, headers=bearer(key), timeout=10) as client:

@@ -30,9 +30,10 @@ PICTURE = Packet(codec=H264, data=b"x", pts=0, duration=3600, rate=90_000, keyfr
 def test_what_is_shown_holds_no_secret(kind, url, shown, secrets):
     target = Target(kind=kind, url=url, token="b3arer" if kind == "whip" else None)
     assert target.shown == shown
-    said = target.redact(f"cannot open '{url}': Bearer b3arer, /{'/'.join(secrets)} refused" if kind == "whip" else f"cannot open '{url}': {secrets} refused")
+    hidden = (*secrets, "b3arer") if kind == "whip" else secrets
+    said = target.redact(f"cannot open '{url}': {hidden} refused")
     for text in (said, repr(target), shown):
-        assert not [secret for secret in (*secrets, "b3arer") if secret in text and (kind, secret) != ("rtmp", "b3arer")]
+        assert not [secret for secret in hidden if secret in text]
     assert "refused" in said
 
 
@@ -60,8 +61,9 @@ def test_the_checked_address_is_the_one_connected_to(url, address, opened):
 
 def test_the_writing_process_is_light():
     """It starts in a moment because it imports PyAV and the standard library alone (torch takes seconds and a GB)."""
-    found = {name.split(".")[0] for node in ast.walk(ast.parse(Path(destination.__file__).read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
-             for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])}  # fmt: skip
+    nodes = list(ast.walk(ast.parse(Path(destination.__file__).read_text())))
+    found = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     assert found - sys.stdlib_module_names == {"av"}
 
 

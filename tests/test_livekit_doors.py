@@ -24,7 +24,9 @@ from livekit.agents.utils import http_context
 from livekit.plugins import liveavatar as plugin
 from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studio, token, tone, until
 
+from liveavatar.serving import livekit_compat
 from liveavatar.serving.live import Role
+from liveavatar.serving.problems import NotInstalled
 from liveavatar.serving.settings import OutputsConfig
 
 LOOPBACK = OutputsConfig(private=("127.0.0.0/8",))
@@ -106,6 +108,14 @@ def test_doors_refuse_before_anything_is_opened(sfu, tmp_path):
     run(scene())
 
 
+def test_without_livekit_the_doors_say_what_to_install(monkeypatch):
+    for name in ("livekit_video", "livekit_worker"):
+        monkeypatch.delitem(sys.modules, f"liveavatar.serving.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "livekit", None)
+    with pytest.raises(NotInstalled, match=r"pip install 'liveavatar\[livekit\]'"):
+        run(livekit_compat._worker_module())
+
+
 # ---------------------------------------------------------------- an AgentSession of livekit-agents
 
 
@@ -131,7 +141,8 @@ async def voice(seconds: float):
 
 async def conversation(sfu: str, room: rtc.Room, viewer: Viewer, avatar, **where) -> dict:
     """Two utterances of a real AgentSession through an avatar, the second interrupted. Returns what there is to know."""
-    talk, metrics, loop = AgentSession(), [], asyncio.get_running_loop()
+    cannot_pause = {"interruption": {"resume_false_interruption": False}}  # rule 8
+    talk, metrics, loop = AgentSession(turn_handling=cannot_pause), [], asyncio.get_running_loop()
     avatar.on("metrics_collected", metrics.append)
     await talk.start(Talker(instructions=""))
     async with job(sfu, "agent"):

@@ -44,7 +44,7 @@ def harness(portrait, frames, **settings):
     """(what left downstream, the studio's sessions at the end)."""
     async def go():
         async with service(portrait) as (studio, avatar):
-            down, _ = await run_test(avatar, frames_to_send=[OutputTransportReadyFrame(), *frames], **settings)
+            down, _ = await run_test(avatar, frames_to_send=[OutputTransportReadyFrame(), *frames], start_timeout=15.0, **settings)
             return down, len(studio.sessions)
 
     down, left = asyncio.run(asyncio.wait_for(go(), 60))
@@ -94,10 +94,36 @@ def test_an_interruption_leaves_nothing_of_what_was_said(portrait):
 def test_the_end_of_the_pipeline_waits_for_the_last_word_and_no_picture_leaves_too_early(portrait):
     async def go():
         async with service(portrait) as (studio, avatar):
-            down, _ = await run_test(avatar, frames_to_send=[SleepFrame(0.3), *said(0.6), TTSStoppedFrame(context_id="c1")])
+            down, _ = await run_test(avatar, frames_to_send=[SleepFrame(0.3), *said(0.6), TTSStoppedFrame(context_id="c1")], start_timeout=15.0)
             return down, avatar, studio
 
     down, _, studio = asyncio.run(asyncio.wait_for(go(), 60))
     assert not kinds(down, OutputImageRawFrame)  # nobody said that the transport is ready
     assert 14 <= len(kinds(down, TTSAudioRawFrame)) <= 17 and isinstance(down[-1], TTSStoppedFrame)
     assert not studio.sessions
+
+
+def test_an_avatar_on_another_machine_is_the_same_service(tmp_path):
+    pytest.importorskip("aiortc")
+    from api_server import on_port, settings
+
+    from liveavatar.serving.remote import RemoteAvatar, RemoteFailed
+
+    async def go():
+        async with on_port(settings(tmp_path)) as (server, port):
+            with pytest.raises(RemoteFailed, match="status 401"):
+                await RemoteAvatar(f"http://{port}", "wrong").open()
+            avatar = LiveAvatarVideoService(RemoteAvatar(f"http://{port}", server.key))
+            frames = [OutputTransportReadyFrame(), SleepFrame(1.0), *said(3.0), SleepFrame(1.2), InterruptionFrame(), SleepFrame(0.5),
+                      TTSStartedFrame(context_id="c2"), *said(0.6, "c2"), TTSStoppedFrame(context_id="c2")]  # fmt: skip
+            down, _ = await run_test(avatar, frames_to_send=frames, start_timeout=15.0)
+            return down, len(server.studio.sessions)
+
+    down, left = asyncio.run(asyncio.wait_for(go(), 90))
+    cut = down.index(kinds(down, InterruptionFrame)[0])
+    before, after = (np.concatenate([np.frombuffer(f.audio, "<i2") for f in kinds(part, TTSAudioRawFrame)]) for part in (down[:cut], down[cut:]))
+    assert {frame.context_id for frame in kinds(down[cut:], TTSAudioRawFrame)} == {"c2"} and left == 0
+    assert 0.2 < len(before) / 48_000 < 2.5  # of 3 s, cut
+    loud = np.flatnonzero(np.abs(after.astype(int)) > 2000)
+    assert abs((loud[-1] - loud[0]) / 48_000 - 0.6) < 0.15  # whole, through Opus
+    assert isinstance(down[-1], TTSStoppedFrame) and len(kinds(down, OutputImageRawFrame)) > 40

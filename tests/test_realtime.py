@@ -13,15 +13,21 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 from fastapi import FastAPI, WebSocket
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 
 from liveavatar.serving.live import Role
-from liveavatar.serving.realtime import Backend, bridge
+from liveavatar.serving.realtime import Backend, BackendFailed, BackendSocket, RealtimeBridge, bridge
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 
-SESSION = {"type": "session.created", "event_id": "e0", "session": {"type": "realtime", "audio": {"output": {"format": {"type": "audio/pcm", "rate": 24_000}}}}}
+FORMAT = {"type": "audio/pcm", "rate": 24_000}
+KINDS = ("response.output_audio.delta", "response.audio.done", "response.done", "session.updated", "input_audio_buffer.speech_started", "x")
+FIELDS = ("response_id", "item_id", "content_index", "delta", "response", "id", "session", "audio", "output", "input", "format", "type", "rate",
+          "turn_detection", "output_audio_format")  # fmt: skip
+SESSION = {"type": "session.created", "event_id": "e0", "session": {"type": "realtime", "audio": {"output": {"format": FORMAT}}}}
 
 
 class Model:
@@ -179,8 +185,10 @@ def test_what_clears_the_buffer_stops_every_item(portrait):
 def test_a_model_that_lets_itself_not_be_interrupted_is_not(portrait):
     async def work(client, model, avatar):
         detection = {"type": "server_vad", "interrupt_response": False}
-        await model.say(type="session.updated", session={"audio": {"input": {"turn_detection": detection}, "output": {"format": {"type": "audio/pcmu"}}}})
-        await model.say(type="response.output_audio.delta", response_id="r", item_id="i", content_index=0, delta=base64.b64encode(b"\xff" * 4000).decode())
+        sound = {"input": {"turn_detection": detection}, "output": {"format": {"type": "audio/pcmu"}}}
+        await model.say(type="session.updated", session={"audio": sound})
+        delta = base64.b64encode(b"\xff" * 4000).decode()
+        await model.say(type="response.output_audio.delta", response_id="r", item_id="i", content_index=0, delta=delta)
         await model.say(type="response.output_audio.done", response_id="r", item_id="i", content_index=0)
         await model.say(type="input_audio_buffer.speech_started", item_id="u")
         await model.say(type="response.done", response={"id": "r"})
@@ -190,10 +198,43 @@ def test_a_model_that_lets_itself_not_be_interrupted_is_not(portrait):
     run(work, portrait)
 
 
-def test_no_backend_is_said_so(portrait):
-    async def go():
-        from liveavatar.serving.realtime import BackendFailed, BackendSocket
+class Deaf:
+    """An avatar that takes all and says nothing; a wire that does the same."""
 
+    epoch, happenings, sent = 0, (), 0
+
+    async def push_audio(self, pcm, rate, **said):
+        assert pcm.dtype == np.int16 and rate > 0
+
+    async def interrupt(self, reason):
+        return None
+
+    async def send(self, text):
+        self.sent += 1
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["", "i1", "r1", "AAAA", "audio/pcmu", "pcm16", "?"]),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5), max_leaves=8)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6)), max_size=8))
+def test_no_event_whatever_its_shape_breaks_the_proxy(events):
+    async def go():
+        bridge = RealtimeBridge(Deaf(), client := Deaf(), Deaf())
+        for kind, rest in events:
+            try:
+                await bridge._understand({**rest, "type": kind})
+            except BackendFailed:  # sound that is none: the connection ends, and the client is told why
+                return
+            await bridge._clear()
+        assert client.sent == 0  # nothing was heard, so nothing was told
+
+    asyncio.run(go())
+
+
+def test_no_backend_is_said_so():
+    async def go():
         with pytest.raises(BackendFailed, match="cannot be reached"):
             await BackendSocket.open(Backend(url="ws://127.0.0.1:9/"))
 

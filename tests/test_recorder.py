@@ -26,7 +26,8 @@ class Scene:
 
     def __init__(self, folder, *, seconds=3600.0, sign=None, **station):
         self.seen, self.station = [], Station(keyframe_seconds=GROUP / 25, **station)
-        self.recorder = Recorder(SIZE, SIZE, StorageConfig(folder=str(folder), recording_seconds=seconds), OutputsConfig(stall_seconds=1.0, retry_seconds=0.1),
+        storage, outputs = StorageConfig(folder=str(folder), recording_seconds=seconds), OutputsConfig(stall_seconds=1.0, retry_seconds=0.1)
+        self.recorder = Recorder(SIZE, SIZE, storage, outputs,
                                  facts={"session": "s1", "consent": "c7"}, sign=sign, ask_keyframe=self.station.ask_keyframe,
                                  report=lambda *event: self.seen.append(event))  # fmt: skip
         self.station.sinks.append(self.recorder)
@@ -130,8 +131,9 @@ def test_files_follow_each_other_without_a_gap(tmp_path):
             packets = [p for p in container.demux(audio=0) if p.size]
             sound += len(packets)
             assert {b.pts - a.pts for a, b in zip(packets[1:], packets[2:])} == {1024}  # FFmpeg stretches the first to the start
-    assert sum(facts["pictures"] for facts in said) >= 65 and said[0]["pictures"] in (30, 31) and said[1]["pictures"] == 30  # cut at the first IDR after 1 s
-    assert abs(sound - sum(facts["pictures"] for facts in said) * 1920 / 1024) < 4
+    counts = [facts["pictures"] for facts in said]
+    assert sum(counts) >= 65 and counts[0] in (30, 31) and counts[1] == 30  # cut at the first IDR after 1 s
+    assert abs(sound - sum(counts) * 1920 / 1024) < 4
     (first, second, *_) = said
     start = first["segments"][0]["start"]
     assert 0 < start < 1.2 and first["segments"] == [{"segment": 4, "start": start, "end": None, "interrupted": False}]

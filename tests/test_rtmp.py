@@ -67,8 +67,8 @@ def accepts(port: int) -> bool:
 
 async def packets_seen(url: str, seconds: float) -> tuple[list[float], list[str]]:
     """Presentation times of the pictures a viewer gets within `seconds`, and what ffprobe says of the streams."""
-    command = ["ffprobe", "-v", "error", "-read_intervals", f"%+{seconds}", "-show_entries", "packet=pts_time,flags,codec_type", "-show_entries",
-               "stream=codec_name,width,r_frame_rate", "-of", "compact", url]  # fmt: skip
+    command = ["ffprobe", "-v", "error", "-analyzeduration", "1000000", "-read_intervals", f"%+{seconds}", "-show_entries",
+               "packet=pts_time,flags,codec_type", "-show_entries", "stream=codec_name,width,r_frame_rate", "-of", "compact", url]  # fmt: skip
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     lines = (await asyncio.wait_for(process.communicate(), 10))[0].decode().splitlines()
     pictures = [float(line.split("pts_time=")[1].split("|")[0]) for line in lines if line.startswith("packet|codec_type=video")]

@@ -15,7 +15,6 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from api_server import bearer, changed, on_port, settings, tone
 from liveavatar.serving.access import ANYBODY
 from liveavatar.serving.problems import Invalid, Problem
-from liveavatar.serving.settings import ListenConfig
 from liveavatar.serving.stream_frames import END, HEADER, MESSAGE_BYTES, OPUS, PCM, START, SoundReader, pack, unpack
 from liveavatar.serving.stream_socket import MISTAKES, Outbox
 
@@ -192,7 +191,7 @@ def test_nonsense_on_the_socket_never_hurts(tmp_path):
                 assert (await until(socket, "session.created"))["session"]["state"] in ("ready", "idle", "speaking")
             lease = server.at.desk.leases(ANYBODY)[0]
             async with asyncio.timeout(5):
-                while lease.holders:  # the server notices a client that left a moment later
+                while lease.sockets:  # the server notices a client that left a moment later
                     await asyncio.sleep(0.01)
 
     asyncio.run(story())

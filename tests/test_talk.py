@@ -1,9 +1,11 @@
 """Ears, voices and minds with their real models and against real servers; the whole loop on the test card."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
+import time
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -13,14 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from liveavatar.conditioning.media import read_audio
 from liveavatar.core import ConfigError
 from liveavatar.generate import SPEECH
-from liveavatar.conditioning.media import read_audio
-from liveavatar.serving.conversation import LISTENING
-from liveavatar.serving.ears import Began, Ears, Ended, Hearing, Turns, WINDOW, WINDOW_SECONDS
+from liveavatar.serving.conversation import LISTENING, Conversation
+from liveavatar.serving.ears import WINDOW, WINDOW_SECONDS, Began, Ears, Ended, Hearing, Turns
 from liveavatar.serving.live import Role
 from liveavatar.serving.minds import Companion, EndpointMind, MindFailed, Said, sentences
 from liveavatar.serving.problems import BufferFull, Unprocessable
+from liveavatar.serving.rehearsal import LEAD, PATIENCE, NoAnswer, Turn, Typist, User
 from liveavatar.serving.settings import ServeConfig, SpeechConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.talk import Talk
@@ -220,7 +223,8 @@ def split(text: str, step: int) -> list[str]:
 
 
 def test_sentences_are_what_a_person_would_say_at_once():
-    assert split('Dr. Smith paid 3.50, e.g. for tea. Really? "Yes!" J. K. left', 1) == ["Dr. Smith paid 3.50, e.g. for tea.", "Really?", '"Yes!"', "J. K. left"]
+    text = ["Dr. Smith paid 3.50, e.g. for tea.", "Really?", '"Yes!"', "J. K. left"]
+    assert split(" ".join(text), 1) == text
     assert split("你好。我很好！", 1) == ["你好。", "我很好！"] and split("1. One\n2. Two ... !", 4) == ["1. One", "2. Two ..."]
     assert max(map(len, split("word, " * 200, 7))) <= 300 and sum(map(len, split("a. " * 9000, 500))) <= 8000
 
@@ -338,7 +342,7 @@ def test_recorded_questions_become_a_film_of_the_conversation(tmp_path):
     talk_commands.register(app, lambda function: function)
     out, report = tmp_path / "talk.mp4", tmp_path / "talk.json"
     done = CliRunner().invoke(app, ["talk", "--audio", str(tmp_path / "q.wav"), "--say", "Thank you.", "--out", str(out), "--report", str(report),
-                                    "engine_kind=testcard", "media.scale=2"])  # fmt: skip
+                                    "engine_kind=testcard", "media.scale=2", f"storage.folder={tmp_path / 'var'}"])  # fmt: skip
     assert done.exit_code == 0, (done.output, done.exception)
     turns = json.loads(report.read_text())["turns"]
     assert [turn["answer"] for turn in turns] == ["That is 56.", "You are welcome."] and "avatar: That is 56." in done.output
@@ -348,3 +352,32 @@ def test_recorded_questions_become_a_film_of_the_conversation(tmp_path):
         assert (video.codec_context.width, sound.rate) == (256, 48_000) and 5 < file.duration / 1e6 < 30
         loud = [np.abs(frame.to_ndarray()).max() > 0.05 for frame in file.decode(sound)]
     assert sum(a != b for a, b in zip(loud, loud[1:], strict=False)) >= 4  # question, pause, answer, pause, answer
+
+
+def test_the_user_of_a_rehearsal_waits_interrupts_and_gives_up():
+    conversation = Conversation(lambda: 0.0)
+    question = np.full(3000, 0.5, np.float32)  # two ticks
+    user = User(conversation, [Turn("one", pcm=question), Turn("two", text="and now?", barge_in=0.4)])
+
+    def ticks(count: int) -> list[tuple[bool, str]]:
+        return [(bool(said.any()), text) for said, text in (user.tick() for _ in range(count))]
+
+    assert ticks(LEAD) == [(False, "")] * LEAD and ticks(3) == [(True, ""), (True, ""), (False, "")]
+    conversation.began()
+    conversation.said("one")
+    assert not any(said or text for said, text in ticks(100))  # it thinks
+    conversation.sentence(1, "Well.")
+    conversation.started(1)
+    assert ticks(12)[9:] == [(False, ""), (False, "and now?"), (False, "")]  # 0.4 s into the answer
+    with pytest.raises(NoAnswer, match="two"):
+        ticks(PATIENCE + 1)
+    assert not user.over
+
+
+def test_typed_lines_are_turns_until_an_empty_one():
+    conversation = Conversation(lambda: 0.0)
+    typist, got = Typist(conversation, io.StringIO("hello\n  what now \n\nnever read\n")), []
+    while not typist.over:
+        got.append(typist.tick()[1])
+        time.sleep(0.001)
+    assert [line for line in got if line] == ["hello", "what now"]

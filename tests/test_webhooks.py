@@ -42,7 +42,8 @@ def test_a_session_tells_a_real_receiver_signed_and_in_order(tmp_path):
         await runner.cleanup()  # after the server: what waited was delivered before it ended
         events = [json.loads(body) for _, body in got]
         assert [event["n"] for event in events] == list(range(1, len(events) + 1)) and {event["session"] for event in events} == {session}
-        assert events[-1]["type"] == "state" and events[-1]["state"] == "closed" and {"speak.started", "speak.finished"} <= {e["type"] for e in events}
+        assert (events[-1]["type"], events[-1]["state"]) == ("state", "closed")
+        assert {"speak.started", "speak.finished"} <= {event["type"] for event in events}
         for headers, body in got:
             assert headers["LiveAvatar-Signature"] == f"v1={signature(SECRET, headers['LiveAvatar-Timestamp'], body)}"
             assert SECRET not in str(headers) and SECRET.encode() not in body

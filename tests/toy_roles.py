@@ -137,31 +137,37 @@ class ToySource:
 
 @dataclass
 class FixedRole:
-    """Sleeps for its time on every block; passes the rest on as roles do."""
+    """Sleeps for its time on every block, a step also on a new sink; passes the rest on as roles do. last: reports a clean latent."""
 
     name: str
     seconds: float
+    refresh: float = 0.0
+    last: bool = False
 
     def __call__(self, message):
         if isinstance(message, core.Audio) and self.name == "condition":
             message = core.Block(message.session, index=message.index, epoch=message.epoch)
         if not isinstance(message, core.Block):
+            if isinstance(message, core.Refresh) and self.name.startswith("step"):
+                time.sleep(self.refresh)
             last = {core.Open: core.Opened, core.Close: core.Closed}.get(type(message)) if self.name == "decode" else None
             return [last(message.session)] if last else [] if self.name == "decode" else [message]
         time.sleep(self.seconds)
         if self.name == "decode":
             return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=torch.zeros(12, 2, 2, 3, dtype=torch.uint8))]
-        return [message]
+        clean = [core.CleanLatent(message.session, index=0, latent=torch.zeros(1))] if self.last and message.index == 0 else []
+        return [*clean, message]
 
 
 @dataclass(frozen=True)
 class FixedSource:
-    """Picklable source of FixedRoles."""
+    """Picklable source of FixedRoles. seconds: by role; refresh: what a new sink costs a step."""
 
     seconds: dict
+    refresh: float = 0.0
 
     def build_stage(self, config, stage_names, device):
-        return [FixedRole(name, self.seconds[name]) for name in stage_names]
+        return [FixedRole(name, self.seconds[name], self.refresh, name == f"step{config.steps_run - 1}") for name in stage_names]
 
 
 def script(blocks: int = 6) -> list[core.Message]:

@@ -23,8 +23,9 @@ from liveavatar.models.probe import Probe, Seen, identity_error
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import local_devices
-from liveavatar.runtime.roles import PRIMING_LATENTS, build_stage, to_bytes
+from liveavatar.runtime.roles import PRIMING_LATENTS, to_bytes
 from liveavatar.runtime.sources import open_source
+from liveavatar.runtime.stage_roles import build_stage
 
 SESSION = "gates"  # part of the noise's seed
 SAMPLES_PER_PICTURE = SAMPLE_RATE // FPS

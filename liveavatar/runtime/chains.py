@@ -26,9 +26,11 @@ import torch
 import torch.distributed as dist
 
 from liveavatar.config import Config
-from liveavatar.core import Message, RankFailure, SessionClosed
+from liveavatar.core import ConfigError, Message, RankFailure, SessionClosed
 from liveavatar.runtime import worker
 from liveavatar.runtime.links import LinkClosed, QueueLink, decode, encode
+from liveavatar.runtime.pump import Pump
+from liveavatar.runtime.seats import seats_of
 from liveavatar.runtime.supervisor import Limits, RankView, Supervisor
 
 UPWARD_ROOM = 256  # messages
@@ -53,9 +55,9 @@ class Base:
     """The parts both chains share: views, the upward queue, the failure, waiting until all are ready."""
 
     def __init__(self, config: Config):
-        self.config, self.stages = config, worker.stages_of(config)
+        self.config, self.seats = config, seats_of(config)
         now = time.monotonic()
-        self.views = [RankView(rank=rank, roles=roles, started=now) for rank, roles in enumerate(self.stages)]
+        self.views = [RankView(rank=seat.rank, roles=seat.roles, started=now) for seat in self.seats]
         self._up = QueueLink(UPWARD_ROOM)
         self._failure: RankFailure | None = None
         self._stopped = False
@@ -133,7 +135,7 @@ class Base:
         self._raise_failure()
         if self._stopped:
             raise SessionClosed("the chain was stopped")
-        raise RankFailure(0, self.stages[0], "took no more messages and gave no reason")
+        raise RankFailure(0, self.seats[0].roles, "took no more messages and gave no reason")
 
 
 # ---------------------------------------------------------------- one process, one thread per stage
@@ -144,10 +146,12 @@ class ThreadChain(Base):
 
     def __init__(self, config: Config, source: worker.Source | None):
         super().__init__(config)
-        self._job = worker.Job(config, source, len(self.stages), None, {})
-        self._links = [QueueLink() for _ in self.stages]
-        self._pumps: list[worker.Pump | None] = [None for _ in self.stages]
-        self._bring_up(lambda: [self._spawn(f"rank{rank}", self._rank, rank) for rank in range(len(self.stages))])
+        if any(seat.shards > 1 for seat in self.seats):
+            raise ConfigError("runtime.shards: ranks that share a stage are processes: say runtime.launcher=local, torchrun or ray")
+        self._job = worker.Job(config, source, len(self.seats), None, {})
+        self._links = [QueueLink(worker.inbox_room(config)) for _ in self.seats]
+        self._pumps: list[Pump | None] = [None for _ in self.seats]
+        self._bring_up(lambda: [self._spawn(f"rank{rank}", self._rank, rank) for rank in range(len(self.seats))])
 
     def _rank(self, rank: int) -> None:
         view = self.views[rank]
@@ -157,10 +161,10 @@ class ThreadChain(Base):
             view.error = (time.monotonic(), worker.explain(error, self._pumps[rank]), traceback.format_exc())
 
     def _work(self, rank: int, view: RankView) -> None:
-        torch.set_num_threads(worker.threads_of(self.config, len(self.stages)))
+        torch.set_num_threads(worker.threads_of(self.config, len(self.seats)))
         roles = worker.build(self._job, rank, worker.device_of(self.config, rank))
-        down = self._links[rank + 1] if rank + 1 < len(self.stages) else None
-        self._pumps[rank] = worker.Pump(roles, self._links[rank], down, self._up.send, traced=worker.traced(self.config, rank))
+        down = self._links[rank + 1] if rank + 1 < len(self.seats) else None
+        self._pumps[rank] = Pump(roles, self._links[rank], down, self._up.send, traced=worker.traced(self.config, rank))
         view.connected = view.ready = True
         if not self._stopped:
             self._pumps[rank].run()
@@ -264,8 +268,8 @@ class ProcessChain(Base):
 
     def __init__(self, config: Config, source: worker.Source | None, crew: Crew):
         super().__init__(config)
-        self._crew, self._exchange = crew, Exchange(crew.host, len(self.stages))
-        self._job = pickle.dumps(worker.Job(config, source, len(self.stages), self._exchange.store_address, crew.environment))
+        self._crew, self._exchange = crew, Exchange(crew.host, len(self.seats))
+        self._job = pickle.dumps(worker.Job(config, source, len(self.seats), self._exchange.store_address, crew.environment))
         self._controls: dict[int, Connection] = {}
         self._pids: dict[int, int] = {}  # of ranks whose pids mean something here
         self._inlet: Connection | None = None
@@ -276,7 +280,7 @@ class ProcessChain(Base):
 
     def _welcome(self) -> None:
         """Let every rank in once; then close the door."""
-        while not self._exchange.closing and (len(self._controls) < len(self.stages) or self._inlet is None):
+        while not self._exchange.closing and (len(self._controls) < len(self.seats) or self._inlet is None):
             caller = self._exchange.accept()
             if caller is not None:
                 self._admit(*caller)
@@ -287,7 +291,7 @@ class ProcessChain(Base):
         if hello["channel"] == "inlet":
             self._inlet = connection
             return
-        assert rank not in self._controls and 0 <= rank < len(self.stages), f"an unexpected rank {rank} connected"
+        assert rank not in self._controls and 0 <= rank < len(self.seats), f"an unexpected rank {rank} connected"
         if hello["host"] == worker.host_identity():
             self._pids[rank] = hello["pid"]
         view = self.views[rank]

@@ -28,7 +28,9 @@ from liveavatar.runtime import placement
 from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
+from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
+from liveavatar.runtime.seats import seats_of
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
 from liveavatar.runtime.tracing import open_trace
@@ -71,6 +73,7 @@ class Session:
         self.error: LiveAvatarError | None = None
         self.opened = self.closing = self.closed = self.parked = False
         self.changed = Signal()
+        self.observed: list[Observation] = []
         self._engine, self._intake, self._pushing = engine, Intake(), asyncio.Lock()
 
     # ------------------------------------------------------------ audio
@@ -181,6 +184,19 @@ class Session:
                 raise StopAsyncIteration
             await self.changed.wait()
 
+    async def observe(self) -> Observation:
+        """What every step makes of the next block, and its pictures. Raises InputError where the chain has no steps."""
+        self._check()
+        seen = Observation(self.timeline.observe(), self._engine.config.stages)
+        self.observed.append(seen)
+        try:
+            while not seen.whole:
+                self._check()
+                await self.changed.wait()
+        finally:
+            self.observed.remove(seen)
+        return seen
+
     # ------------------------------------------------------------ for the engine
 
     def candidate(self) -> Candidate | None:
@@ -217,7 +233,7 @@ class Engine:
     def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
         self.config, self.source, self.chain, self.clock, self.trace = config, source, chain, clock, trace
         self.geometry = source.geometry
-        self.scheduler = Scheduler(credits=config.runtime.in_flight or len(config.stages) + 1)
+        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1)
         self.sessions: dict[str, Session] = {}
         self.failure: LiveAvatarError | None = None
         self._outbox: deque[tuple[Message, asyncio.Future]] = deque()
@@ -382,6 +398,8 @@ class Engine:
                 self._received(self.sessions[message.session], message)
 
     def _received(self, session: Session, message: Message) -> None:
+        for seen in session.observed:
+            seen.take(message)
         match message:
             case core.Opened():
                 session.opened = True
@@ -452,6 +470,8 @@ def resolve(config: Config) -> tuple[Config, StageSource]:
     source = open_source(config)
     stages = config.stages or (source.chain,)
     placement.check_cut(stages, source.chain)
+    placement.check_together(config, stages)
+    placement.check_shards(config, stages, source.model_config, source.geometry)
     g = source.geometry
     config = replace(config, stages=stages, video=replace(config.video, height=g.height, width=g.width))
     least = float(g.block_seconds) + source.lookahead_samples / core.SAMPLE_RATE
@@ -465,7 +485,7 @@ def resolve(config: Config) -> tuple[Config, StageSource]:
 def plan_for(config: Config, source: StageSource) -> placement.Plan:
     """What every rank of `config` would load on this machine."""
     stages = config.stages or (source.chain,)
-    devices = placement.local_devices(config.model.device, len(stages))
+    devices = placement.local_devices(config.model.device, len(seats_of(config, stages)))
     return placement.plan(config, source.model_config, source.geometry, devices, stages=stages,
                           dtype=source.dtype(torch.device(devices[0].kind)), vae=source.vae_config,
                           text_encoder_bytes=source.text_encoder_bytes)

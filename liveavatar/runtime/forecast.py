@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import yaml
+from rich.box import SIMPLE
 from rich.table import Table
 
 from liveavatar.config import Config, build
@@ -115,7 +116,7 @@ def read_measured(path: Path) -> dict[str, float]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: no measurement: {error}") from None
     roles = value.get("roles") if isinstance(value, dict) else None
-    if not isinstance(roles, dict) or not roles or not all(isinstance(v, (int, float)) and v > 0 for v in roles.values()):
+    if not isinstance(roles, dict) or not roles or not all(isinstance(v, (int, float)) and v >= 0 for v in roles.values()):
         raise InputError(f'{path}: holds no "roles" with seconds per role, as bench/step.py writes them')
     return {name: float(seconds) for name, seconds in roles.items()}
 
@@ -189,7 +190,7 @@ COLUMNS = ("GPUs", "fits", "FPS", "real time", "first frame", "turn: voice", "mi
 
 def table(forecasts: list[Forecast], title: str) -> Table:
     """Of one forecast all that is known; of several a row each."""
-    shown = Table(title=title)
+    shown = Table(title=title, box=SIMPLE, pad_edge=False)
     if len(forecasts) == 1:
         for column in ("", f"{forecasts[0].devices} GPU(s)"):
             shown.add_column(column)

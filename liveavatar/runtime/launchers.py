@@ -25,6 +25,7 @@ from liveavatar.config import LAUNCHERS, Config, one_of
 from liveavatar.core import ConfigError, PlacementError, RankFailure
 from liveavatar.runtime import worker
 from liveavatar.runtime.chains import Chain, Crew, ProcessChain, ThreadChain
+from liveavatar.runtime.seats import seats_of
 from liveavatar.runtime.supervisor import describe_exit
 
 LOOPBACK = "127.0.0.1"
@@ -33,7 +34,7 @@ TERM_SECONDS = 6.0  # inside torchrun: what the head keeps of its life after SIG
 HEAD_KEY = "liveavatar/head"  # in torchrun's own store: where the head listens
 # Imported once by the forkserver instead of by every rank: torch, and for a checkpoint what reading one takes.
 WORKER_MODULES = ("liveavatar.runtime.worker",)
-CHECKPOINT_MODULES = ("liveavatar.runtime.roles", "liveavatar.models.vae", "liveavatar.models.encoders")
+CHECKPOINT_MODULES = ("liveavatar.runtime.stage_roles", "liveavatar.models.vae", "liveavatar.models.encoders")
 # Freed tensors stay in the process: without this every VAE call pays for its pages again (platform.md).
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
@@ -53,7 +54,7 @@ def launch(config: Config, launcher: str | None = None, source: worker.Source | 
 
 
 def _crew(name: str, config: Config, modules: Sequence[str]) -> Crew:
-    world = len(worker.stages_of(config))
+    world = len(seats_of(config))
     if name == "local":
         return LocalCrew(config, world, modules)
     if name == "ray":
@@ -109,7 +110,7 @@ class LocalCrew:
                 try:
                     process.start()
                 except (EOFError, ConnectionError):  # the forkserver died, by its imports or for want of memory
-                    raise RankFailure(rank, worker.stages_of(self._config)[rank], "the process that starts it has died") from None
+                    raise RankFailure(rank, seats_of(self._config)[rank].roles, "the process that starts it has died") from None
                 self._processes.append(process)
 
     def ended(self, rank: int) -> str | None:

@@ -15,10 +15,11 @@ import psutil
 import torch
 from rich.table import Table
 
-from liveavatar.config import Config
-from liveavatar.core import FPS, Geometry, PlacementError
+from liveavatar.config import Config, RuntimeConfig
+from liveavatar.core import FPS, ConfigError, Geometry, PlacementError
 from liveavatar.models.cache import cache_bytes
 from liveavatar.models.s2v import CausalS2V, S2VConfig, stored_dtype
+from liveavatar.runtime.seats import Seat, seats_of
 
 PROCESS_BYTES = 600_000_000  # a Python process with torch imported, on the host
 CUDA_CONTEXT_BYTES = 800_000_000  # context, cuBLAS workspaces, communicator of one GPU rank
@@ -70,6 +71,45 @@ def check_cut(stages: Sequence[Sequence[str]], chain: Sequence[str]) -> None:
                                      f"concatenate to {' '.join(chain)}")
     if expected:
         raise PlacementError(f"stages end too early: {expected[0]!r} is missing; the stages must concatenate to {' '.join(chain)}")
+
+
+def steps_of(stage: Sequence[str]) -> int:
+    """How many denoising steps a stage holds."""
+    return sum(name.startswith("step") for name in stage)
+
+
+def check_together(config: Config, stages: Sequence[Sequence[str]]) -> None:
+    """Raise ConfigError where the register (runtime.shift_register, runtime.batch) could never move two blocks together."""
+    r = config.runtime
+    if r.shift_register and max(map(steps_of, stages)) < 2:
+        raise ConfigError("runtime.shift_register: no stage holds several steps, so there is nothing to move together: "
+                          "cut the chain into fewer stages, or leave it off")
+    if r.batch > r.sessions:
+        raise ConfigError(f"runtime.batch={r.batch}: more than runtime.sessions={r.sessions}, it could never be filled")
+
+
+def check_shards(config: Config, stages: Sequence[Sequence[str]], model: S2VConfig, geometry: Geometry) -> None:
+    """Raise ConfigError where the ranks of a stage cannot share its forwards (runtime.shards)."""
+    for seat in seats_of(config, stages):
+        if seat.shards == 1 or seat.shard:
+            continue
+        where, rows = f"runtime.shards: stage {seat.stage} ({'+'.join(seat.roles)}) over {seat.shards} ranks", geometry.latent_height // 2
+        if steps_of(seat.roles) < len(seat.roles):
+            raise ConfigError(f"{where}: a shared stage holds steps alone: give condition and decode stages of their own")
+        if model.num_heads % seat.shards:
+            raise ConfigError(f"{where}: the {model.num_heads} heads do not divide by {seat.shards}")
+        if rows % seat.shards:
+            raise ConfigError(f"{where}: the {rows} rows of tokens of {geometry.width}x{geometry.height} do not divide by {seat.shards}")
+        if config.runtime.launcher == "inproc":
+            raise ConfigError(f"{where}: ranks that share a stage are processes: say runtime.launcher=local, torchrun or ray")
+        if config.runtime.shift_register or config.runtime.batch > 1:
+            raise ConfigError(f"{where}: not together with runtime.shift_register or runtime.batch: what shares a forward there depends on "
+                              "when messages come, and the ranks of a stage must agree on it")
+
+
+def blocks_inside(config: Config) -> int:
+    """Blocks of one session the chain of `config` (stages written out) works on at once: one a stage, or one a step of a shift register."""
+    return sum(max(1, steps_of(stage)) if config.runtime.shift_register else 1 for stage in config.stages)
 
 
 # ---------------------------------------------------------------- devices
@@ -169,14 +209,16 @@ def decode_flops(vae: Mapping, geometry: Geometry) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds."""
+    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds. shard: 0 but for those that
+    follow in a stage of several ranks."""
 
     rank: int
+    shard: int = 0
     roles: tuple[str, ...]
     device: Device
     fixed: dict[str, int] = field(default_factory=dict)
     per_session: dict[str, int] = field(default_factory=dict)
-    seconds: float | None = None  # of one block, predicted or measured
+    seconds: float | None = None  # of one block, predicted (a shared stage: without its exchange) or measured
 
     def bytes(self, sessions: int) -> int:
         return sum(self.fixed.values()) + sessions * sum(self.per_session.values())
@@ -201,7 +243,7 @@ class Plan:
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(r.roles for r in self.ranks)
+        return tuple(r.roles for r in self.ranks if r.shard == 0)
 
     @property
     def slowest(self) -> RankPlan | None:
@@ -217,7 +259,7 @@ class Plan:
     @property
     def first_frame_seconds(self) -> float | None:
         """From the first block's audio to its pictures: one pass through the pipe."""
-        return sum(r.seconds for r in self.ranks) if self.slowest else None
+        return sum(r.seconds for r in self.ranks if r.shard == 0) if self.slowest else None
 
     @property
     def problems(self) -> list[str]:
@@ -274,10 +316,12 @@ def plan(config: Config, model_config: S2VConfig, geometry: Geometry, devices: S
     chain = config.chain if vae is not None else config.chain[:-1]
     stages = tuple(tuple(s) for s in (stages or config.stages or cut(chain, min(len(devices), len(chain)), times)))
     check_cut(stages, chain)
-    if len(devices) < len(stages):
-        raise PlacementError(f"{len(stages)} stages need {len(stages)} devices, there are {len(devices)}")
-    sizer = Sizer(model_config, geometry, dtype, vae, text_encoder_bytes)
-    ranks = tuple(sizer.rank(i, names, device, times) for i, (names, device) in enumerate(zip(stages, devices)))
+    seats = seats_of(config, stages)
+    if len(devices) < len(seats):
+        shared = "" if len(seats) == len(stages) else f" (runtime.shards: {len(seats)} ranks)"
+        raise PlacementError(f"{len(stages)} stages{shared} need {len(seats)} devices, there are {len(devices)}")
+    sizer = Sizer(model_config, geometry, dtype, vae, text_encoder_bytes, config.runtime)
+    ranks = tuple(sizer.rank(seat, device, times) for seat, device in zip(seats, devices))
     sessions, on_host = config.runtime.sessions, [r for r in ranks if r.device.kind == "cpu"]
     processes = 1 if config.runtime.launcher == "inproc" else 1 + len(ranks)
     return Plan(ranks=ranks, sessions=sessions, geometry=geometry, dtype=dtype,
@@ -288,40 +332,42 @@ def plan(config: Config, model_config: S2VConfig, geometry: Geometry, devices: S
 class Sizer:
     """Bytes and seconds of roles for one model, size and dtype."""
 
-    def __init__(self, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int):
-        self.model, self.geometry, self.dtype, self.vae, self.text_encoder_bytes = model, geometry, dtype, vae, text_encoder_bytes
+    def __init__(self, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int,
+                 runtime: RuntimeConfig):
+        self.runtime, self.model, self.geometry, self.dtype, self.vae, self.text_encoder_bytes = runtime, model, geometry, dtype, vae, text_encoder_bytes
         self.vae_weights, self.vae_state = vae_bytes(vae, geometry, dtype) if vae is not None else (0, 0)
 
-    def rank(self, index: int, roles: tuple[str, ...], device: Device, times: Mapping[str, float] | None) -> RankPlan:
-        """The plan of one rank holding `roles`."""
-        fixed, per_session = {}, {}
-        steps = sum(r.startswith("step") for r in roles)
+    def rank(self, seat: Seat, device: Device, times: Mapping[str, float] | None) -> RankPlan:
+        """The plan of the rank at `seat`."""
+        roles, fixed, per_session = seat.roles, {}, {}
+        steps = steps_of(roles)
         if {"condition", "decode"} & set(roles) and self.vae is not None:
             fixed["vae"] = self.vae_weights
         if "condition" in roles and self.text_encoder_bytes:
             fixed["text encoder"] = self.text_encoder_bytes
         if steps:
             fixed["transformer"] = transformer_bytes(self.model, self.dtype)
-            per_session |= self.step_caches(steps)
+            per_session |= self.step_caches(steps, seat.shards)
         if "decode" in roles:
             per_session["vae state"] = self.vae_state
-        fixed["working"] = self.working(roles) + (CUDA_CONTEXT_BYTES if device.kind == "cuda" else 0)
+        fixed["working"] = self.working(roles, seat.shards) + (CUDA_CONTEXT_BYTES if device.kind == "cuda" else 0)
         seconds = [self.seconds(r, device, times) for r in roles]
-        return RankPlan(rank=index, roles=roles, device=device, fixed=fixed, per_session=per_session,
-                        seconds=None if None in seconds else sum(seconds))
+        return RankPlan(rank=seat.rank, shard=seat.shard, roles=roles, device=device, fixed=fixed, per_session=per_session,
+                        seconds=None if None in seconds else sum(seconds) / seat.shards)
 
-    def step_caches(self, steps: int) -> dict[str, int]:
-        """Per session: [sink | ring] of each step, the stage's one un-rotated sink, the prompt's K and V."""
+    def step_caches(self, steps: int, shards: int = 1) -> dict[str, int]:
+        """Per session: [sink | ring] of each step and the stage's one un-rotated sink, a rank's share of the heads; the prompt's K and V."""
         m, g, size = self.model, self.geometry, self.dtype.itemsize
         one = cache_bytes(m.num_layers, m.dim, g.sink_tokens, g.ring_tokens, g.anchor_tokens, size)
-        return {f"{steps} x step cache": steps * one, "sink": 2 * m.num_layers * m.dim * g.sink_tokens * size,
+        return {f"{steps} x step cache": steps * one // shards, "sink": 2 * m.num_layers * m.dim * g.sink_tokens * size // shards,
                 "text": 2 * m.num_layers * m.dim * m.text_len * size}
 
-    def working(self, roles: tuple[str, ...]) -> int:
+    def working(self, roles: tuple[str, ...], shards: int = 1) -> int:
         """Peak of activations, estimated: about 16 vectors of D and one of F a token; 6 widest maps of the VAE."""
         m, g, size, need = self.model, self.geometry, self.dtype.itemsize, [0]
-        if any(r.startswith("step") for r in roles):
-            need.append(max(g.block_tokens, g.sink_tokens) * (m.ffn_dim + 16 * m.dim) * size)
+        if steps_of(roles):
+            together = self.runtime.batch * (steps_of(roles) if self.runtime.shift_register else 1)  # blocks in one forward
+            need.append(max(together * g.block_tokens // shards, g.sink_tokens) * (m.ffn_dim + 16 * m.dim) * size)
         if self.vae is not None and {"condition", "decode"} & set(roles):
             pictures = g.frames_per_block if "decode" in roles else 4
             patch = self.vae.get("patch_size") or 1

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from liveavatar import core, ops
-from liveavatar.config import Config
-from liveavatar.core import Audio, Block, Close, ConfigError, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
-from liveavatar.diffusion.denoise import noise, sink_distance
+from liveavatar import core
+from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
+from liveavatar.diffusion.denoise import euler, noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
+from liveavatar.models.rows import ALONE, Exchange, Row, forward_rows
 from liveavatar.models.s2v import CausalS2V, TextCache
 from liveavatar.runtime.graphs import GraphedForward
-from liveavatar.runtime.sources import StageSource, open_source
 
 PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
 REMEMBERED = 8  # portraits, and prompts, whose encodings a Conditioner keeps; the oldest unused leaves first
@@ -141,7 +140,7 @@ class Conditioner:
         if distance is None:
             distance = sink_distance(self.sink_policy, mine.seed, index)
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=latents.to(self.device, self.dtype), features=features.to(self.device))
+                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), observe=message.observe)
 
 
 # ---------------------------------------------------------------- denoise
@@ -164,8 +163,8 @@ class StageSinks:
     many steps the stage holds: the sink does not depend on the step (model.md section 7).
     """
 
-    def __init__(self, model: CausalS2V):
-        self.model = model
+    def __init__(self, model: CausalS2V, exchange: Exchange = ALONE):
+        self.model, self.exchange = model, exchange
         self.sessions: dict[str, Identity] = {}
         self.audio: AudioTokens | None = None
 
@@ -186,14 +185,18 @@ class StageSinks:
         reference = old.reference if reference is None else reference
         motion = old.motion if motion is None else motion
         text = old.text if context is None else self.model.encode_text(context.to(self.model.device))
-        return Identity(reference, motion, text, self.model.prefill(reference, motion, text))
+        sink = self.model.prefill(reference, motion, text)
+        if self.exchange.shards > 1:
+            sink = Sink(self.exchange.own_heads(sink.k), self.exchange.own_heads(sink.v))
+        return Identity(reference, motion, text, sink)
 
 
 class Denoiser:
     """One denoising step of every session: one ring per session, at this step's noise level.
 
     All Denoisers of a stage share `model` and `sinks`. last: this step makes clean latents and reports the first
-    one a new portrait leads to (CleanLatent). observe: also report every block's latents and velocity (Latents).
+    one a new portrait leads to (CleanLatent). observe: report the latents and velocity of every block (Latents), not
+    only of those that ask for it.
     """
 
     def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,
@@ -221,17 +224,32 @@ class Denoiser:
     def _take_sink(self, session: str) -> None:
         g, h, w = self.geometry, self.geometry.latent_height, self.geometry.latent_width
         if session not in self.caches:
-            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks)
+            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks, self._cache)
         self.model.set_sink(self.caches[session], self.sinks.sessions[session].sink, h, w)
 
+    def _cache(self, *, heads: int, **sizes) -> StepCache:
+        """A StepCache of this rank's heads."""
+        return StepCache(heads=heads // self.sinks.exchange.shards, **sizes)
+
     def _denoise(self, block: Block) -> list[Message]:
+        row, exchange = self.row(block), self.sinks.exchange
+        if exchange.shards > 1:
+            (velocity,) = forward_rows(self.model, [row], self.step.modulation, exchange)
+            return self.done(block, euler(row.x, velocity, self.step.sigma, self.step.sigma_next), velocity)
+        latents, velocity = denoise_block(self.forward, self.step, row.x, row.audio, row.text, row.cache,
+                                          block=row.block, sink_distance=row.sink_distance)
+        return self.done(block, latents, velocity)
+
+    def row(self, block: Block) -> Row:
+        """The block at this step, with the conditioning that stands now and the session's history."""
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
-        latents, velocity = denoise_block(
-            self.forward, self.step, block.latents.to(self.model.device), self.sinks.audio,
-            self.sinks.sessions[block.session].text, self.caches[block.session],
-            block=block.index, sink_distance=block.sink_distance)
+        return Row(block.latents.to(self.model.device), self.sinks.audio, self.sinks.sessions[block.session].text,
+                   self.caches[block.session], block.index, block.sink_distance)
+
+    def done(self, block: Block, latents: torch.Tensor, velocity: torch.Tensor) -> list[Message]:
+        """What leaves this step: the block, less noisy, and what the head wants to know. latents [16,3,h,w]; velocity: fp32."""
         out: list[Message] = []
-        if self.observe:
+        if self.observe or block.observe:
             out.append(core.Latents(block.session, index=block.index, step=self.index, latents=for_head(latents),
                                     velocity=for_head(velocity)))
         if self.last and block.session in self.fresh:
@@ -271,15 +289,23 @@ class Decoder:
                 self.states.pop(message.session, None)
                 return [core.Closed(message.session)]
             case Block():
-                pictures = self.vae.decode(message.latents.to(self.vae.device), self.states[message.session])
-                return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=to_bytes(pictures))]
+                return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=to_bytes(self.pictures(message)))]
         return []
+
+    def pictures(self, block: Block) -> torch.Tensor:
+        """Float [3,T,H,W] in [-1, 1]."""
+        return self.vae.decode(block.latents.to(self.vae.device), self.states[block.session])
 
 
 def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
     """Float [-1, 1] [3,T,H,W] -> uint8 [T,H,W,3] on the CPU, rounded."""
+    return to_levels(pictures).cpu()
+
+
+def to_levels(pictures: torch.Tensor) -> torch.Tensor:
+    """Float [-1, 1] [3,T,H,W] -> uint8 [T,H,W,3] where it is, rounded."""
     scaled = ((pictures.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
-    return scaled.permute(1, 2, 3, 0).contiguous().cpu()
+    return scaled.permute(1, 2, 3, 0).contiguous()
 
 
 class ChainEnd:
@@ -292,43 +318,3 @@ class ChainEnd:
             case Close():
                 return [core.Closed(message.session)]
         return []
-
-
-# ---------------------------------------------------------------- stages
-
-
-def build_stage(config: Config, stage_names: Sequence[str], device: torch.device | str) -> list[Role]:
-    """The roles of one rank, in order, with only the weights they need.
-
-    stage_names: a slice of the chain, e.g. ("condition", "step0"). Raises WeightsError, ConfigError, InputError.
-    """
-    source, device = open_source(config), torch.device(device)
-    ops.use_own_kernels(config.model.fast.kernels)
-    ops.use_attention(config.model.fast.attention)
-    if config.model.fast.graphs and device.type != "cuda":
-        raise ConfigError(f"model.fast.graphs: CUDA graphs need a GPU, and this rank runs on {device.type}")
-    dtype = source.dtype(device)
-    steps = [int(name.removeprefix("step")) for name in stage_names if name.startswith("step")]
-    pictures = {"condition", "decode"} & set(stage_names)
-    vae = source.vae(dtype, device) if source.has_vae and pictures else None
-    roles: list[Role] = []
-    if "condition" in stage_names:
-        roles.append(Conditioner(geometry=source.geometry, latent_channels=source.model_config.in_dim,
-                                 sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
-                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device)))
-    if steps:
-        roles += _denoisers(source, steps, dtype, device, config.model.fast.graphs)
-    if "decode" in stage_names:
-        roles.append(Decoder(vae))
-    elif stage_names[-1] == source.chain[-1]:
-        roles.append(ChainEnd())
-    return roles
-
-
-def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, device: torch.device, graphs: bool) -> list[Role]:
-    model = source.transformer(dtype, device)
-    sinks, last = StageSinks(model), len(source.sigmas) - 2
-    with torch.inference_mode():
-        levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
-    return [sinks, *(Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe, graphs=graphs)
-                     for k, level in zip(steps, levels))]

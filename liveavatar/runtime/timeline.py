@@ -68,6 +68,7 @@ class Timeline:
         self._ready: deque[tuple[int, Admitted, np.ndarray]] = deque()  # pictures not yet taken
         self._anchor, self._clean = 0, None  # first block of the present portrait, and its first clean latent
         self._shown = 0  # pictures that left
+        self._observe = False  # the next block reports its latents
 
     # ------------------------------------------------------------ what is there
 
@@ -154,6 +155,11 @@ class Timeline:
         """Make the generated first latent the sink before the next block that can have it."""
         self.refresh_at = max(self.next_block, self._anchor + 1)
 
+    def observe(self) -> int:
+        """The next block is to report what each step makes of it; returns its index."""
+        self._observe = True
+        return self.next_block
+
     # ------------------------------------------------------------ down the chain
 
     @property
@@ -176,7 +182,8 @@ class Timeline:
             self._ahead = self._ahead[:0]
         fresh = window[len(self._ahead) :]
         messages.append(Audio(self.session, index=self.next_block, epoch=self.epoch, start=self._start + len(self._ahead),
-                              pcm=torch.from_numpy(fresh.copy())))
+                              pcm=torch.from_numpy(fresh.copy()), observe=self._observe))
+        self._observe = False
         self._inside[self.next_block] = self._admitted(window[:size], now)
         self._silence = max(0, self._silence - size)
         self._ahead, self._pcm = window[size:], self._pcm[size:].copy()

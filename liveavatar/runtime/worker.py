@@ -16,7 +16,6 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,15 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Connection
 from typing import NoReturn, Protocol
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from liveavatar.config import Config
-from liveavatar.core import UPWARD, ConfigError, Message, Open, SetPrompt, SetReference, Span
-from liveavatar.runtime.links import DistLink, Link, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode
+from liveavatar.core import ConfigError, Message
+from liveavatar.runtime.bands import Bands
+from liveavatar.runtime.links import DistLink, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode
+from liveavatar.runtime.pump import Pump
+from liveavatar.runtime.seats import Seat, seats_of
 
 BEAT_SECONDS = 0.25
 NEVER = timedelta(days=3650)  # a silent session is not a fault: liveness is the supervisor's, not the transport's
@@ -39,7 +40,7 @@ MESSAGE_FRAME, NOTE_FRAME = b"M", b"J"  # first byte of a frame to the head: an 
 
 
 class Source(Protocol):
-    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.roles)."""
+    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.stage_roles)."""
 
     def build_stage(self, config: Config, stage_names: Sequence[str], device: torch.device) -> Sequence[Callable]: ...
 
@@ -55,99 +56,7 @@ class Job:
     environment: dict[str, str]
 
 
-def stages_of(config: Config) -> tuple[tuple[str, ...], ...]:
-    """The cut of the chain, one tuple of role names per rank."""
-    return config.stages or (config.chain,)
-
-
-# ---------------------------------------------------------------- the pump
-
-
-def describe(message: Message) -> str:
-    """A message in words for errors and heartbeats."""
-    index, step = getattr(message, "index", None), getattr(message, "step", None)
-    what = type(message).__name__ if index is None else f"{type(message).__name__} {index}"
-    at = "" if step is None else f" at step {step}"
-    return f"{what}{at} of session {message.session!r}"
-
-
-SLOW = (Open, SetPrompt, SetReference)  # may load an encoder, and hold the interpreter for seconds
-
-
-class Pump:
-    """Inbox -> roles one after the other -> next stage; what is meant for the head goes up at once.
-
-    busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
-    a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
-    still says which and at what. announce: called before and after a SLOW message. traced: the rank's
-    number if the head wants a Span of every role's work, else None.
-    """
-
-    def __init__(self, roles: Sequence[Callable], inbox: QueueLink, down: Link | None, up: Callable[[Message], None],
-                 announce: Callable[[], None] = lambda: None, traced: int | None = None):
-        self.roles, self.inbox, self.down, self.up, self.announce = tuple(roles), inbox, down, up, announce
-        self.traced = traced
-        self.busy: tuple[str, Message, float] | None = None
-        self._stopping = False
-
-    @torch.no_grad()
-    def run(self) -> None:
-        """Until stop(), or the inbox is closed. Raises LinkBroken and whatever a role raises."""
-        while not self._stopping:
-            try:
-                self._pass(self.inbox.receive())
-            except LinkClosed:
-                return
-
-    def stop(self) -> None:
-        """End run() after the message at hand."""
-        self._stopping = True
-        self.inbox.close()
-
-    def doing(self) -> tuple[str, float] | None:
-        """What a role is at, in words, and for how many seconds."""
-        busy = self.busy
-        return (f"{busy[0]} on {describe(busy[1])}", time.monotonic() - busy[2]) if busy else None
-
-    def slow(self) -> bool:
-        """Whether a role is at a SLOW message."""
-        busy = self.busy
-        return busy is not None and isinstance(busy[1], SLOW)
-
-    def _pass(self, message: Message) -> None:
-        travelling = [message]
-        for role in self.roles:
-            made = [out for item in travelling for out in self._call(role, item)]
-            for out in made:
-                if isinstance(out, UPWARD):
-                    self.up(out)
-            travelling = [out for out in made if not isinstance(out, UPWARD)]
-        if self.down is not None:
-            for out in travelling:
-                self.down.send(out)
-
-    def _call(self, role: Callable, message: Message) -> list[Message]:
-        self.busy = (type(role).__name__, message, time.monotonic())
-        if isinstance(message, SLOW):
-            self.announce()
-        made = role(message)
-        if self.traced is not None:
-            self.up(span_of(self.traced, *self.busy[1:], role))
-        self.busy = None
-        if isinstance(message, SLOW):
-            self.announce()
-        return made
-
-
-def span_of(rank: int, message: Message, start: float, role: Callable) -> Span:
-    """The Span of a role's work that is over now; what it queued on a GPU is waited for, or its time would be nobody's."""
-    on_gpu = torch.cuda.is_initialized()
-    if on_gpu:
-        torch.cuda.synchronize()
-    step = getattr(role, "index", None)
-    return Span(message.session, what=type(message).__name__, index=getattr(message, "index", None), rank=rank,
-                role=type(role).__name__ + ("" if step is None else str(step)), start=start, end=time.monotonic(),
-                rss=psutil.Process().memory_info().rss, gpu=torch.cuda.memory_allocated() if on_gpu else 0)
+# ---------------------------------------------------------------- errors in words
 
 
 def explain(error: Exception, pump: Pump | None) -> str:
@@ -251,11 +160,11 @@ def threads_of(config: Config, world: int) -> int:
 
 
 class Neighbours:
-    """The torch.distributed side of a rank: joins the group, and makes the links to rank-1 and rank+1."""
+    """The torch.distributed side of a rank: joins the group, makes the links to the stages around and to who shares this one."""
 
     def __init__(self, job: Job, rank: int, device: torch.device):
-        self.rank, self.world, self.device = rank, job.world, device
-        self.payload_group = None
+        self.seats, self.rank, self.world, self.device = seats_of(job.config), rank, job.world, device
+        self.seat, self.payload_group, self.stage_group = self.seats[rank], None, None
         if job.world > 1:
             self._join(job, rank)
 
@@ -264,8 +173,17 @@ class Neighbours:
             store = dist.TCPStore(*job.store, is_master=False, timeout=NEVER)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=job.world, timeout=NEVER)
             self.payload_group = self._nccl(store)
+            for seat in self.seats:  # every rank makes every group, in one order
+                if seat.shards > 1 and seat.shard == 0:
+                    self._share(seat)
         except RuntimeError as error:
             raise LinkBroken(rank, f"cannot join the group: {one_line(error)}") from error
+
+    def _share(self, leader: Seat) -> None:
+        ranks = [leader.rank, *leader.others]
+        group = dist.new_group(ranks, backend="nccl" if self.payload_group is not None else "gloo", timeout=NEVER)
+        if self.rank in ranks:
+            self.stage_group = group
 
     def _nccl(self, store: dist.Store):
         """A group for tensors if every rank has a GPU of its own, else None; all ranks answer alike."""
@@ -278,15 +196,27 @@ class Neighbours:
         alone = "cpu" not in devices and len(set(devices)) == self.world
         return dist.new_group(backend="nccl", timeout=NEVER) if alone else None
 
-    def links(self) -> tuple[DistLink | None, DistLink | None]:
-        """(from the rank before, to the rank after), both warm."""
-        before = DistLink(self.rank - 1, self.device, self.payload_group) if self.rank > 0 else None
-        after = DistLink(self.rank + 1, self.device, self.payload_group) if self.rank + 1 < self.world else None
-        if before:
-            before.receive_warm()
-        if after:
-            after.send_warm()
-        return before, after
+    def exchange(self) -> Bands | None:
+        """With the ranks that share this stage; None where it is this rank's alone."""
+        return Bands(self.stage_group, self.seat, self.device) if self.seat.shards > 1 else None
+
+    def links(self) -> tuple[DistLink | None, DistLink | None, list[DistLink]]:
+        """(from the stage before or the leader of this one, to the stage after, to those who follow this rank), all warm."""
+        seat, leads = self.seat, self.seat.shard == 0
+        first_after = seat.leader + seat.shards
+        before = next((s.rank for s in self.seats if s.stage == seat.stage - 1 and s.shard == 0), None) if leads else seat.leader
+        received = None if before is None else self._link(before)
+        after = self._link(first_after) if leads and first_after < self.world else None
+        followers = [self._link(rank) for rank in seat.others] if leads else []
+        if received:
+            received.receive_warm()
+        for link in (after, *followers):
+            if link:
+                link.send_warm()
+        return received, after, followers
+
+    def _link(self, peer: int) -> DistLink:
+        return DistLink(peer, self.device, self.payload_group)
 
 
 def traced(config: Config, rank: int) -> int | None:
@@ -294,16 +224,22 @@ def traced(config: Config, rank: int) -> int | None:
     return rank if config.runtime.spans or config.runtime.trace is not None else None
 
 
-def build(job: Job, rank: int, device: torch.device) -> Sequence[Callable]:
-    """The roles of this rank, each warmed up if it knows how. Raises whatever loading raises."""
+def build(job: Job, rank: int, device: torch.device, exchange: Bands | None = None) -> Sequence[Callable]:
+    """The roles of this rank, each warmed up if it knows how. exchange: with those who share its stage. Raises whatever loading raises."""
     source = job.source
     if source is None:
-        from liveavatar.runtime import roles as source  # only ranks load models; the head never does
-    roles = source.build_stage(job.config, stages_of(job.config)[rank], device)
+        from liveavatar.runtime import stage_roles as source  # only ranks load models; the head never does
+    shared = () if exchange is None else (exchange,)
+    roles = source.build_stage(job.config, seats_of(job.config)[rank].roles, device, *shared)
     for role in roles:
         if hasattr(role, "warm"):
             role.warm()
     return roles
+
+
+def inbox_room(config: Config) -> int:
+    """Messages that wait in front of a stage: the next one, and enough to fill a batch of several sessions."""
+    return max(2, config.runtime.batch + 1)
 
 
 def read_inlet(connection: Connection, inbox: QueueLink) -> None:
@@ -319,10 +255,11 @@ def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> Non
     """Build, warm, say ready, pump. Raises LinkBroken, and what building or a role raises."""
     torch.set_num_threads(threads_of(job.config, job.world))
     device = device_of(job.config, rank)
-    before, after = Neighbours(job, rank, device).links()
-    inbox = QueueLink()
-    pump = Pump(build(job, rank, device), inbox, after, control.message, control.beat,
-                traced(job.config, rank))
+    neighbours = Neighbours(job, rank, device)
+    before, after, followers = neighbours.links()
+    inbox = QueueLink(inbox_room(job.config))
+    up = control.message if neighbours.seat.shard == 0 else lambda message: None  # the leader says it
+    pump = Pump(build(job, rank, device, neighbours.exchange()), inbox, after, up, control.beat, traced(job.config, rank), followers)
     control.pump = pump
     receiver = ReceiveAhead(before, inbox) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
     receiver.start()

@@ -22,6 +22,7 @@ from liveavatar.serving.settings import AccessConfig
 
 VIEW, PUBLISH, CONTROL, ADMIN = SCOPES = ("view", "publish", "control", "admin")
 AUDIENCE, ALGORITHM = "liveavatar", "HS256"
+CLAIMS = ["exp", "aud", "sub", "scope", "own", "key"]  # own: the tenant; key: prefix of the server key that made it
 KEY = re.compile(r"la_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FIRST_OWNER = "operator"
@@ -96,7 +97,8 @@ class Access:
             raise ValueError(f"owner {owner!r}, scopes {sorted(scopes)}: the owner is a short word, scopes are of {', '.join(SCOPES)}")
         prefix = secrets.token_hex(6)
         text = f"la_{prefix}_{secrets.token_urlsafe(32)}"
-        key = ServerKey(prefix=prefix, hash=self._hasher.hash(text), owner=owner, scopes=tuple(dict.fromkeys(scopes)), name=name, created=self._clock())
+        key = ServerKey(prefix=prefix, hash=self._hasher.hash(text), owner=owner, scopes=tuple(dict.fromkeys(scopes)), name=name,
+                        created=self._clock())  # fmt: skip
         self._write({**self._keys, prefix: key})
         return key, text
 
@@ -135,21 +137,22 @@ class Access:
             principal.need(scope)
         life = min(seconds or self._settings.token_seconds, self._settings.token_seconds)
         now = self._clock()
-        claims = {"aud": AUDIENCE, "sub": session, "scope": " ".join(scopes), "own": owner, "key": principal.key, "iat": int(now), "exp": int(now + life)}
+        claims = {"aud": AUDIENCE, "sub": session, "scope": " ".join(scopes), "own": owner, "key": principal.key,
+                  "iat": int(now), "exp": int(now + life)}  # fmt: skip
         return jwt.encode(claims, self._secret, algorithm=ALGORITHM), now + life
 
     def _of_token(self, text: str) -> Principal:
         import jwt
 
         try:
-            claims = jwt.decode(text, self._secret, algorithms=[ALGORITHM], audience=AUDIENCE, options={"require": ["exp", "aud", "sub", "scope", "own", "key"]})
+            claims = jwt.decode(text, self._secret, algorithms=[ALGORITHM], audience=AUDIENCE, options={"require": CLAIMS})
         except jwt.ExpiredSignatureError:
             raise Unauthorized("the token has expired: ask for a new one", kind="expired") from None
         except jwt.InvalidAudienceError:
             raise Unauthorized("the token is for something else", kind="audience") from None
         except jwt.InvalidTokenError:
             raise Unauthorized("not a token of this server", kind="token") from None
-        if claims["key"] not in self._keys and claims["key"] != ANYBODY.key:
+        if claims["key"] not in self._keys and (self._settings.required or claims["key"] != ANYBODY.key):
             raise Unauthorized("the key behind this token was revoked", kind="token")
         return Principal(owner=claims["own"], scopes=frozenset(claims["scope"].split()), key=claims["key"], session=claims["sub"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from liveavatar.serving.eventlog import EventLog, LogError
+from liveavatar.serving.eventlog import EventLog, LogError, Record, tail
 
 FILE = "audit.jsonl"
 
@@ -35,6 +35,10 @@ class Audit:
         except LogError as error:
             log.error("audit_lost", what=name, reason=str(error))
             self._lost()
+
+    def tail(self, lines: int) -> list[Record]:
+        """What happened last, oldest first. Blocks on the disk. Raises LogError."""
+        return tail(self._log.path, lines)
 
     def close(self) -> None:
         """Write what waits and give the file free; harmless when called twice."""

@@ -64,7 +64,8 @@ class Ended:
 class Lease:
     """A session that somebody has. opened, seen: clock seconds. created: Unix seconds.
 
-    holders: sockets and whatever else keeps it from being idle. segments: number of the next one. tasks: end with it.
+    holders: of what keeps it from being idle (an agent's room). sockets: streams that are open; these hold it with what they
+    say, as a client that hangs says nothing. segments: number of the next one. tasks: end with it.
     """
 
     session: LiveSession | Ended
@@ -79,6 +80,7 @@ class Lease:
     length_seconds: float
     feeder: Feeder | None = None
     holders: int = 0
+    sockets: int = 0
     segments: int = 0
     reason: str | None = None
     tasks: list[asyncio.Task] = field(default_factory=list)

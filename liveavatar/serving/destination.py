@@ -54,9 +54,11 @@ def open_container(job: dict) -> av.container.OutputContainer:
 
 def packets(file, container, sound: str):
     """What the parent sends, until it closes the pipe."""
-    while header := file.read(HEADER.size):
+    while len(header := file.read(HEADER.size)) == HEADER.size:
         track, keyframe, pts, size = HEADER.unpack(header)
-        packet = av.Packet(file.read(size))
+        if len(data := file.read(size)) < size:
+            return  # the parent died in the middle
+        packet = av.Packet(data)
         packet.stream, packet.time_base = container.streams[track], Fraction(1, RATES[track])
         packet.pts = packet.dts = pts
         packet.duration, packet.is_keyframe = DURATIONS["h264" if track == VIDEO else sound], bool(keyframe)

@@ -180,6 +180,11 @@ class Recogniser(Protocol):
     async def recognise(self, pcm: np.ndarray) -> str: ...
 
 
+def open_recogniser(place: str | None, *, key: str | None = None) -> Recogniser:
+    """place: address of a server, folder of a CTranslate2 model, or None: Whisper tiny.en. Raises ConfigError."""
+    return OpenAIRecogniser(place, key=key) if place and "://" in place else WhisperRecogniser(place)
+
+
 class WhisperRecogniser:
     """Whisper on this CPU. folder: a CTranslate2 model; None: tiny.en from its wheel, checked by its digest."""
 

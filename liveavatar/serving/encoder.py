@@ -41,7 +41,8 @@ class VideoEncoder:
 
     width, height: of the pictures that go in, pixels; `width`, `height` of the encoder are those that come out
     (media.scale times larger). `name`: libx264 or h264_nvenc. `extradata`: SPS and PPS, which also stand in front of
-    each IDR, as does an SEI that says who made the pictures: a machine (WM-2). Raises ConfigError for odd sizes and for an encoder that was asked for and does not work here.
+    each IDR, as does an SEI that says who made the pictures: a machine (WM-2). Raises ConfigError for odd sizes and for an
+    encoder that was asked for and does not work here.
     """
 
     def __init__(self, width: int, height: int, config: MediaConfig):
@@ -68,10 +69,10 @@ class VideoEncoder:
         return [self._packet(packet) for packet in self._context.encode(frame)]
 
     def _frame(self, picture: np.ndarray) -> av.VideoFrame:
-        """One pass of swscale: size, colours, limited range."""
+        """One pass of swscale: size, colours, limited range; on this thread, for handing out slices costs more than it gains."""
         frame = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(picture), format="rgb24")
         return self._reformat.reformat(frame, self.width, self.height, "yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG",
-                                       interpolation="BILINEAR")  # fmt: skip
+                                       interpolation="BILINEAR", threads=1)  # fmt: skip
 
     def _packet(self, packet: av.Packet) -> Packet:
         index, epoch, made = self._inside.popleft()
@@ -172,8 +173,8 @@ class _SoundEncoder:
         sound = np.concatenate([self._rest, tick.sound])
         whole = len(sound) // self.samples * self.samples
         self._rest, self._end = sound[whole:], start + len(sound)
-        packets = [packet for at in range(0, whole, self.samples) for packet in self._context.encode(self._frame(sound[at : at + self.samples], start + at))]
-        return [self._packet(packet, tick.epoch, made) for packet in packets]
+        frames = [self._frame(sound[at : at + self.samples], start + at) for at in range(0, whole, self.samples)]
+        return [self._packet(packet, tick.epoch, made) for frame in frames for packet in self._context.encode(frame)]
 
     def _frame(self, sound: np.ndarray, position: int) -> av.AudioFrame:
         if self.sample_format == "fltp":

@@ -32,6 +32,7 @@ from liveavatar.serving.durable import flush_folder, private_folder
 START = hashlib.sha256(b"liveavatar event log 1").hexdigest()  # what the first line names as the one before it
 FIELDS = ("n", "t", "name", "data", "prev", "hash")
 TORN = "log.torn"
+TAIL_BYTES = 262_144  # of a log that are read for its last lines
 
 logger = structlog.get_logger("liveavatar.eventlog")
 
@@ -94,6 +95,18 @@ def head(path: str | Path) -> tuple[int, str]:
     for record in read(path):
         count, last = record.n + 1, record.hash
     return count, last
+
+
+def tail(path: str | Path, lines: int) -> list[Record]:
+    """The last few lines, oldest first, without a look at those before them: for reading, not for proof. Raises LogError."""
+    try:
+        with Path(path).open("rb") as file:
+            whole = file.seek(0, os.SEEK_END) <= TAIL_BYTES
+            file.seek(0 if whole else -TAIL_BYTES, os.SEEK_END if not whole else os.SEEK_SET)
+            found = file.read().split(b"\n")[0 if whole else 1 : -1]  # what stands behind the last line's end is being written
+    except OSError as error:
+        raise LogError(f"{path}: cannot be read: {error.strerror}") from None
+    return [Record(**json.loads(line)) for line in found[-lines:]]
 
 
 class EventLog:

@@ -35,7 +35,7 @@ from liveavatar.serving.wire import Wire, problems
 Url = Annotated[str, Field(min_length=1, max_length=2048)]
 Token = Annotated[str, Field(min_length=1, max_length=16_384)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-FAILURES = problems(400, 403, 404, 413, 501, 502, 503)
+FAILURES = problems(400, 403, 404, 409, 413, 415, 501, 502, 503)
 
 log = structlog.get_logger("liveavatar.livekit")
 
@@ -102,7 +102,7 @@ def router() -> APIRouter:
         consent_id: Annotated[str | None, Query(max_length=64)] = None, synthetic: Annotated[bool, Query()] = False,
     ) -> Joined:  # fmt: skip
         """The same, as the LiveKit plugin of bitHuman asks it with model="expression"."""
-        await hall.inspect(who, at, livekit_url, livekit_token, room_name)
+        await hall.inspect(who, at, livekit_url, livekit_token, room=room_name)
         if avatar_id is None:
             picture = await _picture(at, avatar_image, avatar_image_url)
             avatar_id = (await register(picture, "livekit", consent_id, synthetic, who, at)).id
@@ -131,18 +131,21 @@ class _Hall:
     def __init__(self):
         self._stays = set[asyncio.Task]()
 
-    async def inspect(self, who: Principal, at: Services, url: str, token: str, room: str | None = None) -> str:
+    async def inspect(self, who: Principal, at: Services, url: str, token: str, *, agent: str | None = None, room: str | None = None) -> str:
         """Refuse what cannot work before anything is opened; returns the address to join. Raises Invalid, Forbidden, NotInstalled."""
         who.need_key()
         who.need(CONTROL)
-        claims = (await _worker_module()).read_token(token)
+        module = await _worker_module()
+        claims = module.read_token(token)
+        if agent is None:
+            module.spoken_for(claims)
         if room is not None and claims["video"].get("room") != room:
             raise Invalid("room_name is not the room of livekit_token")
         return await asyncio.to_thread(_address, url, at.settings.outputs)
 
     async def show(self, who: Principal, at: Services, avatar: str, url: str, token: str, agent: str | None = None) -> Joined:
         """A new session of whoever asks, in the room. What fails leaves nothing behind."""
-        address = await self.inspect(who, at, url, token)
+        address = await self.inspect(who, at, url, token, agent=agent)
         module, lease, worker = await _worker_module(), await at.desk.open(who, Wish(avatar=avatar)), None
         try:
             worker = await module.join(lease.session, address, token, agent=agent)

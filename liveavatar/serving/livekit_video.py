@@ -12,6 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -86,6 +87,7 @@ class SessionVideo(VideoGenerator):
         self._calm.set()  # no interruption is under way
         self._rest.set()  # nobody holds a frame of ours that is not yet in the synchroniser
         self._cutting, self._cuts = asyncio.Lock(), set[asyncio.Task]()
+        self._waits = 0  # how often what waits in push_audio was forgotten
         self._number, self._open, self._deaf = FIRST_SEGMENT, None, False  # open: takes what arrives; deaf: the rest of it is unwanted
         self._pending = deque[int]()  # segments that were pushed and not reported as ended
         self._current: int | None = None  # the one that is being spoken
@@ -108,10 +110,10 @@ class SessionVideo(VideoGenerator):
 
         Nothing is spoken before the tracks are published: nobody would hear it.
         """
+        waits = self._waits
         await self._calm.wait()
-        epoch = self._epoch
         await self._shown.wait()
-        if epoch != self._epoch:
+        if waits != self._waits:
             return
         if isinstance(frame, AudioSegmentEnd):
             self._deaf = False
@@ -136,11 +138,15 @@ class SessionVideo(VideoGenerator):
 
     # ------------------------------------------------------------ interruption
 
+    def forget(self) -> None:
+        """What waits in push_audio was cleared before it was taken."""
+        self._waits += 1
+
     async def clear_buffer(self) -> None:
         """The agent wants silence: returns when nothing of the old epoch is left anywhere (BRG-2, BRG-3)."""
         async with self._cutting:
             self._calm.clear()
-            await self._stop(self._session.interrupt)
+            await self._stop(partial(self._session.interrupt, reason="livekit"))
 
     async def _cut(self) -> None:
         """Somebody else has interrupted the session: the agent is told, and the rest of what it is sending is not wanted."""
@@ -155,21 +161,23 @@ class SessionVideo(VideoGenerator):
         """Silence, then wait until frames that were in somebody's hands are gone too."""
         busy, (sound, unheard) = not self._rest.is_set(), self._source.unheard(self._clock())
         position = max(0.0, self._said - unheard)
-        await self._clear()
-        if not busy:  # a source takes one frame at a time, and a fade that comes late is worse than none
-            await self._sound(faded(sound[:FADE_SAMPLES]))
-        if interrupt is not None:
-            with contextlib.suppress(Conflict):  # the session has ended: silent enough
-                await interrupt()
-        if self._shown.is_set():
-            if busy:
-                await self._rest.wait()
-                await self._clear()
-            await self.sync.wait_for_playout()  # the picture it holds is shown before we say that it is over
-        self._pending.clear()
-        self._ends.clear()
-        self.outcome, self._open, self._current, self._said, self._primed = (position, True), None, None, 0.0, False
-        self._calm.set()
+        try:
+            await self._clear()
+            if not busy:  # a source takes one frame at a time, and a fade that comes late is worse than none
+                await self._sound(faded(sound[:FADE_SAMPLES]))
+            if interrupt is not None:
+                with contextlib.suppress(Conflict):  # the session has ended: silent enough
+                    await interrupt()
+            if self._shown.is_set():
+                if busy:
+                    await self._rest.wait()
+                    await self._clear()
+                await self.sync.wait_for_playout()  # the picture it holds is shown before we say that it is over
+        finally:
+            self._pending.clear()
+            self._ends.clear()
+            self.outcome, self._open, self._current, self._said, self._primed = (position, True), None, None, 0.0, False
+            self._calm.set()
 
     async def _clear(self) -> None:
         await self.sync.clear_queue()
@@ -211,10 +219,14 @@ class SessionVideo(VideoGenerator):
             if not self._ticks:
                 self._fresh.clear()
                 await self._fresh.wait()
-            elif (tick := self._ticks.popleft()).epoch >= self._epoch:
+            elif (tick := self._ticks.popleft()).epoch >= self._epoch and not self._may_skip(tick):
                 self._rest.clear()
                 return tick
         return None
+
+    def _may_skip(self, tick: Tick) -> bool:
+        """In silence what piled up is made good again, or it would be late for ever (CLK-5)."""
+        return tick.kind != "speech" and not tick.marks and len(self._ticks) > CUSHION_TICKS
 
     # ------------------------------------------------------------ to the runner
 
@@ -228,8 +240,8 @@ class SessionVideo(VideoGenerator):
                 yield picture
                 self._begin_show()
                 continue
-            starts, stops = self._ours(tick.marks)
-            spoken = tick.kind == "speech" and (self._current is not None or bool(starts))
+            stops = self._ours(tick.marks)
+            spoken = tick.kind == "speech" and self._current is not None
             while self._ends and (spoken or self._clock() >= self._ends[0][0]):
                 self.outcome = self._ended()
                 yield AudioSegmentEnd()
@@ -238,37 +250,34 @@ class SessionVideo(VideoGenerator):
             if self._calm.is_set():
                 yield picture
             if self._calm.is_set() and spoken:
-                self._current, self._said = (starts[-1], 0.0) if starts else (self._current, self._said)
                 yield audio_frame(tick.sound)
-                self._spoke(tick.sound, stops)
+                self._source.push(tick.sound, True, self._clock())
+                self._said += len(tick.sound) / SOUND_RATE
             elif self._calm.is_set():  # between segments; somebody else's speech is heard too, but is none of the agent's
                 await self._sound(tick.sound if tick.kind == "speech" else np.zeros_like(tick.sound))
+            if stops and self._calm.is_set():
+                self._current = None
+                self._ends.extend((self._source.empty_at, mark) for mark in stops)
 
     def _begin_show(self) -> None:
         self._ticks.clear()
         self._session.add_sink(self)
         self._shown.set()
 
-    def _ours(self, marks: tuple[Mark, ...]) -> tuple[list[int], list[Mark]]:
-        """The agent's segments that begin in a tick, and those that end with it. One that makes room for another has ended already."""
+    def _ours(self, marks: tuple[Mark, ...]) -> list[Mark]:
+        """The agent's segments that end with a tick. One that makes room for another in it has ended before."""
         ours = [mark for mark in marks if mark.segment in self._pending]
         starts = [mark.segment for mark in ours if mark.name == "started"]
         stops = [mark for mark in ours if mark.name == "finished"]
         if starts:
             self._ends.extend((0.0, mark) for mark in stops if mark.segment not in starts)
+            self._current, self._said = starts[-1], 0.0
             stops = [mark for mark in stops if mark.segment in starts]
-        return starts, stops
+        return stops
 
     def _ended(self) -> tuple[float, bool]:
         mark = self._ends.popleft()[1]
         return mark.position_ms / 1000, mark.interrupted
-
-    def _spoke(self, sound: np.ndarray, stops: list[Mark]) -> None:
-        self._source.push(sound, True, self._clock())
-        self._said += len(sound) / SOUND_RATE
-        if stops:
-            self._ends.extend((self._source.empty_at, mark) for mark in stops)
-            self._current = None
 
     async def _sound(self, sound: np.ndarray) -> None:
         """Into the queue behind everything else, past the runner, which would count it."""

@@ -54,6 +54,7 @@ class Runner(AvatarRunner):
 
     def _on_clear_buffer(self) -> None:
         super()._on_clear_buffer()
+        self._video_gen.forget()
         self._audio_recv.drop_unread()
 
     async def _publish_track(self) -> None:
@@ -185,18 +186,15 @@ class AvatarWorker:
 async def join(session: LiveSession, url: str, token: str, *, agent: str | None = None) -> AvatarWorker:
     """Enter the room `token` is for and show the session there.
 
-    agent: identity of the agent; None: the token's attribute lk.publish_on_behalf names it. The session is closed when
-    the agent leaves. Raises Invalid (token), JoinFailed; the session is then still the caller's.
+    agent: identity of the agent; None: the token says it. The session is closed when the agent leaves. Raises Invalid
+    (token), JoinFailed; the session is then still the caller's.
     """
     claims = read_token(token)
-    agent = agent or claims.get("attributes", {}).get(ON_BEHALF)
-    if not agent:
-        raise Invalid(f"the token has no attribute {ON_BEHALF}: say whose voice the avatar is")
+    agent = agent or spoken_for(claims)
     room = rtc.Room()
-    options = rtc.RoomOptions(auto_subscribe=False, connect_timeout=CONNECT_SECONDS)
     try:
         async with asyncio.timeout(2 * CONNECT_SECONDS):
-            await room.connect(url, token, options)
+            await room.connect(url, token, rtc.RoomOptions(auto_subscribe=False, connect_timeout=CONNECT_SECONDS))
     except (rtc.ConnectError, TimeoutError) as error:
         raise JoinFailed(str(error) or "it does not answer") from None
     return AvatarWorker(session, room, agent, bool(claims["video"].get("canUpdateOwnMetadata")))
@@ -212,3 +210,11 @@ def read_token(token: str) -> dict:
     if not isinstance(grants, dict) or not grants.get("roomJoin") or not isinstance(claims.get("attributes", {}), dict):
         raise Invalid("livekit_token gives no right to join a room")
     return claims
+
+
+def spoken_for(claims: dict) -> str:
+    """Identity of the agent whose voice the bearer of a token is. Raises Invalid."""
+    agent = claims.get("attributes", {}).get(ON_BEHALF)
+    if not isinstance(agent, str) or not agent:
+        raise Invalid(f"the token has no attribute {ON_BEHALF}: say whose voice the avatar is")
+    return agent

@@ -50,6 +50,11 @@ class Mind(Protocol):
     def answer(self, history: Sequence[Said]) -> AsyncIterator[str]: ...
 
 
+def open_mind(url: str | None, *, model: str, key: str | None = None) -> Mind:
+    """Of a server; None: the companion."""
+    return Companion() if url is None else EndpointMind(url, model=model, key=key)
+
+
 # ---------------------------------------------------------------- a server
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import SINKS, Level, Metrics, sink_kind
+from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import watch_process
 from liveavatar.serving.settings import MODES
 from liveavatar.serving.studio import GROUP, Studio
+from liveavatar.telemetry import now as monotonic
 
 
 def watch_studio(metrics: Metrics, studio: Studio, folder: str | Path) -> None:
@@ -26,6 +29,27 @@ def watch_studio(metrics: Metrics, studio: Studio, folder: str | Path) -> None:
     for name in ("audio_buffered_seconds", "degradation_step"):
         watch(name, lambda name=name: [((GROUP,), session.stats()[name]) for session in tuple(live.values())])
     watch_process(metrics, folder)
+
+
+def watch_outputs(metrics: Metrics, outputs: Outputs, clock: Callable[[], float] = monotonic, wall: Callable[[], float] = time.time) -> None:
+    """Destinations and recordings by kind. What they sent and how often they came back is counted when it is read."""
+    counted: dict[str, tuple[int, int]] = {}  # of an output: bytes, reconnects
+
+    def up() -> list:
+        running = outputs.running()
+        for output in running:
+            status, (size, reconnects) = output.status, counted.get(output.id, (0, 0))
+            metrics.output_sent(output.kind, status.bytes - size)
+            metrics.count("output_reconnects_total", status.reconnects - reconnects, output.kind)
+            counted[output.id] = status.bytes, status.reconnects
+        for gone in counted.keys() - {output.id for output in running}:
+            del counted[gone]
+        return [((output.kind,), output.status.state == "live") for output in running]
+
+    metrics.watch("output_up", up)
+    metrics.watch("output_last_progress_timestamp_seconds", lambda: [
+        ((output.kind,), output.status.progress - clock() + wall()) for output in outputs.running() if output.status.progress is not None
+    ])  # fmt: skip
 
 
 def _viewers(live: Mapping[str, LiveSession]) -> Counter:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import re
 import secrets
 import shutil
@@ -25,6 +27,7 @@ from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.wire import OutputWish
 
 MOST = 8  # of one session
+BROKEN = {"recording_failed": "io", "recording_unsigned": "sign"}
 HOUR, DAY = 3600.0, 86_400.0
 HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)")
 HLS_SECONDS = 60.0  # a playlist stays after its end
@@ -71,11 +74,12 @@ class Output:
 
 class Outputs:
     """All of one server. facts(lease): what the side-car of a recording says. recordable(lease): raises a Problem where it may
-    not be recorded. sign: signs finished ones.
+    not be recorded. sign: signs finished ones. broke(reason): a recording did, "io", "disk_full" or "sign".
     """
 
-    def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], recordable: Callable[[Lease], None], sign: Sign | None):
-        self._settings, self._facts, self._recordable, self._sign = settings, facts, recordable, sign
+    def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], recordable: Callable[[Lease], None], sign: Sign | None,
+                 broke: Callable[[str], None] = lambda reason: None):
+        self._settings, self._facts, self._recordable, self._sign, self._broke = settings, facts, recordable, sign, broke
         self._playlists = private_folder(Path(settings.storage.folder) / "hls")
         for left in self._playlists.iterdir():  # of a server that was killed
             shutil.rmtree(left)
@@ -85,6 +89,10 @@ class Outputs:
     def of(self, session_id: str) -> list[Output]:
         """Those of one session, also a while after its end."""
         return list(self._open.get(session_id, {}).values())
+
+    def running(self) -> list[Output]:
+        """Those of all sessions that are not over."""
+        return [output for mine in self._open.values() for output in mine.values() if not output.task.done()]
 
     def get(self, session_id: str, output_id: str) -> Output:
         """Raises NotFound."""
@@ -129,6 +137,8 @@ class Outputs:
         def report(event: str, facts: dict) -> None:
             log.info(event, session=lease.id, **facts)
             session.happenings.add(event, **facts)
+            if event in BROKEN:
+                self._broke("disk_full" if facts["reason"] == os.strerror(errno.ENOSPC) else BROKEN[event])
 
         if wanted.kind == "record":
             self._recordable(lease)

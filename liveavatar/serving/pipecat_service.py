@@ -15,8 +15,8 @@ import numpy as np
 
 try:
     from pipecat.frames.frames import (
-        CancelFrame, EndFrame, Frame, InterruptionFrame, OutputImageRawFrame, OutputTransportReadyFrame, StartFrame, TTSAudioRawFrame, TTSStartedFrame,
-        TTSStoppedFrame,
+        CancelFrame, EndFrame, Frame, InterruptionFrame, OutputImageRawFrame, OutputTransportReadyFrame, StartFrame, TTSAudioRawFrame,
+        TTSStartedFrame, TTSStoppedFrame,
     )  # fmt: skip
     from pipecat.processors.frame_processor import FrameDirection
     from pipecat.services.ai_service import AIService
@@ -70,7 +70,7 @@ class InProcess:
 
     async def interrupt(self) -> int:
         """See AvatarClient."""
-        return (await self.session.interrupt()).epoch
+        return (await self.session.interrupt(reason="pipecat")).epoch
 
     async def ticks(self) -> AsyncIterator[Tick]:
         """See AvatarClient."""
@@ -91,7 +91,7 @@ class _Ticks(Edge):
 
 
 class LiveAvatarVideoService(AIService):
-    """See the module. client: InProcess or Remote; it is opened with the pipeline and closed with it."""
+    """See the module. client: InProcess, or remote.RemoteAvatar; it is opened with the pipeline and closed with it."""
 
     Settings = ServiceSettings
 

@@ -198,7 +198,7 @@ class RealtimeBridge:
             response.done = True
             await self._maybe_stopped(response, str(_inside(event, "response", "id")))
         elif kind in ("session.created", "session.updated"):
-            self._configure(event.get("session") or {})
+            self._configure(_mapping(event.get("session")))
 
     async def _hear(self, event: dict) -> None:
         response = str(event.get("response_id", ""))
@@ -210,12 +210,12 @@ class RealtimeBridge:
 
     def _configure(self, session: dict) -> None:
         """GA: audio.output.format {type, rate}, audio.input.turn_detection; beta: output_audio_format, turn_detection."""
-        said = _inside(session, "audio", "output", "format") or session.get("output_audio_format") or {}
-        said = {"type": said} if isinstance(said, str) else said
-        self._format = said.get("type", "audio/pcm")
+        said = _inside(session, "audio", "output", "format") or session.get("output_audio_format")
+        said = {"type": said} if isinstance(said, str) else _mapping(said)
+        self._format = str(said.get("type", "audio/pcm"))
         self._rate = TELEPHONE_RATE if self._format in TELEPHONE else _whole(said.get("rate")) or RATE
-        turns = _inside(session, "audio", "input", "turn_detection") or session.get("turn_detection") or {}
-        self._interrupts = turns.get("interrupt_response", True)
+        turns = _inside(session, "audio", "input", "turn_detection") or session.get("turn_detection")
+        self._interrupts = _mapping(turns).get("interrupt_response", True) is not False
 
     # ------------------------------------------------------------ the avatar
 
@@ -234,7 +234,7 @@ class RealtimeBridge:
             response.dead = response.dead or any(item in unheard for item in response.items)
         while not self._speech.empty():
             self._speech.get_nowait()
-        await self.avatar.interrupt()
+        await self.avatar.interrupt(reason="realtime")
         await self._catch_up()
         for item in self.ledger.unheard():  # no sound of these had reached the avatar
             await self._cut(item, 0)
@@ -298,10 +298,9 @@ def _json(**event) -> str:
 def _parsed(text: str) -> dict:
     """{} for what is no event: it goes through untouched."""
     try:
-        event = json.loads(text)
-    except ValueError:
+        return _mapping(json.loads(text))
+    except (ValueError, RecursionError):
         return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _inside(event: dict, *names: str):
@@ -310,8 +309,12 @@ def _inside(event: dict, *names: str):
     return event
 
 
+def _mapping(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
 def _whole(value) -> int:
-    return value if isinstance(value, int) else 0
+    return value if type(value) is int else 0
 
 
 def _samples(delta: str, format: str) -> np.ndarray:

@@ -25,7 +25,8 @@ def view(avatar: Avatar) -> AvatarView:
     """What whoever may use it may know."""
     home = f"/v1/avatars/{avatar.id}"
     return AvatarView(id=avatar.id, name=avatar.name, owner=avatar.owner, embedded=avatar.owner == EVERYBODY, consent_id=avatar.consent,
-                      digest=avatar.digest, created_at=avatar.created, links={"self": home, "portrait": f"{home}/portrait", "thumbnail": f"{home}/thumbnail"})  # fmt: skip
+                      digest=avatar.digest, created_at=avatar.created,
+                      links={"self": home, "portrait": f"{home}/portrait", "thumbnail": f"{home}/thumbnail"})  # fmt: skip
 
 
 @router.post("", status_code=201, response_model=AvatarView, responses=problems(400, 403, 404, 409, 413, 415))

@@ -22,7 +22,8 @@ def view(session_id: str, output: Output) -> OutputView:
     """How it does. Neither key nor token is in it."""
     status, home = output.status, f"/v1/sessions/{session_id}/outputs/{output.id}"
     return OutputView(id=output.id, name=output.name, kind=output.kind, url=status.url or None,
-                      state="closed" if output.task.done() else status.state, reconnects=status.reconnects, failures=status.failures, last_error=status.last_error, bytes=status.bytes, drops=status.drops,
+                      state="closed" if output.task.done() else status.state, reconnects=status.reconnects, failures=status.failures,
+                      last_error=status.last_error, bytes=status.bytes, drops=status.drops,
                       links={"self": home, **({"playlist": f"{home}/hls/index.m3u8"} if output.folder else {})})  # fmt: skip
 
 

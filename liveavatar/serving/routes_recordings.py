@@ -27,7 +27,8 @@ def view(file: File) -> RecordingView | None:
         return None
     facts = json.loads(file.read_bytes())
     home = f"/v1/recordings/{file.stem}"
-    return RecordingView(id=file.stem, whole=facts["complete"], **{name: facts.get(name) for name in SHOWN}, links={"self": home, "file": f"{home}/file"})
+    shown = {name: facts.get(name) for name in SHOWN}
+    return RecordingView(id=file.stem, whole=facts["complete"], **shown, links={"self": home, "file": f"{home}/file"})
 
 
 def _folder(at: Services) -> File:

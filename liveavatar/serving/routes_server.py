@@ -5,16 +5,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Response
 from fastapi.responses import JSONResponse
 
 from liveavatar import __version__
-from liveavatar.serving.access import ADMIN, CONTROL, VIEW
+from liveavatar.serving.access import ADMIN
 from liveavatar.serving.gate import METRICS
 from liveavatar.serving.metrics import CONTENT_TYPE
 from liveavatar.serving.services import BEARER, At, Services, Who
 from liveavatar.serving.targets import FORMS
-from liveavatar.serving.wire import ChainView, KeyList, KeyView, KeyWish, NewKey, RankView, ServerView, problems
+from liveavatar.serving.wire import KeyList, KeyView, KeyWish, NewKey, ServerView, problems
 
 probes, metrics, operations = APIRouter(tags=["probes"]), APIRouter(), APIRouter()
 router = APIRouter(prefix="/v1", tags=["server"], dependencies=[BEARER])
@@ -79,20 +79,10 @@ async def server(who: Who, at: At) -> ServerView:
     )  # fmt: skip
 
 
-@router.get("/chain", response_model=ChainView, responses=problems(403))
-async def chain(request: Request, who: Who, at: At) -> ChainView:
-    """The ranks with their load, and where the time of a block goes."""
-    who.need_key()
-    who.need(VIEW, CONTROL)
-    studio, stages = at.desk.studio, request.app.state.stages
-    return ChainView(alive=studio.alive, restarts=studio.restarts, capacity=studio.capacity, factor=studio.factor,
-                     realtime_factor=stages.realtime_factor(), ranks=[RankView(**rank) for rank in stages.load()], budget=stages.budget())  # fmt: skip
-
-
 def features(at: Services) -> list[str]:
     """What may be asked of it beyond sessions."""
-    found = {"say": at.speak is not None, "watermark": at.mark_key is not None, "livekit": find_spec("livekit") is not None}
-    return sorted([*FORMS, "record", "whep", *(name for name, there in found.items() if there)])
+    found = {"say": at.speak, "talk": at.conversations, "realtime": at.settings.realtime, "watermark": at.mark_key, "livekit": find_spec("livekit")}
+    return sorted([*FORMS, "record", "whep", *(name for name, there in found.items() if there is not None)])
 
 
 @router.post("/keys", status_code=201, response_model=NewKey, responses=problems(400, 403, 413))

@@ -32,8 +32,9 @@ def view(lease: Lease, desk) -> SessionView:
     ends, idle = desk.ends(lease)
     return SessionView(
         id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None,
-        epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height, viewers=session.stats()["viewers"],
-        created_at=lease.created, lease=None if lease.over else LeaseView(ends_at=ends, idle_ends_at=min(ends, idle)), metadata=lease.wish.metadata,
+        epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height,
+        viewers=session.stats()["viewers"], created_at=lease.created, metadata=lease.wish.metadata,
+        lease=None if lease.over else LeaseView(ends_at=ends, idle_ends_at=min(ends, idle)),
         links={"self": home, **{name: f"{home}/{name}" for name in ("stream", "whep", "stats", "audio", "say", "interrupt", "tokens", "outputs")}},
     )  # fmt: skip
 

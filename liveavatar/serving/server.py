@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +10,18 @@ from pathlib import Path
 import structlog
 
 from liveavatar import __version__
-from liveavatar.core import ConfigError
 from liveavatar.serving import listen, logs, spans
 from liveavatar.serving.app import create_app
 from liveavatar.serving.badge import Badge
-from liveavatar.serving.durable import private_folder, replace_file
+from liveavatar.serving.durable import private_folder
 from liveavatar.serving.live import Role
 from liveavatar.serving.metrics import Metrics
-from liveavatar.serving.monitor import watch_studio
+from liveavatar.serving.monitor import watch_outputs, watch_studio
 from liveavatar.serving.probes import find_gpus
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.studio import Mark, Studio
-from liveavatar.serving.watermark import Watermark
-
-KEY_BYTES = 32  # of the watermark
+from liveavatar.serving.watermark import Watermark, server_key
 
 log = structlog.get_logger("liveavatar.server")
 
@@ -55,8 +51,8 @@ async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
     watch_studio(metrics, studio, private_folder(Path(settings.storage.folder)))
     if gpus is not None:
         gpus.watch(metrics)
-    app = create_app(studio, settings, metrics=metrics)
-    app.state.stages = stages
+    app = create_app(studio, settings, metrics=metrics, stages=stages)
+    watch_outputs(metrics, app.state.services.outputs)
     if (key := app.state.services.access.first_key()) is not None:
         say(f"first key, shown this once (scopes: all): {key}")
     try:
@@ -72,7 +68,8 @@ def marker(settings: ServeConfig) -> Callable[[Role, int, int], Mark]:
     for name in ("watermark", "badge", "sign"):
         if not getattr(provenance, name):
             log.warning("provenance_off", what=name)
-    key = watermark_key(settings) if provenance.watermark else b""
+    said, folder = provenance.watermark_key_file, Path(settings.storage.folder)
+    key = server_key(folder, Path(said) if said else None) if provenance.watermark else b""
 
     def made(role: Role, height: int, width: int) -> Mark:
         steps = [Badge(provenance.badge_text, height, width).draw] if provenance.badge else []
@@ -92,14 +89,3 @@ def payload(role: Role) -> int:
     """What the watermark of a session says, 32 bits: a checksum of owner and avatar, which a server can find again in its logs."""
     return zlib.crc32(f"{role.owner}\n{role.avatar}".encode())
 
-
-def watermark_key(settings: ServeConfig) -> bytes:
-    """The operator's key file, or one that is made at the first start."""
-    said = settings.provenance.watermark_key_file
-    path = Path(said) if said else private_folder(Path(settings.storage.folder)) / "watermark.key"
-    if said is None and not path.exists():
-        replace_file(path, secrets.token_bytes(KEY_BYTES))
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"provenance.watermark_key_file={path}: cannot be read ({error.strerror}): name a file of {KEY_BYTES} random bytes") from None

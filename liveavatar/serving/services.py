@@ -16,6 +16,7 @@ from liveavatar.serving.access import ANYBODY as OPERATOR
 from liveavatar.serving.access import VIEW, Access, Principal
 from liveavatar.serving.audit import Audit
 from liveavatar.serving.consent import ConsentLog
+from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.desk import Desk
 from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
 from liveavatar.serving.problems import Unauthorized
@@ -25,6 +26,7 @@ from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.webrtc import Heard
@@ -40,8 +42,8 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
-    speech; None: this server has no voice.
-    one_video: looking for a mark takes a core for seconds, so one at a time.
+    speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
+    one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
     settings: ServeConfig
@@ -57,9 +59,11 @@ class Services:
     metrics: Metrics
     probe: LoopProbe
     mark_key: bytes | None
+    stages: Stages
     consents: ConsentLog
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
+    conversations: Conversations | None = None
     one_video: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     def session(self, session_id: str) -> LiveSession:
@@ -91,6 +95,8 @@ class Services:
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""
         await self.desk.close_all("drain")
+        if self.conversations is not None:
+            await self.conversations.aclose()
         await self.viewers.close()
         await self.outputs.close(GOODBYE_SECONDS)
         await self.webhooks.close(GOODBYE_SECONDS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -44,6 +44,7 @@ class _Journey:
 
     admitted: float
     ready: float | None = None
+    rank: int = 0  # where it is, or waits
     stages: dict[str, float] = field(default_factory=dict)
 
     def parts(self) -> dict[str, float]:
@@ -121,6 +122,11 @@ class Stages:
             self._metrics.block_stage(self._group, stage, seconds)
             if journey := self._journeys.get((line["session"], line["block"])):
                 journey.stages[stage] = journey.stages.get(stage, 0.0) + seconds
+                journey.rank = line["rank"] + self._leaves(line["rank"], stage)
+
+    def _leaves(self, rank: int, stage: str) -> bool:
+        """Whether a block that passed `stage` goes on to the next rank."""
+        return rank < len(self._cut) and stage == self._cut[rank][-1]
 
     def _on_ready(self, line: dict) -> None:
         self._metrics.frames_generated(self._engine, line["count"])
@@ -161,9 +167,11 @@ class Stages:
         return {PARTS[0]: statistics.median(self._waits) if self._waits else None, **rest}
 
     def load(self) -> list[dict]:
-        """The chain as the console draws it, by rank: roles, share of the last seconds at work, bytes held."""
+        """The chain as the console draws it, by rank: roles, share of the last seconds at work, bytes held, blocks there or waiting."""
         def share(rank: Rank) -> float:
             return min(1.0, sum(seconds for _, seconds in self._recent(rank.work)) / WINDOW)
 
-        return [{"rank": n, "roles": list(self._cut[n]) if n < len(self._cut) else [], "busy": share(rank), "rss": rank.rss, "gpu": rank.gpu}
+        here = Counter(journey.rank for (session, _), journey in self._journeys.items() if journey.ready is None and session in self._heard)
+        return [{"rank": n, "roles": list(self._cut[n]) if n < len(self._cut) else [], "busy": share(rank), "rss": rank.rss, "gpu": rank.gpu,
+                 "blocks": here[n]}
                 for n, rank in sorted(self.ranks.items())]  # fmt: skip

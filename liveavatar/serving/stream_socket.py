@@ -2,6 +2,7 @@
 
 Who it is stands in Authorization, in the subprotocol "bearer.TOKEN" (beside "liveavatar.v1"), or in the first message
 {"type": "hello", "token": ...}; never in the URL. Whoever comes back says `after`: the number of the last event it saw.
+An open stream does not keep a session from being idle; speech and pings do.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ async def stream(socket: WebSocket, session_id: str) -> None:
             who, said = await _asker_by_message(socket, at)
             after = said if said is not None else after
         lease = at.desk.lease(who, session_id, VIEW, PUBLISH, CONTROL)
-        if lease.holders >= at.settings.access.viewers:
+        if lease.sockets >= at.settings.access.viewers:
             raise RateLimited("too many streams of this session", kind="quota")
     except LiveAvatarError as error:
         return await _refuse(socket, as_problem(error))
@@ -154,7 +155,7 @@ class Connection:
 
     async def run(self, after: int) -> None:
         """Until the client leaves, the session ends, or the client is too slow or too wrong."""
-        self.lease.holders += 1
+        self.lease.sockets += 1
         self.outbox.put({"type": "session.created", "session": view(self.lease, self.at.desk).model_dump()})
         tasks = [asyncio.create_task(work) for work in (self._listen(), self._tell(after), self._measure(), self._send())]
         try:
@@ -165,7 +166,7 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.lease.holders -= 1
+            self.lease.sockets -= 1
             self.at.desk.touch(self.lease)
 
     async def _send(self) -> None:

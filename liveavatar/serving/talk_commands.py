@@ -54,22 +54,20 @@ def talk(
     import asyncio
 
     from liveavatar.config import load
+    from liveavatar.serving.ears import Ears, open_recogniser
+    from liveavatar.serving.minds import open_mind
     from liveavatar.serving.rehearsal import recorded_turns
     from liveavatar.serving.settings import ServeConfig
 
     settings = load(config, [*(() if config else USUAL), *(overrides or ())], ServeConfig)
     turns = recorded_turns(audio or (), say or (), barge_in)
-    parts = {"mind": _mind(mind, model), "voice": _voice(voice), "recogniser": _recogniser(ears, bool(audio)), "ears": _ears(bool(audio))}
+    parts = {"mind": open_mind(mind, model=model, key=os.environ.get(MIND_KEY)), "voice": _voice(voice)}
+    if audio:  # what is typed needs no ears
+        parts |= {"ears": Ears(), "recogniser": open_recogniser(ears, key=os.environ.get(EARS_KEY))}
     done = asyncio.run(_held(settings, image, turns, parts, out, not only_avatar))
     if report is not None:
         report.write_text(json.dumps(_figures(done), indent=1) + "\n", encoding="utf-8")
     typer.echo(f"{out}: {done.ticks / 25:.1f} s, {done.kinds.get('filler', 0)} filled and {done.late} late of {done.ticks} pictures")
-
-
-def _mind(url: str | None, model: str):
-    from liveavatar.serving.minds import Companion, EndpointMind
-
-    return Companion() if url is None else EndpointMind(url, model=model, key=os.environ.get(MIND_KEY))
 
 
 def _voice(name: str):
@@ -78,27 +76,14 @@ def _voice(name: str):
     return voice_named("openai", url=name, key=os.environ.get(VOICE_KEY)) if "://" in name else voice_named(name)
 
 
-def _recogniser(place: str | None, needed: bool):
-    from liveavatar.serving.ears import OpenAIRecogniser, WhisperRecogniser
-
-    if not needed:
-        return None
-    return OpenAIRecogniser(place, key=os.environ.get(EARS_KEY)) if place and "://" in place else WhisperRecogniser(place)
-
-
-def _ears(needed: bool):
-    from liveavatar.serving.ears import Ears
-
-    return Ears() if needed else None
-
-
 async def _held(settings: ServeConfig, image: Path | None, turns: list[Turn], parts: dict, out: Path, both: bool) -> Rehearsed:
     from liveavatar.serving.live import Role
     from liveavatar.serving.rehearsal import rehearse
+    from liveavatar.serving.server import marker
     from liveavatar.serving.studio import Studio
     from liveavatar.serving.talk import Talk
 
-    studio = Studio(settings)
+    studio = Studio(settings, marker=marker(settings))
     try:
         await studio.start()
         avatar = await studio.open(Role(avatar="talk", picture=image or PORTRAIT, prompt=settings.engine.prompt, seed=settings.engine.seed))

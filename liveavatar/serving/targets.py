@@ -147,7 +147,8 @@ def certificate() -> tuple[Path, Path]:
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         raise ConfigError("WHIP needs the package cryptography: pip install 'liveavatar[serve]'") from None
-    key, name, today = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "liveavatar")]), datetime.now(UTC)
+    key, today = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "liveavatar")])
     builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(x509.random_serial_number())
     signed = builder.not_valid_before(today - timedelta(days=1)).not_valid_after(today + timedelta(days=3650)).sign(key, hashes.SHA256())
     folder, pem = Path(_certificate_folder().name), serialization.Encoding.PEM

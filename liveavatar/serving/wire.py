@@ -287,30 +287,6 @@ class KeyList(Wire):
     keys: list[KeyView]
 
 
-class RankView(Wire):
-    """busy: share of the last seconds at work. rss, gpu: bytes."""
-
-    rank: int
-    roles: list[str]
-    busy: float
-    rss: int
-    gpu: int
-
-
-class ChainView(Wire):
-    """The chain as the console draws it. budget: median seconds of a block by part. factor: times real time when it was warmed.
-    realtime_factor: now, of each session at work.
-    """
-
-    alive: bool
-    restarts: int
-    capacity: int
-    factor: float
-    realtime_factor: float | None
-    ranks: list[RankView]
-    budget: dict[str, float | None]
-
-
 class ServerView(Wire):
     """What this server is and can. reasons: why it is not ready. features: what may be asked of it."""
 

@@ -1,0 +1,148 @@
+"""The pump of a rank: messages from the inbox through the roles of its stage, one after the other.
+
+Some roles are holders: they keep blocks for a while, so that several share a piece of work (register.py) or so that work
+goes on beside the next block (beside.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import psutil
+import torch
+
+from liveavatar.core import UPWARD, Block, Message, Open, SetPrompt, SetReference, Span
+from liveavatar.runtime.links import Link, LinkClosed, QueueLink
+
+
+def describe(message: Message) -> str:
+    """A message in words for errors and heartbeats."""
+    index, step = getattr(message, "index", None), getattr(message, "step", None)
+    what = type(message).__name__ if index is None else f"{type(message).__name__} {index}"
+    at = "" if step is None else f" at step {step}"
+    return f"{what}{at} of session {message.session!r}"
+
+
+SLOW = (Open, SetPrompt, SetReference)  # may load an encoder, and hold the interpreter for seconds
+
+
+class Holder(Protocol):
+    """A role that keeps messages for a while: what it was given comes out when it is advanced.
+
+    The Pump advances holders whenever nothing waits in the inbox, and before a message they hold back, so a holder decides
+    who shares a piece of work and never how long anybody waits for company.
+    """
+
+    def __call__(self, message: Message) -> list[Message]: ...
+
+    def under_way(self) -> Sequence[tuple[Callable, Message]]:
+        """(who, what) of the next advance, oldest first; empty: nothing is kept."""
+
+    def holds_back(self, message: Message) -> bool:
+        """Whether it must advance before it can take `message`."""
+
+    def advance(self) -> list[Message]:
+        """One piece of work; what is done comes out in order."""
+
+
+class Pump:
+    """Inbox -> roles one after the other -> next stage; what is meant for the head goes up at once.
+
+    busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
+    a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
+    still says which and at what. announce: called before and after a SLOW message. traced: the rank's
+    number if the head wants a Span of every role's work, else None. followers: links to the ranks that
+    share this stage; they are given every message before it is worked on.
+    """
+
+    def __init__(self, roles: Sequence[Callable], inbox: QueueLink, down: Link | None, up: Callable[[Message], None],
+                 announce: Callable[[], None] = lambda: None, traced: int | None = None, followers: Sequence[Link] = ()):
+        self.roles, self.inbox, self.down, self.up, self.announce = tuple(roles), inbox, down, up, announce
+        self.traced, self.followers = traced, tuple(followers)
+        self.holders: dict[int, Holder] = {place: role for place, role in enumerate(self.roles) if hasattr(role, "advance")}
+        self.busy: tuple[str, Message, float] | None = None
+        self._stopping = False
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Until stop(), or the inbox is closed. Raises LinkBroken and whatever a role raises."""
+        while not self._stopping:
+            try:
+                message = self.inbox.receive(0.0 if self._under_way() else None)
+            except LinkClosed:
+                return
+            if message is not None:
+                for follower in self.followers:
+                    follower.send(message)
+                self._pass(message)
+            for place in self._under_way() if message is None else ():
+                self._advance(place)
+
+    def stop(self) -> None:
+        """End run() after the message at hand."""
+        self._stopping = True
+        self.inbox.close()
+
+    def doing(self) -> tuple[str, float] | None:
+        """What a role is at, in words, and for how many seconds."""
+        busy = self.busy
+        return (f"{busy[0]} on {describe(busy[1])}", time.monotonic() - busy[2]) if busy else None
+
+    def slow(self) -> bool:
+        """Whether a role is at a SLOW message."""
+        busy = self.busy
+        return busy is not None and isinstance(busy[1], SLOW)
+
+    def _under_way(self) -> list[int]:
+        """Places of the holders that keep something."""
+        return [place for place, holder in self.holders.items() if holder.under_way()]
+
+    def _pass(self, message: Message, place: int = 0) -> None:
+        """`message` through the roles from `place` on, and whatever it leads to, one after the other."""
+        if isinstance(message, UPWARD):
+            self.up(message)
+        elif place < len(self.roles):
+            while place in self.holders and self.holders[place].holds_back(message):
+                self._advance(place)
+            role = self.roles[place]
+            # a block that is taken in is no work yet: its span comes from the advance
+            who = () if place in self.holders and isinstance(message, Block) else ((role, message),)
+            self._onward(place, self._work(role, message, lambda: role(message), who))
+        elif self.down is not None:
+            self.down.send(message)
+
+    def _advance(self, place: int) -> None:
+        holder = self.holders[place]
+        who = tuple(holder.under_way())
+        self._onward(place, self._work(*who[0], holder.advance, who))
+
+    def _onward(self, place: int, made: list[Message]) -> None:
+        for out in made:
+            self._pass(out, place + 1)
+
+    def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]]) -> list[Message]:
+        """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`."""
+        self.busy = (type(role).__name__, message, time.monotonic())
+        if isinstance(message, SLOW):
+            self.announce()
+        made = act()
+        if self.traced is not None:
+            for worker, item in who:
+                self.up(span_of(self.traced, item, self.busy[2], worker))
+        self.busy = None
+        if isinstance(message, SLOW):
+            self.announce()
+        return made
+
+
+def span_of(rank: int, message: Message, start: float, role: Callable) -> Span:
+    """The Span of a role's work that is over now; what it queued on a GPU is waited for, or its time would be nobody's."""
+    on_gpu = torch.cuda.is_initialized()
+    if on_gpu:
+        torch.cuda.synchronize()
+    step = getattr(role, "index", None)
+    return Span(message.session, what=type(message).__name__, index=getattr(message, "index", None), rank=rank,
+                role=type(role).__name__ + ("" if step is None else str(step)), start=start, end=time.monotonic(),
+                rss=psutil.Process().memory_info().rss, gpu=torch.cuda.memory_allocated() if on_gpu else 0)
