@@ -25,7 +25,7 @@ from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import Probe, Seen, frechet, identity_error, load_probe
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
-from liveavatar.training import export, preview
+from liveavatar.training import preview
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.levels import student_table
 from liveavatar.training.synth import speech
@@ -152,9 +152,9 @@ class Bench:
         return np.concatenate([self.probe.look(pictures).features for pictures in videos])
 
     @classmethod
-    def build(cls, config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int) -> "Bench":
+    def build(cls, config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int, text: TextEncoder) -> "Bench":
         """Render the scenes (the slow part) and load codec and judge."""
-        renderer, text = HeadRenderer(data.size, data.supersample), export.text_encoder_of(forcing.model, seed)
+        renderer = HeadRenderer(data.size, data.supersample)
         seconds = 12 * config.blocks / FPS + corpus.LOOKAHEAD_SECONDS
         spoken = speech.synthesize(seed + 11, seconds, (speech.HELD_OUT_VOICE,))
         scenes = [preview.make_scene(data, renderer, person, spoken, config.blocks, seed + i) for i, person in enumerate(config.people)]
@@ -173,12 +173,12 @@ class Bench:
                 "seconds": round(time.monotonic() - started, 1), "paper": arm.paper}
 
 
-def ablate(config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, stage: str,
+def ablate(config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, text: TextEncoder, stage: str,
            sigmas: Sequence[float]) -> list[dict]:
     """Run every arm whose checkpoint is there and write RUN/ablations/table.{json,md}; arms without one say so in the table.
     Raises WeightsError without codec or probe."""
     run = Path(run)
-    bench, rows = Bench.build(config, forcing, data, run, seed), []
+    bench, rows = Bench.build(config, forcing, data, run, seed, text), []
     folder = run / "ablations"
     folder.mkdir(exist_ok=True)
     for arm in config.arms:

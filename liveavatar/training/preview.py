@@ -25,7 +25,7 @@ from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
-from liveavatar.training import export, forcing, shards
+from liveavatar.training import forcing, shards
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.synth import director, speech
@@ -171,13 +171,12 @@ def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int, stage:
 
 
 def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, sigmas: Sequence[float],
-            stage: str = "forcing", blocks: int = 12, teach: TeacherConfig | None = None) -> dict:
+            text: TextEncoder, stage: str = "forcing", blocks: int = 12, teach: TeacherConfig | None = None) -> dict:
     """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/STAGE_ITERATION.{png,json}.
     teach: how the stage `teacher` is sampled, which makes seven blocks, as many as it was trained on."""
     blocks = 7 if stage == "teacher" else blocks
     model, iteration = load_model(config, run, seed, stage)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
-    text = export.text_encoder_of(config.model, seed)
     renderer = HeadRenderer(data.size, data.supersample)
     utterance = speech.synthesize(seed + 7, 12 * blocks / FPS + corpus.LOOKAHEAD_SECONDS, (speech.HELD_OUT_VOICE,))
     rows, report = [], {"stage": stage, "iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
