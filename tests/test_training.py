@@ -17,7 +17,7 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import codec, data, export, forcing, levels, losses, preview, recipe, shards
+from liveavatar.training import codec, data, forcing, levels, losses, preview, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
@@ -39,9 +39,9 @@ def micro(tmp_path_factory):
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("micro")
     overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
-                 f"export.media={root}/MEDIA.md", "export.stage=forcing", 'forcing.start=""']  # ode, dmd ...: test_distillation.py
+                 f"export.media={root}/MEDIA.md", "export.stage=forcing", 'forcing.start=""', "forcing.wording_share=0.5"]  # ode, dmd ...: test_distillation.py
     torch.set_num_threads(1)
-    for stage in ("data", "vae", "decoder", "latents", "forcing"):
+    for stage in ("data", "vae", "decoder", "text", "latents", "forcing"):
         recipe.run(stage, MICRO, overrides)
     return recipe.read_recipe(MICRO, overrides), overrides
 
@@ -70,7 +70,7 @@ def test_losses_of_both_stages_fall(micro):
 def test_a_run_that_resumes_repeats_the_losses(micro, tmp_path):
     r = micro[0]
     config = dataclasses.replace(r.forcing, loop=dataclasses.replace(r.forcing.loop, iterations=6))
-    text = export.text_encoder_of(config.model, r.seed)
+    text = r.texts()
     runs = []
     for name, pieces in (("whole", [None]), ("cut", [2, None])):
         folder = tmp_path / name
@@ -102,8 +102,7 @@ def test_trained_blocks_get_the_sound_of_their_own_pictures(micro):
     r = micro[0]
     path = shards.clip_paths(Path(r.run) / "latents", "train")[0]
     made = forcing.read_encoded(path)
-    reader = forcing.EncodedReader(r.run, dataclasses.replace(r.forcing, silence_share=0.0, audio_variants=1),
-                                   export.text_encoder_of(r.forcing.model, 0), 0)
+    reader = forcing.EncodedReader(r.run, dataclasses.replace(r.forcing, silence_share=0.0, audio_variants=1), r.texts(), 0)
     latents, features, *_ = reader._row(dataclasses.replace(made, features=made.features[:1]), np.random.default_rng(0))
     assert latents.shape[1] == 6 and features.shape[-1] == 24
     # Latent 3 of a clip covers pictures 9..12: the first block is driven by pictures 9..20.
@@ -137,7 +136,7 @@ def test_the_teacher_learns_and_makes_a_whole_scene(micro):
     model, iteration = preview.load_model(r.forcing, r.run, r.seed, "teacher")
     scene = preview.Scene(np.full((64, 64, 3), 90, np.uint8), np.zeros((24, 64, 64, 3), np.uint8), np.zeros(24, np.float32),
                           np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "a man")
-    pictures = preview.generate_whole(model, StreamingVAE.from_folder(Path(r.run) / "vae"), export.text_encoder_of(r.forcing.model, r.seed), r.forcing, r.teacher, scene, 0)
+    pictures = preview.generate_whole(model, StreamingVAE.from_folder(Path(r.run) / "vae"), r.texts(), r.forcing, r.teacher, scene, 0)
     assert iteration == 12 and pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
     recipe.run("teacher_clips", MICRO, overrides)
     truth, taught = (shards.read_clip(shards.clip_path(folder, "held", 0)) for folder in (r.data.folder, Path(r.run) / "teacher_clips"))
@@ -148,9 +147,14 @@ def test_the_teacher_learns_and_makes_a_whole_scene(micro):
 def test_portraits_dressed_otherwise_are_encoded(micro):
     r = micro[0]
     clips = shards.clip_paths(r.data.folder, "train")
-    assert [data.read_portraits(p).shape for p in clips] == [(1, 64, 64, 3)] * 3
+    kinds = [["shirt", "background"], ["shirt"], ["background"]]
+    for portraits in map(data.read_portraits, clips):
+        assert portraits.pictures.shape == (3, 64, 64, 3) and portraits.exchanged == kinds
+    own, (_, shirt, backdrop) = shards.read_clip(clips[0]).reference.astype(int), data.read_portraits(clips[0]).pictures
+    assert np.abs(shirt[:16, :8] - own[:16, :8]).max() == 0 and np.abs(backdrop[:16, :8] - own[:16, :8]).min() > 0
     made = forcing.read_encoded(shards.clip_paths(Path(r.run) / "latents", "train")[0])
-    assert made.portraits.shape == (1, *made.motion.shape) and not np.array_equal(made.portraits[0], made.motion)
+    assert made.portraits.shape == (3, *made.motion.shape) and not np.array_equal(made.portraits[0], made.motion)
+    assert made.card["exchanged"] == kinds
     undressed = [p for p in clips if shards.read_clip(p).caption == Identity.sample(shards.read_clip(p).card["identity"]["seed"]).caption]
     assert data.render_portraits(r.data, r.seed) == 0 and len(undressed) < len(clips), "dress_share shows in this seed"
 

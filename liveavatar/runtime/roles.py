@@ -227,7 +227,7 @@ class Denoiser:
         latents, velocity = denoise_block(
             self.model, self.step, block.latents.to(self.model.device), self.sinks.audio,
             self.sinks.sessions[block.session].text, self.caches[block.session],
-            block=block.index, sink_distance=block.sink_distance)
+            block=self.geometry.first_block + block.index, sink_distance=block.sink_distance)
         out: list[Message] = []
         if self.observe:
             out.append(core.Latents(block.session, index=block.index, step=self.index, latents=for_head(latents),
