@@ -364,6 +364,20 @@ def test_a_resumed_distillation_repeats_everything(micro, tmp_path):
     assert same(load_checkpoint(tmp_path / "dmd.pt"), load_checkpoint(Path(micro.run) / "dmd.pt"))
 
 
+def test_students_of_other_starts_are_trained_apart(micro, tmp_path):
+    """Each in its folder, from its own start; a start that the run does not have is left out, what is done is not done again."""
+    from liveavatar.training.students import StudentsConfig, train_students
+
+    for name in ("latents", "forcing.pt", "teacher.pt", "ode.pt"):
+        (tmp_path / name).symlink_to(Path(micro.run) / name)
+    again, short = every_turn(micro), StudentsConfig(iterations=2)
+    made = [train_students(short, again.dmd, again.forcing, again.export.sigmas, tmp_path, again.seed, again.texts(), 0) for _ in range(2)]
+    assert made[0] == made[1] == {start: tmp_path / "ablations" / start for start in ("forcing", "ode")}
+    ends = [load_checkpoint(folder / "dmd.pt") for folder in made[0].values()]
+    assert [int(end["iteration"]) for end in ends] == [2, 2] and not same(ends[0]["model"], ends[1]["model"])
+    assert all(len(rows(folder, "dmd")) == 2 for folder in made[0].values())
+
+
 def every_turn(micro, **change):
     """The recipe with two iterations of Stage 2, the student in both."""
     loop = dataclasses.replace(micro.dmd.loop, iterations=2)

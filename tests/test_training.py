@@ -109,6 +109,20 @@ def test_trained_blocks_get_the_sound_of_their_own_pictures(micro):
     assert torch.equal(features, torch.from_numpy(made.features[0])[..., 9:33])
 
 
+def test_a_piece_of_a_clip_keeps_its_own_sound_and_portrait(micro):
+    r = micro[0]
+    made = forcing.read_encoded(shards.clip_paths(Path(r.run) / "latents", "train")[0])
+    config = dataclasses.replace(r.forcing, silence_share=0.0, audio_variants=1, blocks=1)
+    reader, firsts = forcing.EncodedReader(r.run, config, r.texts(), 0), set()
+    for seed in range(8):
+        latents, features, _, _, motion, weight = reader._row(dataclasses.replace(made, features=made.features[:1]), np.random.default_rng(seed))
+        first = next(n for n in range(3, 9) if np.array_equal(made.latents[:, n].astype(np.float32), latents[:, 0].numpy()))
+        assert latents.shape[1] == weight.shape[1] == 3 and motion.shape == made.motion.shape
+        assert torch.equal(features, torch.from_numpy(made.features[0])[..., 4 * first - 3 : 4 * first + 9])
+        firsts.add(first)
+    assert firsts == {3, 6}
+
+
 def test_the_exported_folder_loads_and_speaks(micro):
     r, overrides = micro
     recipe.run("export", MICRO, overrides)

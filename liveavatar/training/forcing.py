@@ -42,6 +42,7 @@ class ForcingConfig:
     block_latents: int = 3
     context_latents: int = 3  # of a clip, in front: history of the codec only, not trained on
     window_blocks: int = 4
+    blocks: int | None = None  # so many of a clip's, a piece drawn anew each time: clothes need no more; None: all of them
     motion_frames: int = 9
     audio_variants: int = 3  # features of the clean sound and of so many - 1 augmented copies
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8577, 0.8333, 0.75, 0.625, 0.5, 0.25)
@@ -65,6 +66,8 @@ class ForcingConfig:
             raise ConfigError("forcing: give either model (sizes, trained from nothing) or base (a folder, with adapters)")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
+        if self.blocks is not None and self.blocks < 1:
+            raise ConfigError(f"forcing.blocks={self.blocks}: must be at least 1")
         if not 0 <= self.wording_share <= 1:
             raise ConfigError(f"forcing.wording_share={self.wording_share}: must be in 0..1")
         if not self.levels or not all(0 < s <= 1 for s in self.levels):
@@ -241,14 +244,23 @@ class EncodedReader:
                      *(torch.stack(x) for x in (reference, motion, weight)))
 
     def _row(self, clip: Encoded, rng: np.random.Generator):
-        skip = self.config.context_latents
-        pictures = 1 + FRAMES_PER_LATENT * (skip - 1)  # those of the context latents
-        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures:]
+        latents = self._piece(clip.latents.shape[1], rng)
+        pictures = slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))  # the first latent covers one
+        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures]
         if rng.random() < self.config.silence_share:
             features = self.silence.expand_as(features)
         text, motion = self._text_and_portrait(clip, rng)
-        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, skip:], motion[:, :1], motion, clip.weight[None, skip:])]
+        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, latents], motion[:, :1], motion, clip.weight[None, latents])]
         return as_tensor[0], features, self.rows_of(text), *as_tensor[1:]
+
+    def _piece(self, count: int, rng: np.random.Generator) -> slice:
+        """Which of a clip's latents are trained on: those behind the context, or `blocks` blocks of them."""
+        c = self.config
+        whole = (count - c.context_latents) // c.block_latents
+        if c.blocks is None or c.blocks >= whole:
+            return slice(c.context_latents, count)
+        first = c.context_latents + c.block_latents * int(rng.integers(whole - c.blocks + 1))
+        return slice(first, first + c.blocks * c.block_latents)
 
     def _text_and_portrait(self, clip: Encoded, rng: np.random.Generator) -> tuple[str, np.ndarray]:
         """(caption or none, motion [z,M,h,w]). A portrait dressed otherwise comes with a text that says what the clip shows instead."""

@@ -19,7 +19,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import (
     ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, planning, preview, probing, shards, teacher,
-    textcode,
+    students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.groups import device_of, join, launched, meet
@@ -110,6 +110,8 @@ class Recipe:
             raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
         if self.forcing.wording_share and (self.videos or self.forcing.base):
             raise ConfigError(f"forcing.wording_share={self.forcing.wording_share}: only rendered people can be said in other words")
+        if self.ablations.students and not self.dmd:
+            raise ConfigError("ablations.students: the recipe has no dmd section to train them by")
         if self.choose and not self.dmd:
             raise ConfigError("choose: the recipe has no dmd section to choose from")
         needed = "choose" if self.export.stage == "chosen" else self.export.stage
@@ -232,6 +234,9 @@ def run_preview(recipe: Recipe) -> None:
 
 def run_ablations(recipe: Recipe) -> None:
     """What each part of the method is worth on the checkpoints of the run, into RUN/ablations."""
+    if recipe.ablations.students:
+        students.train_students(recipe.ablations.students, recipe.dmd, recipe.forcing, recipe.export.sigmas, Path(recipe.run), recipe.seed,
+                                recipe.texts(), recipe.default_identity)
     ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.export.stage,
                      recipe.export.sigmas)
 
