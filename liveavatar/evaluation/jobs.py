@@ -23,7 +23,7 @@ from liveavatar.evaluation.backends import Backends, Given
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
-SUITES = {"tiny": "suite_tiny", "short": "suite_short"}
+SUITES = {"tiny": "suite_tiny", "short": "suite_short", "long": "suite_long"}
 
 
 # ---------------------------------------------------------------- what the user says
@@ -189,8 +189,7 @@ def open_suite(what: SuiteSettings, setting: Setting):
     folder = Path(what.folder)
     if what.build is not None and not (folder / suites.MANIFEST).exists():
         setting.say(f"building {SUITES[what.build]} in {folder}")
-        lines = {"tiny": suites.tiny, "short": suites.short}[what.build](what.seed)
-        return suites.build(folder, SUITES[what.build], f"1, seed {what.seed}", lines, setting.ours.stage())
+        return suites.build(folder, SUITES[what.build], f"1, seed {what.seed}", suites.NAMED[what.build](what.seed), setting.ours.stage())
     return suites.read_suite(folder)
 
 
