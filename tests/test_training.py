@@ -109,6 +109,18 @@ def test_trained_blocks_get_the_sound_of_their_own_pictures(micro):
     assert torch.equal(features, torch.from_numpy(made.features[0])[..., 9:33])
 
 
+def test_a_student_can_learn_words_and_keep_the_rest(micro, tmp_path):
+    r = micro[0]
+    for name, there in (("latents", "latents"), ("start.pt", "forcing.pt"), ("text.pt", "text.pt")):
+        (tmp_path / name).symlink_to(Path(r.run) / there)
+    config = dataclasses.replace(r.forcing, start="start", learn="text", portrait_share=1.0, loop=dataclasses.replace(r.forcing.loop, iterations=2))
+    forcing.train_forcing(config, tmp_path, r.seed, r.texts(), 0)
+    before, after = (load_checkpoint(path)["ema"] for path in (tmp_path / "start.pt", tmp_path / "forcing.pt"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"text_embedding.0.weight", "blocks.1.cross_attn.v.weight"} <= moved
+    assert all(name.startswith("text_embedding.") or ".cross_attn." in name for name in moved)
+
+
 def test_a_piece_of_a_clip_keeps_its_own_sound_and_portrait(micro):
     r = micro[0]
     made = forcing.read_encoded(shards.clip_paths(Path(r.run) / "latents", "train")[0])

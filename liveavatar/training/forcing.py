@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
+from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
@@ -59,11 +60,15 @@ class ForcingConfig:
     mouth: float = 4.0  # extra loss weight of mouth cells
     eyes: float = 1.5
     minimum_clips: int = 1
+    learn: str = "all"  # or "text": only what reads the prompt moves; a finished student learns new words so and keeps the rest
     start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
 
     def __post_init__(self):
         if (self.model is None) == (self.base is None):
             raise ConfigError("forcing: give either model (sizes, trained from nothing) or base (a folder, with adapters)")
+        one_of("forcing.learn", self.learn, ("all", "text"))
+        if self.learn == "text" and self.base:
+            raise ConfigError("forcing.learn='text': not for adapters over a base, which are what learns there")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
         if self.blocks is not None and self.blocks < 1:
@@ -306,10 +311,18 @@ def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Dr
     return loss, metrics
 
 
+def only_text(model: torch.nn.Module) -> None:
+    """Leave trainable what reads the prompt: its embedding and the attention to it in every block."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("text_embedding.") or ".cross_attn." in name)
+
+
 def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextEncoder, default_identity: int,
                   stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the transformer; returns the losses of this call."""
     model = cast_of(config, run, seed).started("forcing", config.start)
+    if config.learn == "text":
+        only_text(model)
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
 

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.probe import load_probe
 from liveavatar.training import (
     ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, planning, preview, probing, shards, teacher,
     students, textcode,
@@ -228,8 +229,9 @@ def run_export(recipe: Recipe) -> None:
 def run_preview(recipe: Recipe) -> None:
     """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
     if first_rank():
+        probe = load_probe((recipe.choose and recipe.choose.probe) or Path(recipe.run) / "probe")[0] if recipe.probe else None
         preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.texts(),
-                        recipe.preview or recipe.export.stage, teach=recipe.teacher)
+                        recipe.preview or recipe.export.stage, teach=recipe.teacher, probe=probe)
 
 
 def run_ablations(recipe: Recipe) -> None:
