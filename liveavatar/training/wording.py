@@ -14,7 +14,7 @@ WAYS = {
                    "on {a} {c} background", "background: {c}"),
 }  # fmt: skip
 JOINTS = (", ", ", ", ", ", " and ", "; ")  # the comma is the usual one
-LOOKS = ("whole", "whole", "short", "none")
+LOOKS = ("whole", "short", "none", "none")  # what is left unsaid, the portrait shows
 
 
 def worded(person: Identity, parts: Sequence[str], rng: np.random.Generator, looks: str | None = None) -> str:
