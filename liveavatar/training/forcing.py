@@ -59,6 +59,7 @@ class ForcingConfig:
     far_blocks: int = 20_000
     mouth: float = 4.0  # extra loss weight of mouth cells
     eyes: float = 1.5
+    shirt: float = 0.0  # of the lowest row of cells, where a head's shirt shows: a sixteenth of the picture that prompts are judged by
     minimum_clips: int = 1
     learn: str = "all"  # or "text": only what reads the prompt moves; a finished student learns new words so and keeps the rest
     start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
@@ -255,7 +256,9 @@ class EncodedReader:
         if rng.random() < self.config.silence_share:
             features = self.silence.expand_as(features)
         text, motion = self._text_and_portrait(clip, rng)
-        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, latents], motion[:, :1], motion, clip.weight[None, latents])]
+        weight = clip.weight[None, latents].copy()
+        weight[..., -1, :] += self.config.shirt
+        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, latents], motion[:, :1], motion, weight)]
         return as_tensor[0], features, self.rows_of(text), *as_tensor[1:]
 
     def _piece(self, count: int, rng: np.random.Generator) -> slice:
