@@ -17,7 +17,7 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import codec, data, forcing, levels, losses, preview, recipe, shards
+from liveavatar.training import casting, codec, data, forcing, levels, losses, preview, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
@@ -60,11 +60,24 @@ def test_the_decoder_trained_alone_leaves_latents_as_they_are(micro):
         assert torch.equal(tensor, alone.get(name, whole[name])), name
 
 
-def test_losses_of_both_stages_fall(micro):
-    for stage in ("vae", "forcing"):
-        losses_ = logged(micro[0].run, stage)
-        assert len(losses_) == 24
-        assert np.mean(losses_[-5:]) < 0.96 * np.mean(losses_[:5]), stage
+def test_the_codec_s_losses_fall(micro):
+    losses_ = logged(micro[0].run, "vae")
+    assert len(losses_) == 24 and np.mean(losses_[-5:]) < 0.96 * np.mean(losses_[:5])
+
+
+def test_forcing_learns(micro):
+    """On the same clips, noise and levels the average after 24 iterations is better than what it began with: logged losses are of other levels each."""
+    r = micro[0]
+    reader, found = forcing.EncodedReader(r.run, r.forcing, r.texts(), 0), []
+    for model in (casting.new_model(r.forcing, r.seed), preview.load_model(r.forcing, r.run, r.seed)[0]):
+        losses_ = []
+        for i in range(6):
+            draws = draws_of(9, "judge", i)
+            batch = reader.batch(draws, 2)
+            with torch.no_grad():
+                losses_.append(float(forcing.clip_loss(model, r.forcing, batch, draws, forcing.forcing_levels(r.forcing, batch, draws))[0]))
+        found.append(np.mean(losses_))
+    assert len(logged(r.run, "forcing")) == 24 and found[1] < 0.97 * found[0]
 
 
 def test_a_run_that_resumes_repeats_the_losses(micro, tmp_path):
@@ -222,8 +235,8 @@ def test_mixing_and_loss_agree_on_the_velocity():
     latents, noise = torch.randn(2, 4, 6, 4, 4), torch.randn(2, 4, 6, 4, 4)
     sigma = torch.tensor([[0.25, 1.0], [0.5, 0.75]])
     x = levels.mix(latents, noise, sigma)
-    assert torch.allclose(x[:, :, 3:][0], noise[0, :, 3:])
-    assert torch.allclose(x[0, :, :3], 0.75 * latents[0, :, :3] + 0.25 * noise[0, :, :3])
+    assert torch.allclose(x[:, :, 3:][0], noise[0, :, 3:], atol=1e-6)
+    assert torch.allclose(x[0, :, :3], 0.75 * latents[0, :, :3] + 0.25 * noise[0, :, :3], atol=1e-6)
     weight = torch.rand(2, 1, 6, 4, 4)
     assert losses.forcing_loss(noise - latents, latents, noise, weight) == 0
     assert losses.forcing_loss(noise - latents + 1, latents, noise, weight) == pytest.approx(1.0, rel=1e-5)
