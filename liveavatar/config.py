@@ -95,6 +95,7 @@ class RuntimeConfig:
     sessions: int = 4  # sessions one chain holds
     ray_address: str | None = None
     trace: str | None = None  # file for the trace of the run (telemetry.py), replaced if it exists
+    spans: bool = False  # ranks tell how long each role took, trace or none: who serves watches it. A GPU is waited for after each role
 
     def __post_init__(self):
         one_of("runtime.launcher", self.launcher, LAUNCHERS)

@@ -192,6 +192,7 @@ class Audio(Message):
     noise: torch.Tensor | None = None  # head: only for parity runs: latents [16,3,h,w] in place of noise(seed, block)
     features: torch.Tensor | None = None  # head: only for parity runs: [L,Ca,12] in place of the front end's
     sink_distance: int | None = None  # head: only for parity runs: rel in place of the policy's
+    observe: bool = False  # head: every step reports its latents of this block (previews)
 
 
 @dataclass
@@ -204,6 +205,7 @@ class Block(Message):
     sink_distance: int = 30  # condition: rel of the rolling reference (model.md section 5)
     latents: torch.Tensor | None = None  # condition: noise [16,3,h,w]; each step: less noisy
     features: torch.Tensor | None = None  # condition: audio features [L,Ca,12]
+    observe: bool = False  # condition: as the Audio said
 
 
 # ---------------------------------------------------------------- messages up to the head

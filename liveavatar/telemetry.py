@@ -75,15 +75,16 @@ class NoTrace:
 class Trace:
     """Writes the trace of one engine, a line at a time, so that what was written survives a kill. Any thread.
 
-    facts: of the first line (see FIELDS). Raises InputError when the file cannot be written.
+    path: None writes no file. watch: is given each line, a dict, in the thread that notes it. facts: of the first line
+    (see FIELDS). Raises InputError when the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, clock: Callable[[], float] = now, **facts):
+    def __init__(self, path: str | Path | None, clock: Callable[[], float] = now, watch: Callable[[dict], None] | None = None, **facts):
         try:
-            self._file = open(path, "w", encoding="utf-8", buffering=1)
+            self._file = None if path is None else open(path, "w", encoding="utf-8", buffering=1)
         except OSError as error:
             raise InputError(f"{path}: cannot write the trace ({error.strerror})") from None
-        self._clock, self._lock = clock, threading.Lock()
+        self._clock, self._lock, self._watch = clock, threading.Lock(), watch
         self._heard: dict[str, int] = {}  # samples received, per session
         self._used: dict[str, int] = {}  # of those, samples that went down the chain or were forgotten
         self._hashed: dict[str, tuple] = {}  # session -> (hash, pictures in it)
@@ -92,10 +93,14 @@ class Trace:
     def note(self, event: str, **values) -> None:
         """A line of any event of FIELDS."""
         assert set(values) == set(FIELDS[event]), (event, sorted(values))
-        line = json.dumps({"event": event, "t": round(self._clock(), 6), **values}, separators=(",", ":"), allow_nan=False)
-        with self._lock:
-            if not self._file.closed:
-                self._file.write(line + "\n")
+        line = {"event": event, "t": round(self._clock(), 6), **values}
+        if self._file is not None:
+            text = json.dumps(line, separators=(",", ":"), allow_nan=False)
+            with self._lock:
+                if not self._file.closed:
+                    self._file.write(text + "\n")
+        if self._watch is not None:
+            self._watch(line)
 
     def open(self, session: str, pace: str) -> None:
         """Somebody asked for a session; one that had the name before is forgotten."""
@@ -135,7 +140,7 @@ class Trace:
         """pictures uint8 [n, H, W, 3] left for the viewer."""
         self.note("sent", session=session, epoch=epoch, block=block, count=len(pictures), pts=pts, due=due)
         digest, count = self._hashed.get(session) or (hashlib.sha256(), 0)
-        if count < DIGEST_PICTURES:
+        if count < DIGEST_PICTURES and self._file is not None:  # hashing is for whoever compares files
             fresh = np.ascontiguousarray(pictures[: DIGEST_PICTURES - count])
             digest.update(fresh)
             self._hashed[session] = digest, count + len(fresh)
@@ -146,4 +151,5 @@ class Trace:
             session, (digest, count) = self._hashed.popitem()
             self.note("digest", session=session, pictures=count, sha256=digest.hexdigest())
         with self._lock:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()

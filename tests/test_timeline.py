@@ -218,3 +218,42 @@ def test_resampling_leaves_no_trace_of_the_chunks(rate):
 def test_audio_that_cannot_be_used_is_refused(bad, rate, why):
     with pytest.raises(InputError, match=why):
         Intake().push(bad, rate)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 20_000), st.just("idle"), st.just("settle"), st.just("interrupt")), max_size=20))
+def test_every_block_says_which_pushed_samples_it_begins_with(script):
+    t, pushed, position = timeline(), np.zeros(0, np.float32), 0
+    for act in script:
+        if isinstance(act, int):
+            fresh = np.arange(len(pushed) + 1, len(pushed) + act + 1, dtype=np.float32)
+            pushed = np.concatenate([pushed, fresh])
+            t.push(fresh)
+        elif act == "idle":
+            t.idle()
+        elif act == "settle":
+            t.settle()
+        else:
+            t.interrupt()
+            position = len(pushed)
+        while act == "idle" or t.has_audio:
+            index = t.admit(0.0)[-1].index
+            t.frames(Frames("s", index=index, epoch=t.epoch, pictures=pictures(0)))
+            out = t.take()
+            start, stop = out.source
+            assert start == position and np.array_equal(out.pcm[: stop - start], pushed[start:stop]) and not out.pcm[stop - start :].any()
+            act, position = None, stop
+    assert t.received == len(pushed)
+
+
+def test_a_settled_utterance_ends_without_a_hole():
+    t = timeline()
+    t.push(np.ones(BLOCK + 100, np.float32))
+    t.settle()
+    for index in (0, 1):
+        t.idle()
+        t.admit(0.0)
+        t.frames(Frames("s", index=index, pictures=pictures(index)))
+    first, second = t.take(), t.take()
+    assert first.pcm.all() and first.source == (0, BLOCK)
+    assert second.source == (BLOCK, BLOCK + 100) and second.pcm[:100].all() and not second.pcm[100:].any()

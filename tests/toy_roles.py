@@ -135,6 +135,35 @@ class ToySource:
         return ToyStep(int(name[4:]), last=name == f"step{config.steps_run - 1}")
 
 
+@dataclass
+class FixedRole:
+    """Sleeps for its time on every block; passes the rest on as roles do."""
+
+    name: str
+    seconds: float
+
+    def __call__(self, message):
+        if isinstance(message, core.Audio) and self.name == "condition":
+            message = core.Block(message.session, index=message.index, epoch=message.epoch)
+        if not isinstance(message, core.Block):
+            last = {core.Open: core.Opened, core.Close: core.Closed}.get(type(message)) if self.name == "decode" else None
+            return [last(message.session)] if last else [] if self.name == "decode" else [message]
+        time.sleep(self.seconds)
+        if self.name == "decode":
+            return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=torch.zeros(12, 2, 2, 3, dtype=torch.uint8))]
+        return [message]
+
+
+@dataclass(frozen=True)
+class FixedSource:
+    """Picklable source of FixedRoles."""
+
+    seconds: dict
+
+    def build_stage(self, config, stage_names, device):
+        return [FixedRole(name, self.seconds[name]) for name in stage_names]
+
+
 def script(blocks: int = 6) -> list[core.Message]:
     """Two interleaved sessions with a prompt change, an interrupt, a refresh and uneven lengths."""
     said = []

@@ -25,9 +25,11 @@ from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
 from liveavatar.runtime import placement
+from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import Intake, whole
 from liveavatar.runtime.launchers import launch
-from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler
+from liveavatar.runtime.observing import Observation
+from liveavatar.runtime.scheduler import PACES, Candidate, Playout, Scheduler, candidate, prepare
 from liveavatar.runtime.sources import StageSource, open_source
 from liveavatar.runtime.timeline import Output, Timeline
 from liveavatar.runtime.tracing import open_trace
@@ -68,8 +70,9 @@ class Session:
                                  refresh_block=engine.source.refresh_block)
         self.playout, self.asked = Playout(), 0.0
         self.error: LiveAvatarError | None = None
-        self.opened = self.closing = self.closed = False
+        self.opened = self.closing = self.closed = self.parked = False
         self.changed = Signal()
+        self.observed: list[Observation] = []
         self._engine, self._intake, self._pushing = engine, Intake(), asyncio.Lock()
 
     # ------------------------------------------------------------ audio
@@ -106,12 +109,24 @@ class Session:
             self._engine.wake()
             self.changed.fire()
 
+    async def end_utterance(self) -> None:
+        """What was pushed so far is whole: a live session speaks its last, short block without waiting for more."""
+        self._check_audio()
+        await self._queue(self._intake.flush())
+        self.timeline.settle()
+
+    def park(self, parked: bool = True) -> None:
+        """A parked live session asks for no idle blocks: it costs nothing until it is pushed audio or woken (park(False))."""
+        self.parked = parked
+        self._engine.wake()
+
     # ------------------------------------------------------------ control, each at the next block boundary
 
     async def interrupt(self) -> int:
         """Forget audio not yet generated and pictures not yet taken; returns the new epoch."""
         self._check()
         message = self.timeline.interrupt()
+        self.playout.calm()
         self._engine.trace.interrupt(self.name, message.epoch)
         self._intake = Intake()
         self.changed.fire()
@@ -168,16 +183,31 @@ class Session:
                 raise StopAsyncIteration
             await self.changed.wait()
 
+    async def observe(self) -> Observation:
+        """What every step makes of the next block, and its pictures. Raises InputError where the chain has no steps."""
+        self._check()
+        seen = Observation(self.timeline.observe(), self._engine.config.stages)
+        self.observed.append(seen)
+        try:
+            while not seen.whole:
+                self._check()
+                await self.changed.wait()
+        finally:
+            self.observed.remove(seen)
+        return seen
+
     # ------------------------------------------------------------ for the engine
 
     def candidate(self) -> Candidate | None:
         """How the scheduler sees it; None when it has nothing to ask for."""
-        t = self.timeline
-        if not self.opened or self.closing or self.error or (t.ended and t.queued_seconds == 0):
+        if not self.opened or self.closing or self.error:
             return None
-        live = self.pace == "live"
-        return Candidate(self.name, t.has_audio, t.in_flight, live, self.playout.deadline(float(t.next_pts)) if live else None,
-                         t.gated, self.asked)
+        return candidate(self.name, self.timeline, self.playout, live=self.pace == "live", asked=self.asked, parked=self.parked)
+
+    def paced(self, due: float) -> None:
+        """The consumer plays by its own clock: the block after the last one taken is due at `due` (clock seconds)."""
+        self.playout.paced(due, float(self.timeline.shown))
+        self._engine.wake()
 
     def fail(self, error: LiveAvatarError) -> None:
         """Every call and the iterator raise `error` from now on."""
@@ -212,15 +242,24 @@ class Engine:
         self._clearing: set[asyncio.Task] = set()  # sessions whose opening was cancelled
 
     @classmethod
-    async def start(cls, config: Config, launcher: str | None = None, clock: Callable[[], float] = monotonic) -> Engine:
+    async def start(cls, config: Config, launcher: str | None = None, clock: Callable[[], float] = monotonic,
+                    watch: Callable[[dict], None] | None = None) -> Engine:
         """Load the chain of `config` onto its ranks.
 
-        launcher: instead of config.runtime.launcher. Raises ConfigError, WeightsError, PlacementError
-        (with numbers, when memory is too little) and RankFailure (a rank could not start).
+        launcher: instead of config.runtime.launcher. watch: is given every line of the trace as it happens, with or
+        without a file, and must return at once; spans come where runtime.spans or runtime.trace asks for them. Raises
+        ConfigError, WeightsError, PlacementError (with numbers, when memory is too little) and RankFailure (a rank
+        could not start).
         """
         config, source = resolve(config if launcher is None else with_launcher(config, launcher))
-        trace = open_trace(config, source, clock)
-        engine = cls(config, source, await _launched(config), clock, trace)
+        trace = open_trace(config, source, clock, watch)
+        return cls.over(config, source, await _launched(config), clock, trace)
+
+    @classmethod
+    def over(cls, config: Config, source: StageSource, chain: Chain, clock: Callable[[], float] = monotonic,
+             trace: Trace | NoTrace | None = None) -> Engine:
+        """The head of a chain that is ready, whoever made it. config: with its stages written out."""
+        engine = cls(config, source, chain, clock, trace or NoTrace())
         engine._tasks = [asyncio.create_task(engine._pump()), asyncio.create_task(engine._read())]
         for task in engine._tasks:
             task.add_done_callback(engine._ended)
@@ -336,7 +375,7 @@ class Engine:
         if decision.late:
             session.timeline.idle()
         session.asked = now
-        session.playout.admitted(now, float(session.timeline.next_pts), self.scheduler.pipe_time.seconds)
+        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.seconds)
         messages = session.timeline.admit(now)
         self.trace.admitted(messages, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again
@@ -358,6 +397,8 @@ class Engine:
                 self._received(self.sessions[message.session], message)
 
     def _received(self, session: Session, message: Message) -> None:
+        for seen in session.observed:
+            seen.take(message)
         match message:
             case core.Opened():
                 session.opened = True

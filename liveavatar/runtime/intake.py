@@ -14,27 +14,29 @@ from liveavatar.core import SAMPLE_RATE, InputError
 class Intake:
     """Streaming conversion of one session's audio. Resampled whole: where chunks are cut leaves no trace.
 
+    target: Hz of what comes out.
     A change of rate, and `flush`, end a run: what the resampler still holds comes out and it starts anew.
     """
 
-    def __init__(self):
-        self._rate, self._resampler, self._position = SAMPLE_RATE, None, 0
+    def __init__(self, target: int = SAMPLE_RATE):
+        self.target = target
+        self._rate, self._resampler, self._position = target, None, 0
 
     def push(self, pcm, rate: int) -> np.ndarray:
-        """pcm: [n] float in -1..1 or int16 at `rate` Hz -> float32 [m] at 16 kHz. Raises InputError."""
+        """pcm: [n] float in -1..1 or int16 at `rate` Hz -> float32 [m] at the target's. Raises InputError."""
         if not isinstance(rate, int) or not 1000 <= rate <= 768_000:
             raise InputError(f"audio rate {rate!r}: must be 1000 to 768000 Hz")
         array, before = as_pcm(pcm), np.zeros(0, np.float32)
         if rate != self._rate:
             before, self._rate = self.flush(), rate
-        if rate == SAMPLE_RATE or not len(array):
+        if rate == self.target or not len(array):
             return np.concatenate([before, array])
         if self._resampler is None:
-            self._resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            self._resampler = av.AudioResampler(format="flt", layout="mono", rate=self.target)
         return np.concatenate([before, self._through(self._frame(array))])
 
     def flush(self) -> np.ndarray:
-        """The end of the run, float32 [m] at 16 kHz."""
+        """The end of the run, float32 [m]."""
         rest = self._through(None) if self._resampler is not None else np.zeros(0, np.float32)
         self._resampler, self._position = None, 0
         return rest

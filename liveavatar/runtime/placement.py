@@ -135,11 +135,27 @@ def vae_bytes(vae: Mapping, geometry: Geometry, dtype: torch.dtype) -> tuple[int
     return sum(p.numel() for p in module.parameters()) * dtype.itemsize, state.nbytes
 
 
-def forward_flops(model: S2VConfig, geometry: Geometry) -> float:
-    """FLOPs of one block through the transformer with cached text (model.md section 18)."""
-    n, d, keys = geometry.block_tokens, model.dim, geometry.ring_tokens + geometry.sink_tokens
-    layer = 12 * n * d * d + 4 * n * keys * d + 4 * n * model.text_len * d + 4 * n * d * model.ffn_dim
+def linear_flops(model: S2VConfig, geometry: Geometry) -> float:
+    """FLOPs of one block in the projections of the transformer with cached text (model.md section 18)."""
+    n, d = geometry.block_tokens, model.dim
+    layer = 12 * n * d * d + 4 * n * d * model.ffn_dim
     return model.num_layers * layer + len(model.audio_inject_layers) * 4 * n * d * d
+
+
+def attention_flops(model: S2VConfig, geometry: Geometry) -> float:
+    """FLOPs of one block in scores and sums of attention over [sink | ring] and over the text."""
+    keys = geometry.ring_tokens + geometry.sink_tokens + model.text_len
+    return model.num_layers * 4 * geometry.block_tokens * keys * model.dim
+
+
+def forward_flops(model: S2VConfig, geometry: Geometry) -> float:
+    """FLOPs of one block through the transformer."""
+    return linear_flops(model, geometry) + attention_flops(model, geometry)
+
+
+def parameter_count(model: S2VConfig) -> int:
+    """Of the transformer."""
+    return sum(_parameters(model).values())
 
 
 def decode_flops(vae: Mapping, geometry: Geometry) -> float:

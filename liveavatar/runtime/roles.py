@@ -140,7 +140,7 @@ class Conditioner:
         if distance is None:
             distance = sink_distance(self.sink_policy, mine.seed, index)
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=latents.to(self.device, self.dtype), features=features.to(self.device))
+                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), observe=message.observe)
 
 
 # ---------------------------------------------------------------- denoise
@@ -192,7 +192,8 @@ class Denoiser:
     """One denoising step of every session: one ring per session, at this step's noise level.
 
     All Denoisers of a stage share `model` and `sinks`. last: this step makes clean latents and reports the first
-    one a new portrait leads to (CleanLatent). observe: also report every block's latents and velocity (Latents).
+    one a new portrait leads to (CleanLatent). observe: report the latents and velocity of every block (Latents), not
+    only of those that ask for it.
     """
 
     def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,
@@ -229,7 +230,7 @@ class Denoiser:
             self.sinks.sessions[block.session].text, self.caches[block.session],
             block=self.geometry.first_block + block.index, sink_distance=block.sink_distance)
         out: list[Message] = []
-        if self.observe:
+        if self.observe or block.observe:
             out.append(core.Latents(block.session, index=block.index, step=self.index, latents=for_head(latents),
                                     velocity=for_head(velocity)))
         if self.last and block.session in self.fresh:

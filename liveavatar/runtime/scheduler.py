@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from liveavatar.runtime.timeline import Timeline
 
 PACES = ("offline", "live")
 
@@ -43,10 +47,29 @@ class Decision:
     late: str | None = None
 
 
-class PipeTime:
-    """How long a block has been taking from admission to its pictures: a high percentile of the last few."""
+def candidate(name: str, timeline: Timeline, playout: Playout, *, live: bool, asked: float, parked: bool = False) -> Candidate | None:
+    """A session that is open as the scheduler sees it; None when it has nothing to ask for. parked: no idle blocks."""
+    if timeline.queued_seconds == 0 and (timeline.ended or parked):
+        return None
+    due = playout.deadline(float(timeline.next_pts)) if live and not timeline.urgent else None
+    return Candidate(name, timeline.has_audio, timeline.in_flight, live, due, timeline.gated, asked)
 
-    def __init__(self, initial: float = 0.0, window: int = 64, percentile: float = 0.95):
+
+def prepare(playout: Playout, timeline: Timeline, now: float, pipe_seconds: float) -> None:
+    """The next block goes now, down a pipe that takes so long."""
+    playout.admitted(now, float(timeline.next_pts), pipe_seconds)
+    if timeline.urgent:
+        playout.hurry(now + pipe_seconds, float(timeline.next_pts))
+
+
+class PipeTime:
+    """How long a block has been taking from admission to its pictures: a high percentile of the last few.
+
+    The window is short and one hitch in it counts for nothing: blocks that are admitted early for long after a hitch
+    are what makes a talk slow.
+    """
+
+    def __init__(self, initial: float = 0.0, window: int = 24, percentile: float = 0.95):
         self.initial, self.percentile, self._seen = initial, percentile, deque(maxlen=window)
 
     def observe(self, seconds: float) -> None:
@@ -60,7 +83,8 @@ class PipeTime:
         if not self._seen:
             return self.initial
         ordered = sorted(self._seen)
-        return ordered[max(0, math.ceil(self.percentile * len(ordered)) - 1)]
+        place = math.ceil(self.percentile * len(ordered)) - 1
+        return ordered[max(0, min(place, len(ordered) - 2))]
 
 
 class Scheduler:
@@ -95,10 +119,15 @@ class Scheduler:
 
 
 class Playout:
-    """When a live session's blocks are due. The first picture shown sets the clock; an underrun moves it on."""
+    """When a live session's blocks are due. The first picture shown sets the clock; an underrun moves it on.
+
+    A consumer with a clock of its own says when its next block is due (`paced`). An answer that breaks into idle pictures is
+    shown as soon as it is there, so what follows it is due earlier than those said (`hurry`).
+    """
 
     def __init__(self):
         self.origin: float | None = None  # clock time (s) of pts 0
+        self._hurried: float | None = None  # pts of an answer that is on its way
         self._expected: float | None = None  # the same, guessed until something was shown
 
     def admitted(self, now: float, pts: float, pipe_seconds: float) -> None:
@@ -110,6 +139,19 @@ class Playout:
         """Pictures that begin at `pts` seconds left at `now`."""
         at = now - pts
         self.origin = at if self.origin is None else max(self.origin, at)
+
+    def paced(self, due: float, pts: float) -> None:
+        """The consumer will show pictures that begin at `pts` at `due`."""
+        if self._hurried is None or pts > self._hurried:
+            self.origin, self._hurried = due - pts, None
+
+    def hurry(self, at: float, pts: float) -> None:
+        """Pictures that begin at `pts` are expected at `at` and go before what waits."""
+        self.origin, self._hurried = at - pts if self.origin is None else min(self.origin, at - pts), pts
+
+    def calm(self) -> None:
+        """The answer will not come: it was interrupted."""
+        self._hurried = None
 
     def deadline(self, pts: float) -> float | None:
         """When pictures that begin at `pts` are due; None before anything was sent."""

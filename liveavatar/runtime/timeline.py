@@ -19,11 +19,12 @@ from liveavatar.core import FPS, SAMPLE_RATE, Audio, CleanLatent, Frames, Geomet
 
 @dataclass(frozen=True)
 class Admitted:
-    """A block inside the chain. pcm: float32, the sound of the pictures that will be shown. at: clock seconds."""
+    """A block inside the chain. pcm: float32, the sound of the pictures that will be shown. source: see Output. at: clock seconds."""
 
     epoch: int
     pictures: int
     pcm: np.ndarray
+    source: tuple[int, int]
     at: float
 
 
@@ -33,7 +34,8 @@ class Output:
 
     index: block. pts: seconds (exact) at which its first picture is due, counted over all that left the head.
     pictures: uint8 [n, H, W, 3], n = frames_per_block except for a last, shorter one; pcm: float32 [n * 640],
-    the very samples those pictures were made for.
+    the very samples those pictures were made for. source: which of the samples pushed so far, counted from 0 and
+    [start, stop), the block begins with; the rest of it is silence that nobody pushed.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Output:
     pts: Fraction
     pictures: np.ndarray
     pcm: np.ndarray
+    source: tuple[int, int]
 
 
 class Timeline:
@@ -54,13 +57,18 @@ class Timeline:
         self.session, self.geometry, self.lookahead = session, geometry, lookahead
         self.refresh_at: int | None = refresh_block or None
         self.epoch, self.next_block, self.ended = 0, 0, False
+        self.received = 0  # samples pushed so far
+        self._used, self._silence = 0, 0  # of those, before the next block; samples of idle silence in front of the others
         self._pcm = np.zeros(0, dtype=np.float32)  # from the start of next_block on
         self._arriving = False  # the PCM that waits may be going on: some came since the last idle block
+        self._settled = False  # what waits is the end of an utterance
+        self._idled = True  # the last block was idle
         self._ahead = self._pcm  # look-ahead the chain was already sent beyond the start of next_block
         self._inside: dict[int, Admitted] = {}
         self._ready: deque[tuple[int, Admitted, np.ndarray]] = deque()  # pictures not yet taken
         self._anchor, self._clean = 0, None  # first block of the present portrait, and its first clean latent
         self._shown = 0  # pictures that left
+        self._observe = False  # the next block reports its latents
 
     # ------------------------------------------------------------ what is there
 
@@ -76,9 +84,14 @@ class Timeline:
 
     @property
     def has_audio(self) -> bool:
-        """The next block may go: all its samples and the look-ahead are there, or no more will come."""
+        """The next block may go: all its samples and the look-ahead are there, or no more will come of this utterance."""
         need = self.geometry.samples_per_block + self.lookahead
-        return len(self._pcm) >= need or (self.ended and len(self._pcm) > 0)
+        return len(self._pcm) >= need or ((self.ended or self._settled) and len(self._pcm) > 0)
+
+    @property
+    def urgent(self) -> bool:
+        """Speech is there and the last block was idle: somebody waits for an answer."""
+        return self._idled and not self._silence and self.received > self._used and self.has_audio
 
     @property
     def gated(self) -> bool:
@@ -91,6 +104,11 @@ class Timeline:
         return self.ended and len(self._pcm) == 0 and self.in_flight == 0
 
     @property
+    def shown(self) -> Fraction:
+        """Seconds of pictures that were taken."""
+        return Fraction(self._shown, FPS)
+
+    @property
     def next_pts(self) -> Fraction:
         """pts the next admitted block will have if nothing is interrupted; seconds."""
         waiting = [*self._inside.values(), *(admitted for _, admitted, _ in self._ready)]
@@ -101,7 +119,12 @@ class Timeline:
     def push(self, pcm: np.ndarray) -> None:
         """Append float32 [n] 16 kHz mono."""
         assert not self.ended and pcm.dtype == np.float32 and pcm.ndim == 1
-        self._pcm, self._arriving = np.concatenate([self._pcm, pcm]), True
+        self._pcm, self._arriving, self._settled = np.concatenate([self._pcm, pcm]), True, False
+        self.received += len(pcm)
+
+    def settle(self) -> None:
+        """What waits is the end of an utterance: it need not wait for more, silence goes behind it."""
+        self._arriving, self._settled = False, True
 
     def end(self) -> None:
         """No more PCM will come."""
@@ -113,15 +136,14 @@ class Timeline:
         utterance: it goes now, silence behind it."""
         size = self.geometry.samples_per_block
         if self._arriving or not len(self._pcm):
-            self._pcm = np.concatenate([np.zeros(size, np.float32), self._pcm])
-        elif len(self._pcm) < size:
-            self._pcm = np.concatenate([self._pcm, np.zeros(size - len(self._pcm), np.float32)])
+            self._pcm, self._silence = np.concatenate([np.zeros(size, np.float32), self._pcm]), self._silence + size
         self._arriving = False
 
     def interrupt(self) -> Interrupt:
         """A new epoch begins with the next block: forget queued PCM and pictures nobody took."""
         self.epoch += 1
         self._pcm = self._ahead = np.zeros(0, dtype=np.float32)
+        self._used, self._silence = self.received, 0
         self._ready.clear()
         return Interrupt(self.session, epoch=self.epoch, sample=self._start)
 
@@ -133,6 +155,11 @@ class Timeline:
         """Make the generated first latent the sink before the next block that can have it."""
         self.refresh_at = max(self.next_block, self._anchor + 1)
 
+    def observe(self) -> int:
+        """The next block is to report what each step makes of it; returns its index."""
+        self._observe = True
+        return self.next_block
+
     # ------------------------------------------------------------ down the chain
 
     @property
@@ -143,6 +170,8 @@ class Timeline:
         """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe."""
         assert not self.gated and len(self._pcm)
         size, messages = self.geometry.samples_per_block, []
+        if not self.ended:  # the end of an utterance; the stream goes on behind it
+            self._pcm = np.concatenate([self._pcm, np.zeros(max(0, size - len(self._pcm)), np.float32)])
         if self.refresh_at == self.next_block:
             messages.append(Refresh(self.session, reference=self._clean))
             self.refresh_at = None
@@ -153,8 +182,10 @@ class Timeline:
             self._ahead = self._ahead[:0]
         fresh = window[len(self._ahead) :]
         messages.append(Audio(self.session, index=self.next_block, epoch=self.epoch, start=self._start + len(self._ahead),
-                              pcm=torch.from_numpy(fresh.copy())))
+                              pcm=torch.from_numpy(fresh.copy()), observe=self._observe))
+        self._observe = False
         self._inside[self.next_block] = self._admitted(window[:size], now)
+        self._silence = max(0, self._silence - size)
         self._ahead, self._pcm = window[size:], self._pcm[size:].copy()
         self.next_block += 1
         return messages
@@ -162,7 +193,13 @@ class Timeline:
     def _admitted(self, pcm: np.ndarray, now: float) -> Admitted:
         per_picture = self.geometry.samples_per_block // self.geometry.frames_per_block
         pictures = min(self.geometry.frames_per_block, math.ceil(len(self._pcm) / per_picture))
-        return Admitted(self.epoch, pictures, pcm[: pictures * per_picture].copy(), now)
+        return Admitted(self.epoch, pictures, pcm[: pictures * per_picture].copy(), self._source(len(pcm)), now)
+
+    def _source(self, size: int) -> tuple[int, int]:
+        """Pushed samples the next block begins with; an idle block has none."""
+        start, self._idled = self._used, self._silence > 0 or self.received == self._used
+        self._used += 0 if self._idled else min(size, self.received - start)
+        return start, self._used
 
     # ------------------------------------------------------------ from the chain
 
@@ -184,4 +221,4 @@ class Timeline:
             return None
         index, admitted, pictures = self._ready.popleft()
         pts, self._shown = Fraction(self._shown, FPS), self._shown + admitted.pictures
-        return Output(index, admitted.epoch, pts, pictures[: admitted.pictures], admitted.pcm)
+        return Output(index, admitted.epoch, pts, pictures[: admitted.pictures], admitted.pcm, admitted.source)

@@ -291,7 +291,7 @@ class Neighbours:
 
 def traced(config: Config, rank: int) -> int | None:
     """What Pump wants to know of tracing."""
-    return None if config.runtime.trace is None else rank
+    return rank if config.runtime.spans or config.runtime.trace is not None else None
 
 
 def build(job: Job, rank: int, device: torch.device) -> Sequence[Callable]:

@@ -27,12 +27,23 @@ H264, OPUS, AAC = CODECS = ("h264", "opus", "aac")
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A segment of speech began ("started") or ended ("finished"). position_ms: how much of it was heard."""
+
+    name: str
+    segment: int
+    position_ms: int = 0
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """One picture and its sound, as they leave the session.
 
     index: ticks since the session began. epoch: raised by every interruption. kind: "speech", "idle" (the engine
     made it of silence) or "filler" (the engine gave nothing: an old picture). picture: uint8 [H, W, 3] RGB, marked.
-    sound: int16 [1920], 48 kHz mono. late: seconds after its deadline.
+    sound: int16 [1920], 48 kHz mono. late: seconds after its deadline. marks: segments that began with this tick's
+    sound, or ended with it.
     """
 
     index: int
@@ -41,6 +52,7 @@ class Tick:
     picture: np.ndarray
     sound: np.ndarray
     late: float = 0.0
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

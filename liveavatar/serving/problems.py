@@ -94,3 +94,15 @@ class Capacity(Problem):
 
     def __init__(self, detail: str = "", *, kind: str | None = None, retry_after: float = 5.0):
         super().__init__(detail, kind=kind, headers={"Retry-After": str(max(1, round(retry_after)))})
+
+
+class NotInstalled(Problem):
+    """This server was set up without it."""
+
+    status, kind, title = 501, "not_installed", "Not installed"
+
+
+class JoinFailed(Problem):
+    """A room elsewhere did not let us in, or cannot be reached."""
+
+    status, kind, title = 502, "join", "The room cannot be joined"

@@ -1,0 +1,236 @@
+"""What a chain will do on given devices: seconds per role from FLOPs or a measurement, the rest from the simulation.
+
+Where nothing was measured a role takes max(arithmetic / (peak x share), bytes of weights / bandwidth). SHARE is what large
+forwards reach of the stated peak with the kernels of today (model.md section 18: 790 of 989 TFLOP/s is the roofline that
+was measured for one matmul; 0.64 is this project's bf16 target of 195 ms). It is the assumption a forecast rests on, and it is
+printed with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+from rich.box import SIMPLE
+from rich.table import Table
+
+from liveavatar.config import Config, build
+from liveavatar.core import ConfigError, Geometry, InputError
+from liveavatar.models.s2v import S2VConfig
+from liveavatar.runtime.placement import WAN_VAE, Device, Plan, attention_flops, cut, decode_flops, linear_flops, parameter_count, plan
+from liveavatar.runtime.simulation import Costs, Simulation, turn_seconds
+
+SHARE = 0.64
+DECODE_SHARE = 0.35  # of the peak in the VAE's convolutions: this project's target of 80 ms on an H200
+HOP_SECONDS = 50e-6  # of a send and a receive, whatever their size
+BLOCKS = 80  # simulated for a rate
+LIVE_SECONDS = 40.0  # simulated for real time
+AHEAD = 5120  # samples of look-ahead of the wav2vec front end, 0.32 s
+SHAPES = {"14b": S2VConfig(), "30b": (6656, 48, 17920), "100b": (10240, 68, 27648)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """A row of devices.yaml; see there for the units."""
+
+    memory: float
+    bf16: float
+    fp8: float | None
+    bandwidth: float
+    link: float
+    watts: float
+    idle_watts: float
+    price: float
+
+
+@lru_cache(maxsize=1)
+def accelerators() -> dict[str, Accelerator]:
+    """The table, by name."""
+    text = (Path(__file__).parent / "devices.yaml").read_text(encoding="utf-8")
+    return {name: build(Accelerator, row, f"devices.yaml {name}") for name, row in yaml.safe_load(text).items()}
+
+
+def accelerator(name: str) -> Accelerator:
+    """By name, in any case. Raises ConfigError listing those there are."""
+    found = {known.lower(): row for known, row in accelerators().items()}.get(name.lower())
+    if found is None:
+        raise ConfigError(f"device {name!r}: known are {', '.join(accelerators())}; for another give --memory and --tflops")
+    return found
+
+
+def model_shape(name: str) -> S2VConfig:
+    """14b (the official one), 30b, 100b, or WIDTHxLAYERS: the same architecture in another size. Raises ConfigError."""
+    shape = SHAPES.get(name.lower())
+    if isinstance(shape, S2VConfig):
+        return shape
+    if shape is None:
+        match = re.fullmatch(r"(\d+)x(\d+)", name)
+        if match is None or int(match[1]) % 128 or not int(match[1]) or not int(match[2]):
+            raise ConfigError(f"model {name!r}: say {', '.join(SHAPES)}, or WIDTHxLAYERS with a width that is a multiple of 128")
+        shape = int(match[1]), int(match[2]), round(2.7 * int(match[1]) / 128) * 128
+    dim, layers, ffn = shape
+    inject = tuple(sorted({round(k * (layers - 1) / 11) for k in range(12)}))  # as often as in the official one
+    return replace(S2VConfig(), dim=dim, ffn_dim=ffn, num_heads=dim // 128, num_layers=layers, audio_inject_layers=inject)
+
+
+# ---------------------------------------------------------------- seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """How fast one rank works. precision: of the linear layers. share: of the stated peak. measured: seconds per role, or per
+    kind ("step", "decode", "condition"), wins."""
+
+    device: Accelerator
+    precision: str = "bf16"
+    share: float = SHARE
+    measured: Mapping[str, float] | None = None
+
+    def costs(self, model: S2VConfig, geometry: Geometry, vae: Mapping, chain: Iterable[str], sessions: int) -> Costs:
+        """Of every role of the chain. Raises ConfigError for fp8 where the device has none."""
+        if self.precision == "fp8" and self.device.fp8 is None:
+            raise ConfigError("this device has no FP8 units: say --precision bf16")
+        linear, attention = linear_flops(model, geometry), attention_flops(model, geometry)
+        fast = (self.device.fp8 if self.precision == "fp8" else self.device.bf16) * 1e12 * self.share
+        slow = self.device.bf16 * 1e12 * self.share
+        weights = parameter_count(model) * (1 if self.precision == "fp8" else 2) / (self.device.bandwidth * 1e12)
+        work = linear / fast + attention / slow
+        seconds = {"condition": 0.0, "step": max(work, weights), "decode": decode_flops(vae, geometry) / slow * (self.share / DECODE_SHARE), **(self.measured or {})}
+        size = 2 * 16 * geometry.block_latents * geometry.latent_height * geometry.latent_width + 614_400
+        return Costs(
+            roles={role: seconds.get(role, seconds.get(role.rstrip("0123456789"))) for role in chain},
+            hop=HOP_SECONDS + size / (self.device.link * 1e9), refresh=linear / fast * geometry.sink_tokens / geometry.block_tokens,
+            batch=tuple(max(n * work, weights) / max(work, weights) for n in range(1, sessions + 1)),
+        )  # fmt: skip
+
+
+def read_measured(path: Path) -> dict[str, float]:
+    """Seconds per role from a file of bench/step.py, bench/decode.py or {"roles": {"step": 0.19, ...}}. Raises InputError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: no measurement: {error}") from None
+    roles = value.get("roles") if isinstance(value, dict) else None
+    if not isinstance(roles, dict) or not roles or not all(isinstance(v, (int, float)) and v >= 0 for v in roles.values()):
+        raise InputError(f'{path}: holds no "roles" with seconds per role, as bench/step.py writes them')
+    return {name: float(seconds) for name, seconds in roles.items()}
+
+
+# ---------------------------------------------------------------- forecast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What to expect. fps: of all sessions together as fast as it goes; real_time: that over 25 a session. first_frame: from a
+    block's audio to its pictures. turn_voice, turn_microphone: from the first sound of an answer to its first picture, worst
+    case, sound all at once or as it is spoken. busy: share of real time per rank. underrun: seconds without a fresh picture in
+    LIVE_SECONDS, the first wait excluded. watt_hours, dollars: per session and minute on air."""
+
+    plan: Plan
+    devices: int
+    fps: float
+    real_time: float
+    first_frame: float
+    turn_voice: float
+    turn_microphone: float
+    busy: tuple[float, ...]
+    bottleneck: int
+    underrun: float
+    watt_hours: float
+    dollars: float
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        stage = "+".join(self.plan.ranks[self.bottleneck].roles)
+        return [
+            ("pictures per second, all sessions", f"{self.fps:.1f}"), ("real time, each session", f"{self.real_time:.2f} x"),
+            ("time to first frame", f"{self.first_frame:.2f} s"), ("turn, voice faster than real time", f"{self.turn_voice:.2f} s"),
+            ("turn, live microphone", f"{self.turn_microphone:.2f} s"), ("bottleneck", f"rank {self.bottleneck} ({stage})"),
+            ("load at 25 pictures per second", ", ".join(f"{b:.0%}" for b in self.busy)),
+            ("pictures missing", "none" if self.underrun < 0.02 else f"{self.underrun / LIVE_SECONDS:.0%} of the time: not real time"),
+            ("energy per minute on air", f"{self.watt_hours:.1f} Wh"), ("cost per minute on air", f"${self.dollars:.3f} on {self.devices} GPU(s)"),
+        ]  # fmt: skip
+
+
+def forecast(config: Config, model: S2VConfig, geometry: Geometry, speeds: Speeds, ranks: int, *, name: str = "GPU", vae: Mapping | None = None,
+             price: float | None = None) -> Forecast:
+    """Plan and simulate `ranks` devices. price: dollars per GPU and hour instead of the table's. Raises ConfigError, PlacementError."""
+    vae, sessions = vae or WAN_VAE, config.runtime.sessions
+    costs = speeds.costs(model, geometry, vae, config.chain, sessions)
+    stages = cut(config.chain, ranks, costs.roles)
+    devices = [Device(name=name, kind="cuda", memory=round(speeds.device.memory * 1e9))] * ranks
+    planned = plan(config, model, geometry, devices, stages=stages, vae=vae, times=costs.roles)
+    credits, lookahead = config.runtime.in_flight, AHEAD
+    pipe = Simulation(stages, costs, geometry, lookahead=lookahead, refresh_block=4, credits=credits).offline(BLOCKS // sessions + 8, sessions)
+    live = Simulation(stages, costs, geometry, lookahead=lookahead, credits=credits).live(LIVE_SECONDS, sessions)
+    busy = live.utilisation()
+    power = sum(speeds.device.idle_watts + share * (speeds.device.watts - speeds.device.idle_watts) for share in busy)
+    return Forecast(
+        plan=planned, devices=ranks, fps=pipe.fps, real_time=pipe.fps / 25 / sessions, first_frame=pipe.pass_seconds,
+        turn_voice=turn_seconds(stages, costs, geometry, lookahead=lookahead, microphone=False),
+        turn_microphone=turn_seconds(stages, costs, geometry, lookahead=lookahead, microphone=True),
+        busy=tuple(busy), bottleneck=max(range(ranks), key=lambda rank: busy[rank]),
+        underrun=max(0.0, live.underrun - sessions * pipe.pass_seconds * sessions), watt_hours=power / 60 / sessions,
+        dollars=(speeds.device.price if price is None else price) * ranks / 60 / sessions,
+    )  # fmt: skip
+
+
+def sweep(config: Config, model: S2VConfig, geometry: Geometry, speeds: Speeds, **more) -> list[Forecast]:
+    """One forecast for each number of ranks the chain can be cut into."""
+    return [forecast(config, model, geometry, speeds, ranks, **more) for ranks in range(1, len(config.chain) + 1)]
+
+
+COLUMNS = ("GPUs", "fits", "FPS", "real time", "first frame", "turn: voice", "microphone", "load by rank", "missing", "Wh/min", "$/min")
+
+
+def table(forecasts: list[Forecast], title: str) -> Table:
+    """Of one forecast all that is known; of several a row each."""
+    shown = Table(title=title, box=SIMPLE, pad_edge=False)
+    if len(forecasts) == 1:
+        for column in ("", f"{forecasts[0].devices} GPU(s)"):
+            shown.add_column(column)
+        for row in (*forecasts[0].rows(), ("fits into memory", "no" if forecasts[0].plan.problems else "yes")):
+            shown.add_row(*row)
+        return shown
+    for column in COLUMNS:
+        shown.add_column(column)
+    for f in forecasts:
+        shown.add_row(str(f.devices), "no" if f.plan.problems else "yes", f"{f.fps:.1f}", f"{f.real_time:.2f} x", f"{f.first_frame:.2f} s",
+                      f"{f.turn_voice:.2f} s", f"{f.turn_microphone:.2f} s", " ".join(f"{b:.0%}" for b in f.busy),
+                      f"{f.underrun / LIVE_SECONDS:.0%}", f"{f.watt_hours:.1f}", f"{f.dollars:.3f}")  # fmt: skip
+    return shown
+
+
+def plot(forecasts: list[Forecast], title: str, path: Path) -> None:
+    """Pictures per second and latency against the number of GPUs, as SVG or PNG by the name. Raises ConfigError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401  a backend that needs no screen
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ConfigError("--plot needs matplotlib: pip install 'liveavatar[eval]'") from None
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    rate, wait = figure.subplots(1, 2)
+    gpus, fits = [f.devices for f in forecasts], [not f.plan.problems for f in forecasts]
+    rate.bar(gpus, [f.fps for f in forecasts], color=["#2a6f97" if fit else "#c9ced3" for fit in fits])
+    rate.axhline(25 * forecasts[0].plan.sessions, color="#d1495b", linewidth=1, label="real time")
+    rate.set(xlabel="GPUs", ylabel="pictures per second", xticks=gpus)
+    for values, label, colour in (([f.first_frame for f in forecasts], "one pass", "#2a6f97"), ([f.turn_voice for f in forecasts], "turn, voice", "#66a182"),
+                                  ([f.turn_microphone for f in forecasts], "turn, microphone", "#edae49")):  # fmt: skip
+        wait.plot(gpus, values, marker="o", label=label, color=colour)
+    wait.set(xlabel="GPUs", ylabel="seconds", xticks=gpus, ylim=(0, None))
+    for axes in (rate, wait):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title + ("" if all(fits) else "  (grey: does not fit into memory)"), fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def overview(forecasts: list[Forecast]) -> dict:
+    """What a forecast says, for JSON."""
+    numbers = [field.name for field in fields(Forecast) if field.name != "plan"]
+    return {"forecasts": [{**{name: getattr(f, name) for name in numbers}, "stages": f.plan.stages, "fits": not f.plan.problems} for f in forecasts]}

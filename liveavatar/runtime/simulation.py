@@ -1,0 +1,249 @@
+"""A chain of known stage times, played through in simulated seconds: what `liveavatar plan` predicts with.
+
+The head is the real one: Timeline, Scheduler and Playout decide here as they do under sockets. Only the ranks are
+replaced, by servers that hold a message for so many seconds and serve in order. Two consumers: "offline" takes every
+block at once; "live" plays 25 pictures a second and asks as serving does (live.py), so its underruns and the wait
+from speech to picture are those of a viewer, without encoder and network.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import torch
+
+from liveavatar.core import FPS, Audio, CleanLatent, Frames, Geometry, Message, Refresh
+from liveavatar.runtime.scheduler import PipeTime, Playout, Scheduler, candidate, prepare
+from liveavatar.runtime.timeline import Timeline
+
+NO_PICTURES = torch.zeros(12, 1, 1, 3, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of one block. roles: by name ("condition", "step0", ..., "decode"). hop: from rank to rank. refresh: a step
+    needs to prefill another sink. batch: seconds of n blocks of several sessions together, over those of one; index n - 1;
+    beyond its end blocks go one by one (pipeline.md section 6)."""
+
+    roles: Mapping[str, float]
+    hop: float = 0.0
+    refresh: float = 0.0
+    batch: tuple[float, ...] = (1.0,)
+
+
+@dataclass
+class Made:
+    """A block of a session: when it was admitted, when its pictures reached the head, when its first one was shown.
+    source: samples of speech it begins with."""
+
+    session: str
+    index: int
+    admitted: float
+    ready: float
+    shown: float
+    source: tuple[int, int]
+
+
+@dataclass
+class Rank:
+    """A stage as a server. queue: messages that wait; busy: seconds of work so far."""
+
+    roles: tuple[str, ...]
+    queue: list[Message] = field(default_factory=list)
+    working: bool = False
+    busy: float = 0.0
+
+
+class _Session:
+    def __init__(self, name: str, geometry: Geometry, lookahead: int, refresh_block: int, live: bool):
+        self.name, self.live, self.asked = name, live, 0.0
+        self.timeline, self.playout = Timeline(name, geometry, lookahead=lookahead, refresh_block=refresh_block), Playout()
+        self.admitted: dict[int, float] = {}
+        self.plays_until, self.last_idle, self.underrun = 0.0, True, 0.0
+
+
+class Simulation:
+    """One run. stages: the cut. credits: blocks of a session in the chain (None: stages + 1). The clock starts at 0 with every
+    session open and primed. After run(): `blocks` in the order they came up, `underrun` seconds of live pictures missing."""
+
+    def __init__(self, stages: Sequence[Sequence[str]], costs: Costs, geometry: Geometry, *, lookahead: int = 0, refresh_block: int = 0,
+                 credits: int | None = None):
+        self.ranks, self.costs, self.geometry = [Rank(tuple(roles)) for roles in stages], costs, geometry
+        self.lookahead, self.refresh_block = lookahead, refresh_block
+        self.scheduler = Scheduler(credits=credits or len(stages) + 1, pipe_time=PipeTime(self.pass_seconds))
+        self.steps = max((int(role[4:]) for roles in stages for role in roles if role.startswith("step")), default=0)
+        self.sessions: dict[str, _Session] = {}
+        self.blocks: list[Made] = []
+        self.now, self._order, self._wake = 0.0, count(), None
+        self._events: list[tuple] = []
+
+    # ------------------------------------------------------------ what is asked
+
+    @property
+    def pass_seconds(self) -> float:
+        """One block alone through the whole chain."""
+        return sum(self._work(rank, 1) for rank in self.ranks) + self.costs.hop * (len(self.ranks) - 1)
+
+    @property
+    def fps(self) -> float:
+        """Pictures per second of all sessions together, once the pipe is full: the middle half of the run."""
+        ready = [block.ready for block in self.blocks]
+        low, high = len(ready) // 4, len(ready) - 1 - len(ready) // 8
+        return (high - low) * self.geometry.frames_per_block / (ready[high] - ready[low]) if high > low else 0.0
+
+    @property
+    def underrun(self) -> float:
+        """Seconds in which a live session had no fresh picture."""
+        return sum(session.underrun for session in self.sessions.values())
+
+    def utilisation(self) -> list[float]:
+        """Share of the run each rank was at work."""
+        return [rank.busy / self.now if self.now else 0.0 for rank in self.ranks]
+
+    # ------------------------------------------------------------ the run
+
+    def offline(self, blocks: int, sessions: int = 1) -> Simulation:
+        """Sessions whose audio of so many blocks each is there from the start, as fast as the chain goes."""
+        for n in range(sessions):
+            session = self._open(f"s{n}", live=False)
+            session.timeline.push(np.ones(blocks * self.geometry.samples_per_block, np.float32))
+            session.timeline.end()
+        return self._run(float("inf"))
+
+    def live(self, seconds: float, sessions: int = 1, speech: Sequence[tuple[float, int]] = ()) -> Simulation:
+        """Sessions that play for so long; speech arrives in each as (when, samples), the last of it settled."""
+        for n in range(sessions):
+            name = self._open(f"s{n}", live=True).name
+            for at, samples in speech:
+                self._at(at, self._push, name, samples, (at, samples) == tuple(speech[-1]))
+        return self._run(seconds)
+
+    def _open(self, name: str, live: bool) -> _Session:
+        session = self.sessions[name] = _Session(name, self.geometry, self.lookahead, self.refresh_block, live)
+        return session
+
+    def _push(self, name: str, samples: int, last: bool) -> None:
+        timeline = self.sessions[name].timeline
+        timeline.push(np.ones(samples, np.float32))
+        if last:
+            timeline.settle()
+
+    def _run(self, until: float) -> Simulation:
+        self._admit()
+        while self._events and self._events[0][0] <= until:
+            self.now, _, act, arguments = heapq.heappop(self._events)
+            act(*arguments)
+            self._admit()
+        return self
+
+    def _at(self, when: float, act, *arguments) -> None:
+        heapq.heappush(self._events, (when, next(self._order), act, arguments))
+
+    # ------------------------------------------------------------ the head
+
+    def _admit(self) -> None:
+        """As Engine._admit_or_wait, until nothing more may go now."""
+        while True:
+            asking = [c for s in self.sessions.values() if (c := candidate(s.name, s.timeline, s.playout, live=s.live, asked=s.asked))]
+            decision = self.scheduler.decide(self.now, asking)
+            chosen = decision.admit or decision.late
+            if chosen is None:
+                break
+            session = self.sessions[chosen]
+            if decision.late:
+                session.timeline.idle()
+            session.asked = self.now
+            prepare(session.playout, session.timeline, self.now, self.scheduler.pipe_time.seconds)
+            for message in session.timeline.admit(self.now):
+                if isinstance(message, Audio):
+                    session.admitted[message.index] = self.now
+                self._arrive(0, message)
+        if decision.wake is not None and decision.wake != self._wake:
+            self._wake = decision.wake
+            self._at(max(self.now, decision.wake), lambda: None)
+
+    def _take(self, message: Message) -> None:
+        session = self.sessions[message.session]
+        if isinstance(message, CleanLatent):
+            session.timeline.clean(message)
+            return
+        self.scheduler.pipe_time.observe(self.now - session.timeline.frames(message).at)
+        output = session.timeline.take()
+        session.playout.shown(self.now, float(output.pts))
+        shown = self._play(session, output) if session.live else self.now
+        self.blocks.append(Made(session.name, output.index, session.admitted.pop(output.index), self.now, shown, output.source))
+
+    def _play(self, session: _Session, output) -> float:
+        """When the block's first picture is shown: behind those that wait, but speech goes before idle ones (serving/playout.py)."""
+        idle = output.source[0] == output.source[1]
+        if self.now > session.plays_until:
+            session.underrun += self.now - session.plays_until
+        shown = self.now if session.last_idle and not idle else max(self.now, session.plays_until)
+        session.plays_until, session.last_idle = shown + len(output.pictures) / FPS, idle
+        session.playout.paced(session.plays_until, float(session.timeline.shown))
+        return shown
+
+    # ------------------------------------------------------------ the ranks
+
+    def _arrive(self, index: int, message: Message) -> None:
+        self.ranks[index].queue.append(message)
+        self._serve(index)
+
+    def _serve(self, index: int) -> None:
+        """Start on what waits: a control message, or blocks of several sessions at once where batching pays."""
+        rank = self.ranks[index]
+        if rank.working or not rank.queue:
+            return
+        group = [rank.queue.pop(0)]
+        while isinstance(group[0], Audio) and rank.queue and isinstance(rank.queue[0], Audio) and len(group) < len(self.costs.batch):
+            group.append(rank.queue.pop(0))
+        seconds = self._seconds(rank, group)
+        rank.working, rank.busy = True, rank.busy + seconds
+        for message in group:
+            self._announce_clean(rank, message, len(group))
+        self._at(self.now + seconds, self._leave, index, group)
+
+    def _seconds(self, rank: Rank, group: list[Message]) -> float:
+        if isinstance(group[0], Audio):
+            return self._work(rank, len(group))
+        return self.costs.refresh * sum(role.startswith("step") for role in rank.roles) if isinstance(group[0], Refresh) else 0.0
+
+    def _work(self, rank: Rank, blocks: int) -> float:
+        return sum(self.costs.roles[role] for role in rank.roles) * self.costs.batch[blocks - 1]
+
+    def _announce_clean(self, rank: Rank, message: Message, blocks: int) -> None:
+        """The last step tells the head its clean latent as soon as it has it, before the rank's other roles."""
+        last = f"step{self.steps}"
+        if isinstance(message, Audio) and last in rank.roles:
+            before = rank.roles[: rank.roles.index(last) + 1]
+            delay = sum(self.costs.roles[role] for role in before) * self.costs.batch[blocks - 1]
+            self._at(self.now + delay, self._take, CleanLatent(message.session, index=message.index, latent=NO_PICTURES))
+
+    def _leave(self, index: int, group: list[Message]) -> None:
+        self.ranks[index].working = False
+        for message in group:
+            if index + 1 < len(self.ranks):
+                self._at(self.now + self.costs.hop, self._arrive, index + 1, message)
+            elif isinstance(message, Audio):
+                self._take(Frames(message.session, index=message.index, epoch=message.epoch, pictures=NO_PICTURES))
+        self._serve(index)
+
+
+def turn_seconds(stages: Sequence[Sequence[str]], costs: Costs, geometry: Geometry, *, lookahead: int, microphone: bool, at: float = 10.0) -> float:
+    """From the first sound of an answer to its first picture, in a session that was idle before.
+
+    microphone: sound arrives as it is spoken, so a block and its look-ahead are waited for; otherwise all at once, as from a
+    voice that is faster than real time. The worst of eight places within the idle blocks.
+    """
+    waits = []
+    for part in range(8):
+        begin = at + part * float(geometry.block_seconds) / 8
+        samples = 4 * geometry.samples_per_block
+        arriving = [(begin + n * 0.02, 320) for n in range(samples // 320)] if microphone else [(begin, samples)]
+        run = Simulation(stages, costs, geometry, lookahead=lookahead).live(begin + 20.0, speech=arriving)
+        waits += [block.shown - begin for block in run.blocks if block.source[0] < block.source[1]][:1]
+    return max(waits)

@@ -1,0 +1,110 @@
+"""Encode once, fan out: every codec somebody wants has one encoder, and its packets go to all who want it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
+from liveavatar.serving.metrics import Metrics, sink_kind
+from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Sink, Tick
+from liveavatar.serving.settings import MediaConfig
+
+DEAD_BAND = 0.01  # seconds a picture may be late (CLK-2)
+KEYFRAME_PAUSE = 0.5  # seconds between keyframes that viewers ask for (7.3)
+
+
+class Broadcast:
+    """The sinks of one session and the encoders they need. width, height: of the ticks' pictures.
+
+    Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
+    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. filler: why
+    that tick's picture is an old one (metrics.FILLERS), or None.
+    """
+
+    def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float], metrics: Metrics):
+        self.size, self.config, self.sinks = (width, height), config, list[Sink]()
+        self.encode_seconds, self.filler = 0.0, None
+        self._executor, self._clock, self._metrics = executor, clock, metrics
+        self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
+        self._keyframe, self._last_keyframe = False, float("-inf")
+        self._sent: float | None = None  # when the tick before left
+
+    def add(self, sink: Sink) -> None:
+        """From the next tick on; its first picture is a keyframe. Raises ConfigError when nothing here can encode."""
+        for codec in sink.wants & set(CODECS):
+            self._encoder(codec)
+        self.sinks.append(sink)
+        if H264 in sink.wants:
+            self._keyframe = True
+
+    def remove(self, sink: Sink) -> None:
+        """No more for this one. May be called often."""
+        if sink in self.sinks:
+            self.sinks.remove(sink)
+        for codec in self._encoders.keys() - self._wanted():
+            del self._encoders[codec]
+
+    def _wanted(self) -> set[str]:
+        return set().union(*(sink.wants for sink in self.sinks))
+
+    def ask_keyframe(self) -> None:
+        """A viewer cannot decode: the next picture is a keyframe, at most every KEYFRAME_PAUSE seconds."""
+        self._keyframe = True
+
+    def extradata(self, codec: str) -> bytes:
+        """What a file or server must know of the codec before its first packet; see encoder.py."""
+        return self._encoder(codec).extradata
+
+    def _encoder(self, codec: str):
+        if codec not in self._encoders:
+            make = {H264: lambda: VideoEncoder(*self.size, self.config), OPUS: lambda: OpusEncoder(self.config), AAC: lambda: AacEncoder(self.config)}
+            self._encoders[codec] = make[codec]()
+        return self._encoders[codec]
+
+    async def send(self, tick: Tick) -> None:
+        """Encode a tick and hand it to every sink."""
+        made = self._clock()
+        keyframe = self._keyframe and made - self._last_keyframe >= KEYFRAME_PAUSE
+        if keyframe:
+            self._keyframe, self._last_keyframe = False, made
+        encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
+        packets = []
+        if encoders:
+            packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, encoders, tick, made, keyframe)
+            self.encode_seconds = self._clock() - made
+        for sink in tuple(self.sinks):
+            for item in (tick, *packets):
+                if ("raw" if item is tick else item.codec) in sink.wants:
+                    sink.put(item)
+        self._count(tick)
+
+    def _count(self, tick: Tick) -> None:
+        now = self._clock()
+        for sink in self.sinks:
+            interval = None if self._sent is None else now - self._sent
+            self._metrics.frames_sent(kind := sink_kind(sink), interval=interval, late=tick.late > DEAD_BAND)
+            if self.filler is not None:
+                self._metrics.filler(kind, self.filler, float(TICK_SECONDS))
+        self._sent = now
+
+    def _encoded(self, encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:
+        packets = []
+        for codec, encoder in encoders.items():
+            began = self._clock()
+            packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
+            self._metrics.encoded(codec, self._clock() - began)
+        return packets
+
+    def flush(self, epoch: int) -> None:
+        """After an interruption: what waits in a sink and is older than `epoch` goes."""
+        for sink in tuple(self.sinks):
+            sink.flush(epoch)
+
+    def close(self) -> None:
+        """The session is over."""
+        for sink in tuple(self.sinks):
+            sink.close()
+        self.sinks.clear()
+        self._encoders.clear()

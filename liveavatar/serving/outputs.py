@@ -1,0 +1,212 @@
+"""Where sessions are sent besides their viewers: RTMP, WHIP, HLS and recordings, each kept until its session or its client ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from liveavatar.core import ConfigError
+from liveavatar.serving.desk import Lease
+from liveavatar.serving.durable import private_folder
+from liveavatar.serving.egress import Destination, OutputStatus
+from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
+from liveavatar.serving.recorder import Recorder, Sign, expire, recover
+from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.ssrf import check_url
+from liveavatar.serving.targets import FORMS, Target
+from liveavatar.serving.wire import OutputWish
+
+MOST = 8  # of one session
+BROKEN = {"recording_failed": "io", "recording_unsigned": "sign"}
+HOUR, DAY = 3600.0, 86_400.0
+HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)")
+HLS_SECONDS = 60.0  # a playlist stays after its end
+MEDIA_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/iso.segment"}
+
+log = structlog.get_logger("liveavatar.outputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """kind: rtmp, whip, hls, record. url: of the first two, with its key. token: bearer of whip. name: the client's."""
+
+    kind: str
+    name: str | None = None
+    url: str | None = None
+    token: str | None = None
+
+    def __post_init__(self):
+        sent = self.kind in ("rtmp", "whip")
+        if (self.url is not None) != sent or (self.token is not None and self.kind != "whip"):
+            raise Unprocessable(f"an output of kind {self.kind} {'needs' if sent else 'takes no'} url; token is for whip alone")
+
+
+def wanted(wish: OutputWish) -> Wanted:
+    """What a client asked for. Raises Unprocessable."""
+    return Wanted(kind=wish.kind, name=wish.name, url=wish.url, token=wish.token and wish.token.get_secret_value())
+
+
+@dataclass(eq=False, kw_only=True)
+class Output:
+    """One that runs or ran. sink: Destination or Recorder. folder: of its HLS files."""
+
+    id: str
+    name: str
+    kind: str
+    sink: Destination | Recorder
+    task: asyncio.Task
+    folder: Path | None = None
+
+    @property
+    def status(self) -> OutputStatus:
+        return self.sink.status
+
+
+class Outputs:
+    """All of one server. facts(lease): what the side-car of a recording says. recordable(lease): raises a Problem where it may
+    not be recorded. sign: signs finished ones. broke(reason): a recording did, "io", "disk_full" or "sign".
+    """
+
+    def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], recordable: Callable[[Lease], None], sign: Sign | None,
+                 broke: Callable[[str], None] = lambda reason: None):
+        self._settings, self._facts, self._recordable, self._sign, self._broke = settings, facts, recordable, sign, broke
+        self._playlists = private_folder(Path(settings.storage.folder) / "hls")
+        for left in self._playlists.iterdir():  # of a server that was killed
+            shutil.rmtree(left)
+        self._open: dict[str, dict[str, Output]] = {}
+        self._tasks: set[asyncio.Task] = set()
+
+    def of(self, session_id: str) -> list[Output]:
+        """Those of one session, also a while after its end."""
+        return list(self._open.get(session_id, {}).values())
+
+    def running(self) -> list[Output]:
+        """Those of all sessions that are not over."""
+        return [output for mine in self._open.values() for output in mine.values() if not output.task.done()]
+
+    def get(self, session_id: str, output_id: str) -> Output:
+        """Raises NotFound."""
+        try:
+            return self._open[session_id][output_id]
+        except KeyError:
+            raise NotFound("no such output") from None
+
+    async def check(self, wanted: Wanted) -> None:
+        """Raises Invalid, Forbidden (ssrf) for an address that nothing may be sent to."""
+        if wanted.url is not None:
+            await self._allowed(wanted.kind, wanted.url)
+
+    async def _allowed(self, kind: str, url: str) -> str:
+        """Where to connect: the address that was checked."""
+        outputs = self._settings.outputs
+        target = await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        return target.address
+
+    async def start(self, lease: Lease, wanted: Wanted) -> Output:
+        """Send the session there from now on. Raises what check() raises, RateLimited, Unprocessable, Conflict."""
+        await self.check(wanted)
+        mine = self._open.setdefault(lease.id, {})
+        if sum(not output.task.done() for output in mine.values()) >= MOST:
+            raise RateLimited(f"a session has at most {MOST} outputs", kind="quota")
+        lease.need_running()
+        output_id = secrets.token_hex(8)
+        folder = private_folder(self._playlists / output_id) if wanted.kind == "hls" else None
+        sink = self._sink(lease, wanted, folder)
+        lease.session.add_sink(sink)
+        output = Output(id=output_id, name=wanted.name or wanted.kind, kind=wanted.kind, sink=sink, folder=folder, task=self._spawn(sink.run()))
+        if isinstance(sink, Recorder):
+            self._spawn(_notes(lease.session, sink))
+        output.task.add_done_callback(lambda task: self._ended(lease, output))
+        mine[output_id] = output
+        return output
+
+    def _sink(self, lease: Lease, wanted: Wanted, folder: Path | None) -> Destination | Recorder:
+        session, settings = lease.session, self._settings
+        size = session.width, session.height
+
+        def report(event: str, facts: dict) -> None:
+            log.info(event, session=lease.id, **facts)
+            session.happenings.add(event, **facts)
+            if event in BROKEN:
+                self._broke("disk_full" if facts["reason"] == os.strerror(errno.ENOSPC) else BROKEN[event])
+
+        if wanted.kind == "record":
+            self._recordable(lease)
+            return Recorder(*size, settings.storage, settings.outputs, facts=self._facts(lease), sign=self._sign, ask_keyframe=session.ask_keyframe,
+                            report=report, clock=session.clock)  # fmt: skip
+        try:
+            target = Target(kind=wanted.kind, url=wanted.url or str(folder), token=wanted.token)
+        except ConfigError as error:
+            raise Unprocessable(str(error)) from None
+        return Destination(wanted.kind, target, *size, settings.outputs, ask_keyframe=session.ask_keyframe, report=report, clock=session.clock,
+                           check=None if folder else lambda url: self._allowed(wanted.kind, url))  # fmt: skip
+
+    def _spawn(self, work) -> asyncio.Task:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def stop(self, lease: Lease, output: Output) -> None:
+        """Send what is queued and end it; harmless when it is over."""
+        lease.session.remove_sink(output.sink)
+        output.sink.close()
+
+    def file(self, output: Output, name: str) -> tuple[Path, str]:
+        """A file of an HLS output and its media type. Raises NotFound."""
+        if output.folder is None or not HLS_FILE.fullmatch(name) or not (output.folder / name).is_file():
+            raise NotFound("no such file")
+        return output.folder / name, MEDIA_TYPES[Path(name).suffix]
+
+    def _ended(self, lease: Lease, output: Output) -> None:
+        """It sends nothing any more: nothing of it holds the session."""
+        if not lease.over:
+            lease.session.remove_sink(output.sink)
+        if not output.task.cancelled() and output.task.exception() is not None:
+            log.error("output_broke", session=lease.id, kind=output.kind, reason=type(output.task.exception()).__name__)
+        asyncio.get_running_loop().call_later(HLS_SECONDS, self._forget, lease.id, output)
+
+    def _forget(self, session_id: str, output: Output) -> None:
+        mine = self._open.get(session_id, {})
+        mine.pop(output.id, None)
+        if not mine:
+            self._open.pop(session_id, None)
+        if output.folder is not None:
+            shutil.rmtree(output.folder, ignore_errors=True)
+
+    async def housekeep(self) -> None:
+        """Finish the recordings that a crash broke off; then, once an hour, remove those that are too old (REC-4)."""
+        folder = private_folder(Path(self._settings.storage.folder) / "recordings")
+        for event, facts in await asyncio.to_thread(recover, folder, self._sign):
+            log.info(event, **facts)
+        while True:
+            for name in await asyncio.to_thread(expire, folder, time.time() - self._settings.storage.keep_days * DAY):
+                log.info("recording_expired", file=name)
+            await asyncio.sleep(HOUR)
+
+    async def close(self, seconds: float) -> None:
+        """The sessions are over: let recordings and playlists be finished, at most so long."""
+        for outputs in self._open.values():
+            for output in outputs.values():
+                output.sink.close()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+
+async def _notes(session, recorder: Recorder) -> None:
+    """What is spoken, for the side-car."""
+    async for event in session.events():
+        recorder.note(event.name, event.data)

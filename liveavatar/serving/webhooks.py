@@ -1,0 +1,155 @@
+"""Events to a URL of the client's (API-6): signed, in order, tried five times, to checked addresses alone."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
+from liveavatar.serving.ssrf import check_url, request
+
+TRIES, FIRST_WAIT, WAIT_FACTOR = 5, 1.0, 4.0  # seconds: 1, 4, 16, 64, each with jitter
+TRY_SECONDS = 10.0  # for one answer
+SCHEMES = ("https", "http")
+WAITING = 256  # events of one target; beyond, the oldest goes
+QUIET = frozenset({"stats"})  # too many of them to be posted
+
+log = structlog.get_logger("liveavatar.webhooks")
+
+
+class DeliveryFailed(Exception):
+    """The target could not be reached or answered no 2xx."""
+
+
+@dataclass(slots=True)
+class Target:
+    """Where one session's events go. secret: known to the client and us; never shown, never logged."""
+
+    session: str
+    url: str
+    secret: str = field(repr=False)
+
+
+def signature(secret: str, timestamp: str, body: bytes) -> str:
+    """HMAC-SHA256 over timestamp, a dot and the body, in hex: what the client recomputes, and refuses old timestamps."""
+    return hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+
+
+class Webhook:
+    """Delivers to one target, one event after the other. post: (url, body, headers) -> None, raising DeliveryFailed or Problem (ssrf).
+
+    Refused, or failed five times: it is dropped. Too many that wait: the oldest goes, counted in `drops`. count(outcome): of
+    each delivery: delivered, retried, failed, refused.
+    """
+
+    def __init__(self, target: Target, post: Callable[[str, bytes, dict[str, str]], Awaitable[None]], *,
+                 count: Callable[[str], None] = lambda outcome: None, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+                 clock: Callable[[], float] = time.time):  # fmt: skip
+        self._target, self._post, self._count, self._sleep, self._clock = target, post, count, sleep, clock
+        self._waiting: deque[dict] = deque()
+        self._something, self._ending = asyncio.Event(), False
+        self.drops = 0
+
+    def put(self, event: dict) -> None:
+        """event: {n, type, t, ...}; returns at once."""
+        if event["type"] in QUIET:
+            return
+        if len(self._waiting) >= WAITING:
+            self._waiting.popleft()
+            self.drops += 1
+        self._waiting.append(event)
+        self._something.set()
+
+    def end(self) -> None:
+        """run() returns when what waits has been delivered."""
+        self._ending = True
+        self._something.set()
+
+    async def run(self) -> None:
+        """Deliver until end()."""
+        while self._waiting or not self._ending:
+            if not self._waiting:
+                self._something.clear()
+                await self._something.wait()
+                continue
+            self._count(await self._deliver(self._waiting.popleft()))
+
+    async def _deliver(self, event: dict) -> str:
+        body = json.dumps({"session": self._target.session, **event}, separators=(",", ":")).encode()
+        for attempt in range(TRIES):
+            if attempt:
+                self._count("retried")
+                await self._sleep(FIRST_WAIT * WAIT_FACTOR ** (attempt - 1) * random.uniform(0.5, 1.5))
+            try:
+                await self._post(self._target.url, body, self._headers(event, body))
+                return "delivered"
+            except DeliveryFailed as error:
+                log.info("webhook_failed", session=self._target.session, attempt=attempt + 1, reason=str(error))
+            except Problem as problem:  # its address is not allowed (any more): no try helps
+                log.warning("webhook_refused", session=self._target.session, reason=problem.kind)
+                return "refused"
+        return "failed"
+
+    def _headers(self, event: dict, body: bytes) -> dict[str, str]:
+        stamp = str(int(self._clock()))
+        return {
+            "Content-Type": "application/json",
+            "LiveAvatar-Timestamp": stamp,
+            "LiveAvatar-Event": f"{self._target.session}:{event['n']}",
+            "LiveAvatar-Signature": f"v1={signature(self._target.secret, stamp, body)}",
+        }
+
+
+class Webhooks:
+    """All targets of one server; deliveries end with their session. private: networks that are allowed although not public.
+
+    count(outcome): told of each delivery: delivered, retried, failed, refused.
+    """
+
+    def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None):
+        self._private, self._count = private, count
+        self._tasks: set[asyncio.Task] = set()
+
+    async def check(self, url: str) -> None:
+        """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
+        await asyncio.to_thread(check_url, url, SCHEMES, private=self._private)
+
+    async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> None:
+        """One try, to the address that was checked, without following anybody anywhere."""
+        try:
+            status, _ = await request("POST", url, body=body, headers=headers, seconds=TRY_SECONDS, private=self._private)
+        except (TooLarge, Unprocessable) as problem:
+            raise DeliveryFailed(problem.detail) from None
+        if not 200 <= status < 300:
+            raise DeliveryFailed(f"status {status}")
+
+    def follow(self, session, url: str, secret: str) -> None:
+        """Post this session's events from its first one on."""
+        hook = Webhook(Target(session.id, url, secret), self._post, count=self._count)
+        for work in (_fill(hook, session), hook.run()):
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self, seconds: float) -> None:
+        """Give what waits so many seconds, then forget it."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+
+async def _fill(hook: Webhook, session) -> None:
+    async for event in session.events():
+        hook.put({**event.data, "n": event.number, "type": event.name, "t": event.t})
+    hook.end()

@@ -1,0 +1,211 @@
+"""Keys, tokens, quotas, repeated requests, the store of avatars: what decides, alone."""
+
+import asyncio
+import json
+import time
+
+import jwt
+import pytest
+from starlette.responses import JSONResponse
+
+from liveavatar.serving.access import SCOPES, Access, Principal
+from liveavatar.serving.durable import replace_file
+from liveavatar.serving.idempotency import REPLAYED, Idempotency
+from liveavatar.serving.problems import BufferFull, Conflict, Forbidden, NotFound, RateLimited, Unauthorized
+from liveavatar.serving.quotas import FAILURES, MessageRate, Quotas
+from liveavatar.serving.settings import AccessConfig
+from liveavatar.serving.store import AvatarStore
+from api_server import portrait
+
+
+def who(access: Access, text: str) -> Principal:
+    return asyncio.run(access.who(text))
+
+
+def refusal(access: Access, text: str | None) -> str:
+    with pytest.raises(Unauthorized) as caught:
+        asyncio.run(access.who(text))
+    return caught.value.kind
+
+
+@pytest.fixture
+def access(tmp_path):
+    return Access(tmp_path, AccessConfig())
+
+
+# ---------------------------------------------------------------- keys and tokens (API-5)
+
+
+def test_the_first_key_is_made_once_and_only_its_hash_is_kept(tmp_path, access):
+    text = access.first_key()
+    assert who(access, text) == Principal(owner="operator", scopes=frozenset(SCOPES), key=text[3:15])
+    again = Access(tmp_path, AccessConfig())
+    assert again.first_key() is None and who(again, text).owner == "operator"
+    kept = (tmp_path / "keys.json").read_text()
+    assert text not in kept and text[16:] not in kept and "argon2id" in kept
+    assert (tmp_path / "keys.json").stat().st_mode & 0o77 == 0 == (tmp_path / "token.key").stat().st_mode & 0o77
+
+
+def test_wrong_and_revoked_keys_open_nothing(access):
+    key, text = access.create_key("acme", ["view"])
+    operator = Principal(owner="operator", scopes=frozenset(["admin"]), key="x")
+    assert who(access, text).owner == "acme"  # also remembers it
+    assert refusal(access, text[:-1] + ("A" if text[-1] != "A" else "B")) == "key"
+    assert refusal(access, f"la_{'0' * 12}_{text[16:]}") == "key"
+    with pytest.raises(NotFound):
+        access.revoke_key(Principal(owner="other", scopes=frozenset(["control"]), key="y"), key.prefix)
+    access.revoke_key(operator, key.prefix)
+    assert refusal(access, text) == "key" and refusal(access, None) == "missing" and refusal(access, "") == "missing"
+
+
+def test_a_token_reaches_one_session_with_scopes_the_maker_had(access):
+    key, text = access.create_key("acme", ["view", "control"])
+    maker = who(access, text)
+    token, ends = access.token(maker, "session-1", "acme", ["view"], seconds=1e9)
+    found = who(access, token)
+    assert found == Principal(owner="acme", scopes=frozenset(["view"]), key=key.prefix, session="session-1")
+    assert ends <= time.time() + AccessConfig().token_seconds and jwt.decode(token, options={"verify_signature": False})["aud"] == "liveavatar"
+    assert found.sees("acme", "session-1") and not found.sees("acme", "session-2") and not found.sees("other", "session-1")
+    with pytest.raises(Forbidden):
+        found.need("publish")  # a view token can never speak
+    with pytest.raises(Forbidden):
+        access.token(maker, "session-1", "acme", ["publish"])
+    access.revoke_key(Principal(owner="acme", scopes=frozenset(["admin"]), key="x"), key.prefix)
+    assert refusal(access, token) == "token"
+
+
+@pytest.mark.parametrize("change, kind", [
+    ({"exp": 1}, "expired"), ({"aud": "other"}, "audience"), ({"aud": None}, "token"), ({"sub": None}, "token"), ({"scope": None}, "token"),
+    ({"key": "0" * 12}, "token"), ({"exp": None}, "token"),
+])  # fmt: skip
+def test_tokens_that_are_not_ours(tmp_path, access, change, kind):
+    key, _ = access.create_key("acme", SCOPES)
+    claims = {"aud": "liveavatar", "sub": "s", "scope": "view", "own": "acme", "key": key.prefix, "exp": int(time.time()) + 60}
+    claims = {name: value for name, value in {**claims, **change}.items() if value is not None}
+    secret = (tmp_path / "token.key").read_bytes()
+    assert refusal(access, jwt.encode(claims, secret, algorithm="HS256")) == kind
+    assert refusal(access, jwt.encode(claims, b"another secret of 32 bytes or more", algorithm="HS256")) == "token"
+    assert refusal(access, jwt.encode(claims, None, algorithm="none")) == "token"
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "keys.json"
+    replace_file(file, b"old")
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        replace_file(file, b"new and longer")
+    assert file.read_bytes() == b"old" and [path.name for path in tmp_path.iterdir()] == ["keys.json"]
+
+
+# ---------------------------------------------------------------- quotas (API-3)
+
+
+def test_quotas_count_by_key_and_say_when_to_come_again():
+    quotas = Quotas(AccessConfig(sessions_per_minute=2, audio_seconds_per_day=10))
+    for _ in range(2):
+        quotas.count("sessions", "a")
+    with pytest.raises(RateLimited) as caught:
+        quotas.count("sessions", "a")
+    assert caught.value.kind == "rate" and 1 <= int(caught.value.headers["Retry-After"]) <= 60
+    quotas.count("sessions", "b")
+    quotas.may_speak("a")
+    quotas.spoke("a", 9.99)
+    quotas.may_speak("a")
+    quotas.spoke("a", 5.0)  # the last push may go over
+    with pytest.raises(RateLimited) as caught:
+        quotas.may_speak("a")
+    assert caught.value.kind == "quota" and int(caught.value.headers["Retry-After"]) > 60
+
+
+def test_whoever_guesses_keys_is_kept_out_by_network():
+    quotas = Quotas(AccessConfig())
+    for n in range(FAILURES):
+        quotas.check_address("2001:db8::1")
+        quotas.failed(f"2001:db8::{n:x}")  # one IPv6 customer has a /64
+    with pytest.raises(RateLimited):
+        quotas.check_address("2001:db8::ffff")
+    quotas.check_address("2001:db8:0:1::1")
+    quotas.check_address("192.0.2.1")
+
+
+def test_a_socket_may_burst_but_not_flood():
+    rate = MessageRate(per_second=10)
+    assert [rate.take(100.0) for _ in range(21)] == [True] * 20 + [False]
+    assert rate.take(101.0)
+
+
+# ---------------------------------------------------------------- repeated requests
+
+
+def test_a_repeated_request_gets_the_first_answer():
+    made, now = [], [0.0]
+
+    async def make():
+        made.append(1)
+        return JSONResponse({"n": len(made)}, 201, {"Location": "/x"})
+
+    async def fail():
+        raise BufferFull
+
+    async def story():
+        kept = Idempotency(seconds=10, clock=lambda: now[0])
+        first = await kept.once("acme", "sessions", "k", b"a", make)
+        second = await kept.once("acme", "sessions", "k", b"a", make)
+        assert second.body == first.body and second.status_code == 201 and second.headers["Location"] == "/x" and second.headers[REPLAYED] == "true"
+        with pytest.raises(Conflict) as caught:
+            await kept.once("acme", "sessions", "k", b"b", make)
+        assert caught.value.kind == "idempotency"
+        await kept.once("other", "sessions", "k", b"b", make)  # a tenant of its own
+        with pytest.raises(BufferFull):
+            await kept.once("acme", "sessions", "again", b"a", fail)
+        await kept.once("acme", "sessions", "again", b"a", make)  # what failed may be tried again
+        now[0] = 11.0
+        await kept.once("acme", "sessions", "k", b"b", make)
+        assert len(made) == 4
+
+    asyncio.run(story())
+
+
+def test_two_at_once_make_one():
+    async def story():
+        kept, go = Idempotency(), asyncio.Event()
+
+        async def make():
+            await go.wait()
+            return JSONResponse({})
+
+        first = asyncio.create_task(kept.once("acme", "r", "k", b"", make))
+        await asyncio.sleep(0)
+        with pytest.raises(Conflict):
+            await kept.once("acme", "r", "k", b"", make)
+        go.set()
+        assert (await first).status_code == 200
+
+    asyncio.run(story())
+
+
+# ---------------------------------------------------------------- avatars
+
+
+def test_avatars_survive_a_restart_and_halves_do_not(tmp_path):
+    store = AvatarStore(tmp_path)
+    kept = store.add(portrait(), name="Ada", owner="acme", consent=None, media="00")
+    gone = store.add(portrait(seed=1), name="Bob", owner="acme", consent=None, media="00")
+    store.erase(gone.id)
+    half = tmp_path / f".{kept.id[:-1]}0"
+    half.mkdir()
+    (half / "portrait.png").write_bytes(b"half")
+    again = AvatarStore(tmp_path)
+    assert again.get(kept.id) == kept and again.portrait(kept.id).read_bytes() == portrait() and not half.exists()
+    assert [a.id for a in again.list(lambda owner: owner == "acme")][-1] == kept.id and "default" in [a.id for a in again.list(lambda owner: False)]
+    assert not any("Bob" in path.read_text() for path in tmp_path.rglob("*.json"))
+    with pytest.raises(NotFound):
+        again.get(gone.id)
+    with pytest.raises(NotFound):
+        again.get(kept.id, lambda owner: owner == "other")
+    with pytest.raises(Conflict):
+        again.erase("default")
+    for name in ("../keys.json", "av_../../x", "", ".", "/etc/passwd", "default/../../x"):
+        with pytest.raises(NotFound):
+            again.portrait(name)
+    assert json.loads((tmp_path / kept.id / "avatar.json").read_text())["name"] == "Ada"

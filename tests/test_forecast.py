@@ -1,0 +1,74 @@
+"""What `plan --device` says, against arithmetic of the specification."""
+
+import json
+
+import pytest
+from test_cli import run
+
+from liveavatar.config import load
+from liveavatar.core import ConfigError, Geometry, InputError
+from liveavatar.runtime.forecast import SHARE, Speeds, accelerator, accelerators, forecast, model_shape, overview, plot, read_measured, sweep
+from liveavatar.runtime.placement import forward_flops, parameter_count
+
+WIDE = Geometry(height=384, width=704)
+CONFIG = load(None, ["runtime.sessions=1"])
+MEASURED = {"step": 0.2, "decode": 0.08, "condition": 0.0}
+
+
+def test_seconds_of_a_step_are_its_flops_over_the_share_of_the_peak():
+    costs = Speeds(device=accelerator("h800")).costs(model_shape("14b"), WIDE, {}, CONFIG.chain, 1)
+    assert costs.roles["step2"] == pytest.approx(forward_flops(model_shape("14b"), WIDE) / (989e12 * SHARE))
+    assert 0.18 < costs.roles["step0"] < 0.2 and costs.roles["condition"] == 0
+    fast = Speeds(device=accelerator("H200"), precision="fp8").costs(model_shape("14b"), WIDE, {}, CONFIG.chain, 1)
+    assert 0.1 < fast.roles["step0"] < 0.15
+
+
+def test_the_papers_cut_gives_a_block_per_step_and_one_gpu_the_sum():
+    speeds = Speeds(device=accelerator("H200"), measured=MEASURED)
+    five, one = (forecast(CONFIG, model_shape("14b"), WIDE, speeds, n) for n in (5, 1))
+    assert five.fps == pytest.approx(12 / 0.2, rel=0.01) and five.first_frame == pytest.approx(0.88, abs=0.01) and five.underrun == 0
+    assert one.fps == pytest.approx(12 / 0.88, rel=0.01) and one.underrun > 10 and one.real_time < 0.6
+    assert five.turn_microphone > five.turn_voice > five.first_frame
+    assert one.dollars == pytest.approx(3.4 / 60) and five.dollars == pytest.approx(5 * one.dollars)
+    assert one.watt_hours == pytest.approx(700 / 60, rel=0.02)  # at work all the time
+
+
+def test_other_sizes_have_the_parameters_their_names_promise():
+    for name, billions in (("14b", 16.3), ("30b", 32), ("100b", 104), ("5120x40", 16.3)):
+        assert parameter_count(model_shape(name)) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+@pytest.mark.parametrize("wrong", ["13b", "5000x40", "0x4", "5120x0", "x"])
+def test_a_model_of_no_size_is_refused(wrong):
+    with pytest.raises(ConfigError, match="WIDTHxLAYERS"):
+        model_shape(wrong)
+
+
+def test_every_row_of_the_table_makes_sense():
+    assert all(a.fp8 is None or a.fp8 >= 1.9 * a.bf16 for a in accelerators().values())
+    with pytest.raises(ConfigError, match="no FP8"):
+        Speeds(device=accelerator("A100"), precision="fp8").costs(model_shape("14b"), WIDE, {}, CONFIG.chain, 1)
+
+
+def test_measured_files_win_and_bad_ones_are_named(tmp_path):
+    good, bad = tmp_path / "step.json", tmp_path / "bad.json"
+    good.write_text(json.dumps({"roles": MEASURED}))
+    bad.write_text('{"rows": []}')
+    assert read_measured(good) == MEASURED
+    for path in (bad, tmp_path / "none.json"):
+        with pytest.raises(InputError, match=path.name):
+            read_measured(path)
+
+
+def test_a_sweep_is_drawn_and_written(tmp_path):
+    made = sweep(CONFIG, model_shape("14b"), WIDE, Speeds(device=accelerator("H800"), measured=MEASURED))
+    assert [f.devices for f in made] == [1, 2, 3, 4, 5, 6] and [not f.plan.problems for f in made] == [False, True, True, True, True, True]
+    plot(made, "a title", tmp_path / "p.svg")
+    assert "<svg" in (tmp_path / "p.svg").read_text()[:600] and json.loads(json.dumps(overview(made)))["forecasts"][4]["stages"][4] == ["decode"]
+
+
+def test_the_command_says_what_it_assumed():
+    said = run("plan", "--device", "H200", "--ranks", 2, "runtime.sessions=1")
+    assert said.exit_code == 0 and "64% of the stated peak assumed" in said.output and "turn, live microphone" in said.output
+    assert run("plan", "--device", "RTX4090", "--ranks", 1, "runtime.sessions=1").exit_code == 1  # 24 GB
+    assert "known are H100" in run("plan", "--device", "K80").stderr

@@ -1,0 +1,103 @@
+"""Conversations and the Realtime proxy as a client meets them: who may, what it hears, what ends."""
+
+import asyncio
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import serve
+from websockets.exceptions import InvalidStatus
+
+from api_server import bearer, on_port, running, settings
+from liveavatar.serving.access import VIEW
+from liveavatar.serving.conversations import Conversations, Parts
+from liveavatar.serving.minds import Companion
+from liveavatar.serving.settings import RealtimeConfig
+
+
+class Tone:
+    async def speak(self, text: str):
+        yield (8000 * np.sin(np.arange(3200) * 0.2)).astype(np.int16), 16_000
+
+
+class Reader:
+    async def recognise(self, pcm):
+        return "hello"
+
+
+class Loud:
+    """Ears that take every loud piece for a turn."""
+
+    def hear(self, pcm, rate):
+        from liveavatar.serving.ears import Began, Ended
+
+        return [Began(0.0), Ended(0.1, 0.0, np.zeros(1, np.float32))] if np.abs(np.asarray(pcm)).max() > 1000 else []
+
+
+def test_a_viewer_talks_with_the_avatar_and_not_through_it(tmp_path):
+    conversations = Conversations(Parts(mind=Companion(), voice=Tone(), recogniser=Reader()), ears=Loud)
+
+    async def go():
+        async with running(settings(tmp_path), conversations=conversations) as server:
+            session = await server.opened()
+            url, http = f"/v1/sessions/{session}/conversation", server.http
+            assert (await http.get(url)).status_code == (await http.post(f"{url}/turns", json={"text": "hi"})).status_code == 409
+            repeated, live = [], server.at.session(session)
+
+            async def repeat(pcm, rate):
+                repeated.append(len(pcm))
+
+            microphone = conversations.microphone(lambda session: repeat)(live)
+            await microphone(np.full(960, 9000, np.int16), 48_000)
+            assert (await http.post(url, headers=bearer(server.tenant("other")))).status_code == 404
+            assert (await http.post(url)).status_code == 201 and (await http.post(url)).status_code == 409
+            await microphone(np.full(960, 9000, np.int16), 48_000)
+            async with asyncio.timeout(15):
+                while not [event for event in live.happenings if event.name == "talk.answer"]:
+                    await asyncio.sleep(0.02)
+            assert (await http.post(f"{url}/turns", json={"text": " "})).status_code == 422
+            assert (await http.post(f"{url}/turns", json={"text": "What is my name?"})).status_code == 202
+            async with asyncio.timeout(15):
+                while len((said := (await http.get(url)).json())["turns"]) < 4 or said["state"] != "listening":
+                    await asyncio.sleep(0.02)
+            assert (await http.delete(url)).status_code == 204 and (await http.get(url)).status_code == 409
+            await microphone(np.full(480, 9000, np.int16), 48_000)
+            await http.post(url)
+            await http.delete(f"/v1/sessions/{session}")  # the session takes its conversation along
+            await asyncio.sleep(0.05)
+            await conversations.aclose()
+            return said["turns"], repeated, conversations._talks
+
+    turns, repeated, left = asyncio.run(go())
+    assert [(turn["role"], turn["cut"]) for turn in turns] == [("user", False), ("assistant", False)] * 2
+    assert turns[0]["text"] == "hello" and "not told me your name" in turns[3]["text"] and repeated == [960, 480] and not left
+
+
+def test_realtime_clients_are_let_in_as_everybody_else(tmp_path):
+    async def backend(socket):
+        assert socket.request.headers["Authorization"] == "Bearer theirs"  # the operator's key, not the client's
+        await socket.send(json.dumps({"type": "session.created", "session": {}}))
+        async for text in socket:
+            await socket.send(text)
+
+    async def go():
+        (tmp_path / "key").write_text("theirs\n")
+        async with contextlib.AsyncExitStack() as stack:
+            model = await stack.enter_async_context(serve(backend, "127.0.0.1", 0))
+            where = f"ws://127.0.0.1:{model.sockets[0].getsockname()[1]}"
+            config = settings(tmp_path, realtime=RealtimeConfig(url=where, key_file=str(tmp_path / "key")))
+            server, port = await stack.enter_async_context(on_port(config))
+            session = await server.opened()
+            url = f"ws://{port}/v1/sessions/{session}/realtime"
+            protocols = ["realtime", f"openai-insecure-api-key.{server.key}"]
+            async with connect(url, subprotocols=protocols) as socket:
+                assert socket.subprotocol == "realtime" and json.loads(await socket.recv())["type"] == "session.created"
+                await socket.send('{"type":"anything","x":1}')
+                assert await socket.recv() == '{"type":"anything","x":1}'
+            for headers in ({}, bearer("nonsense"), bearer(server.tenant("other")), bearer(server.tenant("operator", scopes=(VIEW,)))):
+                with pytest.raises(InvalidStatus):
+                    await connect(url, additional_headers=headers)
+
+    asyncio.run(go())

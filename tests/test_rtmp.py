@@ -1,0 +1,125 @@
+"""RTMP against nginx-rtmp on loopback: seen by ffprobe, back after a stop and a stall (EGR-1, EGR-2, serving.md 20, 22)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from liveavatar.serving.egress import Destination
+from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.targets import Target
+from liveavatar.telemetry import now
+from onair import Station
+
+MODULE = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("nginx") and MODULE.exists() and shutil.which("ffprobe")),
+    reason="nginx with its RTMP module or ffprobe is missing: apt-get install nginx-light libnginx-mod-rtmp ffmpeg",
+)
+KEY = "s3cret-key"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def nginx(folder: Path, port: int):
+    """A server; yields the pid of its worker, which holds the connections."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "nginx.conf").write_text(
+        f"load_module {MODULE}; daemon off; master_process on; pid nginx.pid; error_log error.log info; worker_processes 1; user root;\n"
+        f"events {{ worker_connections 64; }} rtmp {{ server {{ listen 127.0.0.1:{port}; application live {{ live on; }} }} }}\n"
+    )
+    server = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL)
+    try:
+        deadline = now() + 5
+        while not children(server.pid) or not accepts(port):
+            assert server.poll() is None and now() < deadline, (folder / "error.log").read_text()
+        yield children(server.pid)[0]
+    finally:
+        workers = children(server.pid)
+        server.kill()
+        server.wait()
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def packets_seen(url: str, seconds: float) -> tuple[list[float], list[str]]:
+    """Presentation times of the pictures a viewer gets within `seconds`, and what ffprobe says of the streams."""
+    command = ["ffprobe", "-v", "error", "-analyzeduration", "1000000", "-read_intervals", f"%+{seconds}", "-show_entries",
+               "packet=pts_time,flags,codec_type", "-show_entries", "stream=codec_name,width,r_frame_rate", "-of", "compact", url]  # fmt: skip
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    lines = (await asyncio.wait_for(process.communicate(), 10))[0].decode().splitlines()
+    pictures = [float(line.split("pts_time=")[1].split("|")[0]) for line in lines if line.startswith("packet|codec_type=video")]
+    return pictures, [line for line in lines if line.startswith("stream")]
+
+
+def test_rtmp_reaches_viewers_and_comes_back(tmp_path):
+    asyncio.run(on_air(tmp_path))
+
+
+async def on_air(folder):
+    # noise makes 1.5 Mb/s, and the session is in its second hour
+    station, seen, port = Station(size=256, noise=100, first=100_000, bitrate=1_500_000), [], free_port()
+    url = f"rtmp://127.0.0.1:{port}/live/{KEY}"
+    out = Destination("air", Target(kind="rtmp", url=url), 256, 256, OutputsConfig(stall_seconds=1.5, retry_seconds=0.4, retry_limit_seconds=1.0),
+                      ask_keyframe=station.ask_keyframe, report=lambda event, facts: seen.append((event, facts)))  # fmt: skip
+    station.sinks.append(out)
+    running = asyncio.create_task(out.run())
+    await station.play(lambda: out.status.failures >= 2)  # nobody listens yet
+    assert out.status.state == "waiting" and "refused" in out.status.last_error
+
+    with nginx(folder / "a", port):
+        await station.play(lambda: out.status.state == "live")
+        viewer = asyncio.create_task(packets_seen(url, 1.5))
+        await station.play(viewer.done)
+        pictures, streams = viewer.result()
+        assert any("h264|width=256|r_frame_rate=25/1" in s for s in streams) and any("aac" in s for s in streams)
+        before = pictures[-1]
+        assert 0 <= before < 20 and len(pictures) > 15  # time begins with the destination, not with the session
+    stopped = now()
+
+    with nginx(folder / "b", port) as worker:
+        await station.play(lambda: out.status.reconnects == 1)
+        assert now() - stopped < 5  # the gate
+        viewer = asyncio.create_task(packets_seen(url, 1.0))
+        await station.play(viewer.done)
+        pictures, _ = viewer.result()
+        assert before + 0.3 < pictures[0] < before + 10  # and goes on along the session's clock, never reset (EGR-2)
+
+        await station.play(lambda: out.status.bytes > 600_000)
+        os.kill(worker, signal.SIGSTOP)  # stalled: sockets stay open and take data for a while
+        stalled = now()
+        lost = out.status.reconnects
+        await station.play(lambda: "no progress" in out.status.last_error and out.status.state != "live")
+        assert now() - stalled < 1.5 + 3  # stall_seconds, and what its kernel took meanwhile does not count
+        assert out.status.reconnects == lost
+        os.kill(worker, signal.SIGCONT)
+        await station.play(lambda: out.status.reconnects == lost + 1)
+        assert now() - stalled < 10  # the gate
+
+        out.close()
+        await asyncio.wait_for(running, 5)
+    assert KEY not in repr(seen) + repr(out.status) + repr(out.target)
+    assert out.status.url == f"rtmp://127.0.0.1:{port}/live/***"
