@@ -123,8 +123,7 @@ class _Place:
         """[1, n, heads, d] of this row, un-rotated -> the same shape."""
         if self.turns:
             self.cache.roll_anchors(layer, self.turns)
-        keys, values = self.cache.attended(layer, L.rotate(k, self.angles), v, self.reference)
-        return ops.attention(L.rotate(q, self.angles), keys, values)
+        return ops.attention(*self.cache.attended(layer, q, k, v, self.angles, self.reference))
 
 
 def _texts(rows: Sequence[Row], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
