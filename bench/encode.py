@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pipeline import commit, machine
+from measured import commit, machine
 
 from liveavatar.core import FPS
 from liveavatar.generate import PORTRAIT

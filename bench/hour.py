@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image, ImageDraw
-from pipeline import commit, machine
+from measured import commit, machine
 
 from liveavatar import config as configs
 from liveavatar.conditioning.identity import load_picture

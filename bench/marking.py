@@ -20,7 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from pipeline import commit, machine
+from measured import commit, machine
 
 from liveavatar.generate import PORTRAIT
 from liveavatar.serving import spread, watermark

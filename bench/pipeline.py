@@ -17,9 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,23 +34,11 @@ from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.launchers import launch
 from liveavatar.runtime.placement import cut
 
-HERE = Path(__file__).parent
+from measured import HERE, commit, machine
+
 FIXED = {"condition": 0.01, **{f"step{k}": 0.15 for k in range(4)}, "decode": 0.06}  # seconds; a chain of H200s in shape
 PREFILL = 0.10  # seconds a step needs for a new sink
 FIXED_BLOCKS, REFRESH_BLOCK, ALONE = 40, 4, 8
-
-
-def machine() -> dict:
-    """Host, processor and GPU as the JSON names them."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
-
-
-def commit() -> str:
-    """Commit of the working tree, with + when it is changed."""
-    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def measure(base: configs.Config, ranks: int, launcher: str, seconds: float) -> dict:

@@ -28,7 +28,7 @@ from liveavatar.training.groups import device_of
 from liveavatar.training.loop import Draws, Trainer
 from liveavatar.training.memory import Load, sizes_of, stage_plan
 
-from pipeline import HERE, commit, machine
+from measured import HERE, commit, machine
 
 TINY = S2VConfig(dim=96, ffn_dim=256, freq_dim=32, text_dim=32, text_len=32, num_heads=2, num_layers=3, audio_dim=64, audio_layers=2, audio_inject_layers=(0, 2))
 

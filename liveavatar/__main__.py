@@ -1,4 +1,4 @@
-"""The command line: generate | serve | verify | consent | audit | parity | inspect | plan | train | evaluate.
+"""The command line: generate | serve | talk | verify | consent | audit | parity | inspect | plan | train | evaluate.
 
 Everything heavy is imported inside the command, so `--help` answers at once. A LiveAvatarError is one
 line on stderr and exit status 2; Ctrl-C is 130; anything else is our fault and keeps its traceback.
@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from liveavatar.evaluation.commands import commands as evaluation_commands
 from liveavatar.serving import provenance_commands as provenance
+from liveavatar.serving import talk_commands
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,6 +239,7 @@ def plan(
 app.command(epilog=provenance.VERIFY_EPILOG)(guard(provenance.verify))
 app.add_typer(provenance.consent_commands(guard))
 app.add_typer(provenance.audit_commands(guard))
+talk_commands.register(app, guard)
 
 
 @command(

@@ -18,7 +18,23 @@ import yaml
 from liveavatar.core import ConfigError
 
 LAUNCHERS = ("inproc", "local", "torchrun", "ray")
+ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch")
 DTYPES = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastConfig:
+    """How the transformer is made faster, each against the plain way checked by bench/accuracy.py. The defaults change no result."""
+
+    kernels: bool = True  # our Triton kernels where there is a GPU; False: the torch references everywhere
+    packed_qkv: bool = False  # one matmul for q, k and v of self-attention
+    fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, about 3 % error each
+    compile: bool = False  # torch.compile of what stands around self-attention, and of the decoder; minutes at start
+    graphs: bool = False  # CUDA graphs of a step; needs a GPU
+    attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best that is there
+
+    def __post_init__(self):
+        one_of("model.fast.attention", self.attention, ATTENTION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +45,11 @@ class ModelConfig:
     lora: str | None = None  # a Live-Avatar LoRA file merged at load
     dtype: str = "auto"  # auto: bfloat16 on a GPU or a CPU that is fast at it, else float32
     device: str = "auto"  # auto | cpu | cuda
+    fast: FastConfig = field(default_factory=FastConfig)
 
     def __post_init__(self):
+        if self.fast.graphs and self.device == "cpu":
+            raise ConfigError("model.fast.graphs: CUDA graphs need a GPU, and model.device says cpu")
         one_of("model.dtype", self.dtype, DTYPES)
         one_of("model.device", self.device, ("auto", "cpu", "cuda"))
 

@@ -1,22 +1,64 @@
 """The one door to kernels: each op is a torch reference plus a dispatch.
 
-Only this file imports optional kernels (flash-attn today). A missing kernel is no error: the torch
-reference is the definition, a kernel is checked against it in tests/gpu.
+Only this file imports optional kernels (FlashAttention 2 and 3, our own Triton kernels). A missing kernel is no error: the torch
+reference is the definition, and it also runs wherever gradients are asked for. Our kernels are checked against it in Triton's
+interpreter (tests/test_kernels.py).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from liveavatar.config import ATTENTION
+
+_attention = "auto"
+
+
+def use_attention(name: str) -> None:
+    """From here on, in this process, who computes attention in half precision on a GPU; auto: best_attention."""
+    global _attention
+    assert name in ATTENTION, name
+    _attention = name
 
 
 @functools.cache
-def flash_attention_available() -> bool:
-    """True when the flash-attn package can be imported and a GPU is there."""
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+def best_attention(index: int | None = None) -> str:
+    """The fastest that CUDA device `index` (None: the current one) has: FlashAttention 3, cuDNN (both from compute capability 9.0
+    on), FlashAttention 2, or what torch chooses."""
+    if not torch.cuda.is_available():
+        return "torch"
+    hopper = torch.cuda.get_device_capability(index) >= (9, 0)
+    if hopper:
+        return "flash3" if importlib.util.find_spec("flash_attn_interface") is not None else "cudnn"
+    return "flash2" if importlib.util.find_spec("flash_attn") is not None else "torch"
+
+
+def _gpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[B, T, heads, d] in half precision on a GPU, by the chosen one."""
+    chosen = best_attention(q.device.index) if _attention == "auto" else _attention
+    if chosen == "flash3":
+        from flash_attn_interface import flash_attn_func
+
+        out = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out  # its first releases gave the log-sum too
+    if chosen == "flash2":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if chosen == "torch":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    # cuDNN before the others: torch itself puts it behind FlashAttention 2, which leaves a third of a Hopper idle
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,10 +73,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.
             bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
             return _plain_attention(q, k, v, bias).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_attention_available():
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k, v)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _gpu_attention(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_LIMIT:
         return _plain_attention(q, k, v).transpose(1, 2)
@@ -57,3 +97,136 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: to
 def cpu_is_fast_at_bfloat16() -> bool:
     """True when this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX), where bf16 is 2-4x fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# ---------------------------------------------------------------- our Triton kernels
+
+_own_kernels = True
+
+
+def use_own_kernels(on: bool) -> None:
+    """From here on, in this process, our Triton kernels run where they can (True, the default) or nowhere."""
+    global _own_kernels
+    _own_kernels = on
+
+
+@contextmanager
+def own_kernels(on: bool) -> Iterator[None]:
+    """`use_own_kernels` for a while: what a bench compares."""
+    before = _own_kernels
+    use_own_kernels(on)
+    try:
+        yield
+    finally:
+        use_own_kernels(before)
+
+
+@functools.cache
+def own_kernels_available() -> bool:
+    """True when Triton and liveavatar_kernels can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "liveavatar_kernels"))
+
+
+def _fused(*tensors: torch.Tensor) -> bool:
+    """Whether a Triton kernel takes these: on a GPU, without gradients or compiler."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling() or not (_own_kernels and own_kernels_available()):
+        return False  # a compiler fuses the references by itself
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """LN(x) (1 + scale) + shift in fp32, given in dtype. x: [B, T, D]; shift, scale: fp32 [B, G, D] with T = G * n."""
+    if _fused(x, shift, scale):
+        from liveavatar_kernels import norm_modulate as kernel
+
+        return kernel(x.contiguous(), shift, scale, eps, dtype)
+    groups = shift.shape[1]
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(1, (groups, -1))
+    return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(dtype)
+
+
+def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x + gate * y in fp32, given in dtype. x, y: [B, T, D]; gate: fp32 [B, G, D] with T = G * n."""
+    if _fused(x, y, gate):
+        from liveavatar_kernels import gate_residual as kernel
+
+        return kernel(x.contiguous(), y.contiguous(), gate, dtype)
+    groups = gate.shape[1]
+    return (x.float() + (y.float().unflatten(1, (groups, -1)) * gate[:, :, None]).flatten(1, 2)).to(dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last axis in fp32, given in x's dtype. x: [..., D], e.g. a third of a packed q, k, v."""
+    if _fused(x, weight):
+        from liveavatar_kernels import rms_rows
+
+        return rms_rows(x, weight, eps)
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate interleaved (even, odd) pairs. x: [B, T, heads, d]; angles: fp32 [2, T, d/2] (cosine, sine). Keeps dtype."""
+    turn = torch.complex(angles[0], angles[1])[:, None]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # 4x the speed of strided even/odd products
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def rotate_into(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor) -> None:
+    """out = rotate(x) for one sequence. x, out: [T, heads, d]; angles: fp32 [2, T, d/2]."""
+    if _fused(x, out):
+        from liveavatar_kernels import rotate_rows
+
+        rotate_rows(x, angles, out)
+    else:
+        out.copy_(rotate(x[None], angles)[0])
+
+
+def rope_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Rotated q; writes the rotated k and v into keys and values, the block's place in a ring. All [T, heads, d]; angles: fp32 [2, T, d/2]."""
+    if _fused(q, k, v) and q.dtype == keys.dtype:
+        from liveavatar_kernels import rope_cache as kernel
+
+        return kernel(q, k, v, angles, keys, values)
+    keys.copy_(rotate(k[None], angles)[0])
+    values.copy_(v)
+    return rotate(q[None], angles)[0]
+
+
+# ---------------------------------------------------------------- FP8
+
+E4M3_MAX = 448.0
+SMALLEST_SCALE = 1e-12  # of a row of zeros
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, D] -> (E4M3 [T, D], fp32 scale [T, 1]), x = q * scale up to rounding: a row's maximum becomes 448."""
+    if _fused(x):
+        from liveavatar_kernels import quantise_rows as kernel
+
+        return kernel(x, E4M3_MAX, SMALLEST_SCALE)
+    value = x.float()
+    scale = (value.abs().amax(1, keepdim=True) / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    return (value / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+@functools.cache
+def fp8_matmul_available(index: int | None = None) -> bool:
+    """True when CUDA device `index` (None: the current one) multiplies FP8 in hardware: compute capability 8.9 and up."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 9)
+
+
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias with W in E4M3 and each row of x quantised on the way in; summed in fp32, given in x's dtype.
+
+    x: [..., K]; weight: E4M3 [N, K]; scale: fp32 [N, 1]; bias: [N] in x's dtype. Where the hardware has no FP8 units the rounded
+    values are multiplied in fp32: slow, but the same accuracy, so that it can be measured anywhere.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    quantised, own = quantise_rows(rows)
+    # per-row scales of _scaled_mm ask for bf16 results and for sizes that are multiples of 16
+    if x.is_cuda and x.dtype == torch.bfloat16 and fp8_matmul_available(x.device.index) and not any(n % 16 for n in weight.shape):
+        y = torch._scaled_mm(quantised, weight.t(), scale_a=own, scale_b=scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+    else:
+        y = F.linear(quantised.float(), weight.float()) * own * scale.t()
+        y = (y if bias is None else y + bias.float()).to(x.dtype)
+    return y.unflatten(0, x.shape[:-1])

@@ -17,6 +17,8 @@ for package in ("aiortc", "playwright"):
 
 from api_server import on_port, portrait, settings, tone
 from browser_kit import CHROMIUM, chromium
+from liveavatar.serving.conversations import Conversations, Parts
+from liveavatar.serving.minds import Companion
 
 CONSOLE = Path(__file__).parent.parent / "liveavatar/serving/console"
 WAIT_MS = 30_000  # the machine may be busy
@@ -94,8 +96,8 @@ def test_a_person_speaks_through_the_avatar_and_an_operator_watches(tmp_path):
     """Key, start, text, sound file, microphone, interruption, then every tab, the other language, and the end; on a desk."""
 
     async def body():
-        config = settings(tmp_path)
-        async with on_port(config, speak=voice) as (server, port), chromium() as browser, visitor(browser, f"http://{port}") as (page, wrong):
+        parts = {"speak": voice, "conversations": conversations()}
+        async with on_port(settings(tmp_path), **parts) as (server, port), chromium() as browser, visitor(browser, f"http://{port}") as (page, wrong):
             await enter(page, server.key)
             assert server.key not in await page.content() and await page.input_value("#key") == ""
             await page.click("#start")
@@ -122,6 +124,7 @@ def test_a_person_speaks_through_the_avatar_and_an_operator_watches(tmp_path):
             await page.click("#mic")
             await page.wait_for_selector("#mic[aria-pressed=false]")
 
+            await talk(page)
             await visit_tabs(page, server, tmp_path)
             await page.click("#language")
             assert await page.inner_text("#tab_sessions") == "会话" and await page.get_attribute("html", "lang") == "zh-CN"
@@ -138,6 +141,25 @@ def test_a_person_speaks_through_the_avatar_and_an_operator_watches(tmp_path):
     wrong, figures = asyncio.run(asyncio.wait_for(body(), 150))
     assert wrong == []
     assert int(figures["first"].split()[0]) < 10_000 and int(figures["silence"].split()[0]) < 3000, figures
+
+
+def conversations() -> Conversations:
+    """Of the companion that needs no model, with a voice that is a tone. Nobody listens to the microphone here."""
+
+    class Tone:
+        speak = staticmethod(voice)
+
+    return Conversations(Parts(mind=Companion(), voice=Tone(), recogniser=None))
+
+
+async def talk(page) -> None:
+    """A typed turn is answered in words and in sound."""
+    await page.check("#talk_on")
+    await page.fill("#text", "What is my name?")
+    await page.press("#text", "Control+Enter")
+    await page.wait_for_selector("#talk_lines .user >> text=What is my name?")
+    await page.wait_for_selector("#talk_lines .assistant")
+    await page.uncheck("#talk_on")
 
 
 async def visit_tabs(page, server, folder: Path) -> None:
@@ -161,7 +183,7 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await page.wait_for_selector("#panel_outputs td >> text=closed")
 
     await page.click("#tab_provenance")
-    await page.set_input_files("#panel_provenance input", {"name": "x.mp4", "mimeType": "video/mp4", "buffer": next(Path(folder).rglob("*.mp4")).read_bytes()})
+    await page.set_input_files("#panel_provenance input", next(folder.rglob("*.mp4")))
     await page.wait_for_selector("#panel_provenance [role=status] >> text=/watermark/")
 
     await add_a_face(page)
@@ -172,6 +194,9 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await page.wait_for_selector("#panel_log b >> text=speak.started")
     await page.wait_for_selector("#panel_log b >> text=avatar.added")
     await shot(page, "log")
+    await page.click("#tab_server")
+    await page.wait_for_selector("#panel_server code >> text=/whep$/")
+    await shot(page, "server")
 
 
 async def add_a_face(page) -> None:
@@ -186,6 +211,8 @@ async def add_a_face(page) -> None:
     await page.wait_for_selector("#avatars .face:has-text('Ada') input:checked", state="attached")
     await page.click("#tab_provenance")
     await page.wait_for_selector("#panel_provenance td >> text=Ada L.")
+    await page.wait_for_selector("#panel_provenance td >> text=C2PA")
+    assert "Invalid" not in await page.inner_text("#panel_provenance")
     await shot(page, "provenance")
 
 
@@ -206,7 +233,7 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(tmp_path):
                 await moving(page)
                 assert await page.is_disabled("#mic") and await page.is_disabled("#interrupt") and await page.is_disabled("#text")
                 assert await page.query_selector("#tab_chain") is None, "the chain is the operator's"
-                for tab in ("health", "sessions", "outputs", "provenance", "log"):
+                for tab in ("health", "sessions", "outputs", "provenance", "server", "log"):
                     await page.tap(f"#tab_{tab}")
                     assert await page.evaluate("document.documentElement.scrollWidth <= 390"), tab
                 await shot(page, "phone_dark")

@@ -104,6 +104,15 @@ def test_a_noise_while_it_thinks_asks_again_and_failures_do_not_hang():
     assert c.state == LISTENING and c.history[-1] == Said("assistant", "One.")
 
 
+def test_a_piece_of_a_sentence_the_voice_broke_at_can_be_cut():
+    c = Conversation(Clock())
+    turn = speaking(c, "One.", "Two.")
+    c.mute(turn, 1)
+    c.began()
+    c.finished(turn, 1, 300, interrupted=True)
+    assert c.history[-1] == Said("assistant", "One.")
+
+
 def test_a_sentence_that_lacks_a_moment_was_heard():
     answer = Answer(1, sentences=["One two three four five."], spans=[2000.0], voiced=1, whole=True)
     answer.cut(0, 1900.0)
@@ -114,7 +123,7 @@ NAMES = ("began", "said", "noise", "sentence", "answered", "voiced", "started", 
 INPUTS = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 3)), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(INPUTS)
 def test_any_order_of_inputs_keeps_the_promises(inputs):
     c, open_mouths = Conversation(Clock()), 0

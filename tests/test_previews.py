@@ -78,7 +78,8 @@ def test_operators_see_chain_and_log_and_nobody_else(tmp_path):
             hidden = await http.post(f"/v1/sessions/{session}/preview", headers=tenant)
             preview = await http.post(f"/v1/sessions/{session}/preview")
             server.at.audit._thread.submit(lambda: None).result()  # lines are written behind the requests' backs
-            return refused, hidden, preview, await http.get("/v1/chain"), await http.get("/v1/audit?lines=1"), await http.get("/v1/audit?lines=0"), session
+            told = [await http.get(path) for path in ("/v1/chain", "/v1/audit?lines=1", "/v1/audit?lines=0")]
+            return refused, hidden, preview, *told, session
 
     refused, hidden, preview, chain, audit, wrong, session = asyncio.run(asyncio.wait_for(body(), 60))
     assert refused == [403, 403] and hidden.status_code == 404 and wrong.status_code == 422

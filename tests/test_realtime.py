@@ -206,7 +206,7 @@ class Deaf:
     async def push_audio(self, pcm, rate, **said):
         assert pcm.dtype == np.int16 and rate > 0
 
-    async def interrupt(self):
+    async def interrupt(self, reason):
         return None
 
     async def send(self, text):

@@ -1,6 +1,7 @@
 """Conversations and the Realtime proxy as a client meets them: who may, what it hears, what ends."""
 
 import asyncio
+import contextlib
 import json
 
 import numpy as np
@@ -9,12 +10,11 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import InvalidStatus
 
-from api_server import bearer, on_port, settings
+from api_server import bearer, on_port, running, settings
 from liveavatar.serving.access import VIEW
 from liveavatar.serving.conversations import Conversations, Parts
 from liveavatar.serving.minds import Companion
-from liveavatar.serving.realtime import Backend
-from liveavatar.serving.routes_talk import realtime_router, router
+from liveavatar.serving.settings import RealtimeConfig
 
 
 class Tone:
@@ -40,8 +40,7 @@ def test_a_viewer_talks_with_the_avatar_and_not_through_it(tmp_path):
     conversations = Conversations(Parts(mind=Companion(), voice=Tone(), recogniser=Reader()), ears=Loud)
 
     async def go():
-        async with on_port(settings(tmp_path)) as (server, _):
-            server.app.include_router(router(conversations))
+        async with running(settings(tmp_path), conversations=conversations) as server:
             session = await server.opened()
             url, http = f"/v1/sessions/{session}/conversation", server.http
             assert (await http.get(url)).status_code == (await http.post(f"{url}/turns", json={"text": "hi"})).status_code == 409
@@ -84,9 +83,12 @@ def test_realtime_clients_are_let_in_as_everybody_else(tmp_path):
             await socket.send(text)
 
     async def go():
-        async with serve(backend, "127.0.0.1", 0) as model, on_port(settings(tmp_path)) as (server, port):
+        (tmp_path / "key").write_text("theirs\n")
+        async with contextlib.AsyncExitStack() as stack:
+            model = await stack.enter_async_context(serve(backend, "127.0.0.1", 0))
             where = f"ws://127.0.0.1:{model.sockets[0].getsockname()[1]}"
-            server.app.include_router(realtime_router(Backend(url=where, key="theirs")))
+            config = settings(tmp_path, realtime=RealtimeConfig(url=where, key_file=str(tmp_path / "key")))
+            server, port = await stack.enter_async_context(on_port(config))
             session = await server.opened()
             url = f"ws://{port}/v1/sessions/{session}/realtime"
             protocols = ["realtime", f"openai-insecure-api-key.{server.key}"]

@@ -7,11 +7,12 @@ write in place into what a graph still needs: ClipHistory takes StepCache's plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from liveavatar.models.layers import rotate
+from liveavatar import ops
 
 
 @dataclass(frozen=True)
@@ -63,35 +64,38 @@ class StepCache:
         assert sink.k.shape[1] == self.sink_tokens, (sink.k.shape, self.sink_tokens)
         self.sink = sink
         for layer in range(self.k.shape[0]):
-            self.k[layer, : self.sink_tokens] = rotate(sink.k[layer][None], angles)[0]
+            self.k[layer, : self.sink_tokens] = ops.rotate(sink.k[layer][None], angles)[0]
         self.v[:, : self.sink_tokens] = sink.v
 
-    def attended(self, layer: int, k: torch.Tensor, v: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this block's rotated k and v [1, block_tokens, heads, d] and give all that it attends to, [1, keys, heads, d].
+    def attended(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor,
+                 reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotate this block's q, k [1, block_tokens, heads, d], put k and v over the oldest slot: what attention takes.
 
-        reference: fp32 [2, tok, d/2], where the reference stands for this block.
+        angles: fp32 [2, block_tokens, d/2]; reference: fp32 [2, tok, d/2], where the reference stands for this block. Returns
+        q and the keys and values of all that the block attends to, views [1, sink + active, heads, d].
         """
         self.roll_reference(layer, reference)
-        keys, values = self.write(layer, k[0], v[0])
-        return keys[None], values[None]
+        first = self.sink_tokens + self.slot() * self.block_tokens
+        own = self.k[layer, first : first + self.block_tokens]
+        q = ops.rope_cache(q[0], k[0], v[0], angles, own, self.v[layer, first : first + self.block_tokens])
+        if self.written < self.anchor_blocks:
+            self.anchor_k[layer, self.written * self.block_tokens :][: self.block_tokens] = own
+        keys, values = self.seen(layer)
+        return q[None], keys[None], values[None]
 
     def roll_reference(self, layer: int, angles: torch.Tensor) -> None:
         """Rotate the reference keys again; angles: fp32 [2, tok, d/2]. The motion keys never move."""
         tok = angles.shape[1]
-        self.k[layer, :tok] = rotate(self.sink.k[layer, :tok][None], angles)[0]
+        ops.rotate_into(self.sink.k[layer, :tok], angles, self.k[layer, :tok])
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overwrite the oldest slot with this block's rotated k and v [block_tokens, heads, d].
-
-        Returns views of everything the block attends to: [sink + active, heads, d] each.
-        """
-        slot = self.sink_tokens + self.slot() * self.block_tokens
-        self.k[layer, slot : slot + self.block_tokens] = k
-        self.v[layer, slot : slot + self.block_tokens] = v
-        if self.written < self.anchor_blocks:
-            self.anchor_k[layer, self.written * self.block_tokens :][: self.block_tokens] = k
-        end = self.sink_tokens + min(self.written + 1, self.ring_blocks) * self.block_tokens
+    def seen(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [sink + active, heads, d] of the keys and values the block attends to once its own are there."""
+        end = self.sink_tokens + self.active() * self.block_tokens
         return self.k[layer, :end], self.v[layer, :end]
+
+    def active(self) -> int:
+        """Blocks in the ring, the one that is being computed included."""
+        return min(self.written + 1, self.ring_blocks)
 
     def slot(self) -> int:
         """Where in the ring the next block goes; the slots of anchors are written once."""
@@ -100,16 +104,21 @@ class StepCache:
         rolling = self.ring_blocks - self.anchor_blocks
         return self.anchor_blocks + (self.written - self.anchor_blocks) % rolling
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the next block is written and how much it sees: what is constant in a captured forward."""
+        return self.slot(), self.active()
+
     def anchor_moves(self, block: int) -> list[int]:
         """How many blocks every anchor has to come along, so that it stands where a plain ring's oldest blocks would."""
         return [max(0, block - (self.ring_blocks - 1) + i - number) for i, number in enumerate(self.anchors)]
 
-    def roll_anchors(self, layer: int, turns: list[torch.Tensor]) -> None:
+    def roll_anchors(self, layer: int, turns: Sequence[torch.Tensor]) -> None:
         """Turn the keys of the anchors by fp32 [2, 1, d/2] each, from where they were written."""
         for i, angles in enumerate(turns):
             first = i * self.block_tokens
             own = self.anchor_k[layer, first : first + self.block_tokens]
-            self.k[layer, self.sink_tokens + first :][: self.block_tokens] = rotate(own[None], angles)[0]
+            ops.rotate_into(own, angles.expand(-1, self.block_tokens, -1).contiguous(), self.k[layer, self.sink_tokens + first :][: self.block_tokens])
 
     def advance(self, block: int) -> None:
         """Block number `block` is complete in every layer."""
@@ -147,15 +156,17 @@ class ClipHistory:
         earlier.blocks = self.blocks[:block]
         return earlier
 
-    def attended(self, layer: int, k: torch.Tensor, v: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attended(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor,
+                 reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As StepCache.attended, for [B, block_tokens, heads, d]."""
+        q, k = ops.rotate(q, angles), ops.rotate(k, angles)
         self._own = [] if layer == 0 else self._own
         self._own.append((k.detach(), v.detach()))
         sink_k, sink_v = self.sink[layer]
-        sink_k = rotate(sink_k, torch.cat([reference, self._angles[:, reference.shape[1] :]], dim=1))
+        sink_k = ops.rotate(sink_k, torch.cat([reference, self._angles[:, reference.shape[1] :]], dim=1))
         seen = [block[layer] for block in self.blocks[max(0, len(self.blocks) - self.window_blocks + 1) :]]
         keys = torch.cat([sink_k.to(k.dtype), *(past for past, _ in seen), k], dim=1)
-        return keys, torch.cat([sink_v.to(v.dtype), *(past for _, past in seen), v], dim=1)
+        return q, keys, torch.cat([sink_v.to(v.dtype), *(past for _, past in seen), v], dim=1)
 
     def anchor_moves(self, block: int) -> list[int]:
         """None: anchors are for streams."""

@@ -45,26 +45,29 @@ def rope_widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rope_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """cos and sin for integer positions without any upper limit.
+def axis_angles(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """cos and sin of one axis for integer positions without any upper limit.
 
-    positions: int64 [T, 3] (latent, row, column), negative allowed. Returns fp32 [2, T, head_dim/2]
-    on the same device. Angles in float64: a table would end (the reference's ends at 7,200 s) and
-    float32 products lose the fraction beyond 2^24.
+    positions: int64 [T], negative allowed. Returns fp32 [2, T, width/2] on the same device. Angles in float64: a table would
+    end (the reference's ends at 7,200 s) and float32 products lose the fraction beyond 2^24.
     """
-    parts = []
-    for axis, width in enumerate(rope_widths(head_dim)):
-        j = torch.arange(width // 2, dtype=torch.float64, device=positions.device)
-        parts.append(positions[:, axis, None].double() * torch.pow(10000.0, -2.0 * j / width))
-    angle = torch.cat(parts, dim=1)
+    j = torch.arange(width // 2, dtype=torch.float64, device=positions.device)
+    angle = positions[:, None].double() * torch.pow(10000.0, -2.0 * j / width)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved (even, odd) pairs. x: [B, T, heads, d]; angles: fp32 [2, T, d/2]. Keeps dtype."""
-    turn = torch.complex(angles[0], angles[1])[:, None]
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # 4x the speed of strided even/odd products
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+def rope_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """positions: int64 [T, 3] (latent, row, column) -> fp32 [2, T, head_dim/2]: axis_angles of the three, side by side."""
+    parts = [axis_angles(positions[:, axis], width) for axis, width in enumerate(rope_widths(head_dim))]
+    return torch.cat(parts, dim=2)
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small host tensor on `device` without waiting for it: from pageable memory torch would."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+rotate = ops.rotate  # known here under the name of the field
 
 
 # ---------------------------------------------------------------- patches
@@ -102,19 +105,6 @@ def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
 
-def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """LN(x) (1 + scale) + shift in fp32. x: [B, T, D]; shift, scale: [B, G, D] with T = G * n."""
-    groups = shift.shape[1]
-    x = layer_norm(x, eps).unflatten(1, (groups, -1))
-    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
-
-
-def gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + gate * y in fp32. x, y: [B, T, D]; gate: [B, G, D]."""
-    groups = gate.shape[1]
-    return x + (y.float().unflatten(1, (groups, -1)) * gate[:, :, None]).flatten(1, 2)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a weight, in fp32, result in the input's dtype."""
 
@@ -124,7 +114,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 # ---------------------------------------------------------------- attention
@@ -141,6 +131,22 @@ class Attention(nn.Module):
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))
+
+    def pack(self) -> None:
+        """From here on one linear makes q, k and v of one input; its rows are those of the three, which are gone."""
+        parts = [self.q, self.k, self.v]
+        with torch.device("meta"):
+            self.qkv = nn.Linear(self.q.in_features, 3 * self.q.out_features)
+        for name in ("weight", "bias"):
+            setattr(self.qkv, name, nn.Parameter(torch.cat([getattr(p, name) for p in parts]), requires_grad=False))
+        del self.q, self.k, self.v
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T, D] -> q, k (normed, not rotated) and v of self-attention, each [B, T, heads, d]."""
+        if "qkv" not in self._modules:
+            return self.queries(x), *self.keys_values(x)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.split(self.norm_q(q)), self.split(self.norm_k(k)), self.split(v)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, heads, d], normed, not rotated."""
@@ -170,7 +176,7 @@ class TransformerBlock(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.ffn[0].weight.dtype
+        return self.ffn[0].bias.dtype  # an FP8 weight has another
 
     def modulate(self, e0: torch.Tensor) -> BlockModulation:
         """e0: fp32 [B, G, 6, D] from time_projection -> six rows [B, G, D]."""
@@ -185,14 +191,20 @@ class TransformerBlock(nn.Module):
 
         Residuals and gates in fp32, matmuls in the weights' dtype, output in that dtype.
         """
+        return self.after(x, attend(*self.before(x, m)), m, text)
+
+    def before(self, x: torch.Tensor, m: BlockModulation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `attend` takes."""
+        return self.self_attn.project(ops.norm_modulate(x, m.shift1, m.scale1, self.eps, self.dtype))
+
+    def after(self, x: torch.Tensor, attended: torch.Tensor, m: BlockModulation, text: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Everything behind `attend`."""
         dtype = self.dtype
-        h = modulated(x, m.shift1, m.scale1, self.eps).to(dtype)
-        attended = attend(self.self_attn.queries(h), *self.self_attn.keys_values(h))
-        x = gated(x.float(), self.self_attn.o(attended.flatten(2)), m.gate1)
+        x = ops.gate_residual(x, self.self_attn.o(attended.flatten(2)), m.gate1, torch.float32)
         h = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
         x = x + self.cross_attn.cross(h.to(dtype), *text)
-        h = modulated(x, m.shift2, m.scale2, self.eps).to(dtype)
-        return gated(x, self.ffn(h), m.gate2).to(dtype)
+        h = ops.norm_modulate(x, m.shift2, m.scale2, self.eps, dtype)
+        return ops.gate_residual(x, self.ffn(h), m.gate2, dtype)
 
     def prefill(self, x: torch.Tensor, m: BlockModulation, angles: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor]):
         """The sink's way through the layer, its tokens x [B, S, D] among themselves: (x, k un-rotated, v [B, S, heads, d]).
@@ -224,7 +236,7 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor, m: HeadModulation, grid: tuple[int, int, int]) -> torch.Tensor:
         """x: [B, T, D], grid (latents, rows, columns) of tokens -> fp32 [B, out, latents, h, w]."""
-        h = modulated(x, m.shift, m.scale, self.eps)
+        h = ops.norm_modulate(x, m.shift, m.scale, self.eps, torch.float32)
         y = fp32_linear(self.head, h)
         (t, r, c), (pt, pr, pc) = grid, self.patch_size
         y = y.reshape(x.shape[0], t, r, c, pt, pr, pc, self.out_dim)  # channel fastest
@@ -256,10 +268,10 @@ class AudioInjector(nn.Module):
     def forward(self, j: int, x: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """x: [B, F*tok, D]; tokens: [B, F, A, D]; pooled: [B, F, D]. Returns x plus the injected residual."""
         attention, adain = self.injector[j], self.injector_adain_layers[j].linear
-        dtype = adain.weight.dtype
+        dtype = adain.bias.dtype  # an FP8 weight has another
         frames = pooled.shape[1]
         shift, scale = adain(F.silu(pooled).to(dtype)).float().chunk(2, dim=-1)
-        z = modulated(x, shift, scale, 1e-5).to(dtype)  # 1e-5 here, 1e-6 everywhere else
+        z = ops.norm_modulate(x, shift, scale, 1e-5, dtype)  # 1e-5 here, 1e-6 everywhere else
         k, v = attention.keys_values(tokens.to(dtype).flatten(0, 1))
         y = attention.cross(z.unflatten(1, (frames, -1)).flatten(0, 1), k, v)
         return x + y.unflatten(0, (-1, frames)).flatten(1, 2)

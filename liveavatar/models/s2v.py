@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,9 +21,9 @@ from liveavatar.core import ConfigError
 from liveavatar.models import layers as L
 from liveavatar.models.audio_encoder import AudioTokens, CausalAudioEncoder
 from liveavatar.models.cache import ClipHistory, Sink, StepCache
+from liveavatar.models.positions import REFERENCE_POSITION, grid_positions, reference_position, spread
 
 MOTION_LATENTS = 19  # capacity of the frame packer: buckets of 1, 2 and 16
-REFERENCE_POSITION = 30  # time position of the reference during prefill, and before it starts to roll
 # Tensors kept in fp32 in a bf16 model (model.md section 17); everything else is cast.
 FP32_PARTS = ("time_embedding.", "time_projection.", "casual_audio_encoder.", "head.")
 # Official keys that only matter for training or for parts this layout does not have.
@@ -104,6 +103,14 @@ class StepModulation(NamedTuple):
     head: L.HeadModulation
 
 
+class Places(NamedTuple):
+    """Where a block stands: rotations fp32 [2, tokens, d/2], all that changes from block to block beside the data."""
+
+    block: torch.Tensor  # of its own tokens
+    reference: torch.Tensor  # of the rolling reference
+    turns: tuple[torch.Tensor, ...]  # of each anchor, one token wide
+
+
 class FramePacker(nn.Module):
     """Motion latents in buckets of 1, 2 and 16 (model.md section 4)."""
 
@@ -118,29 +125,6 @@ class FramePacker(nn.Module):
         return torch.cat([L.embed_patches(self.proj, motion[:, :, 18:19]),
                           L.embed_patches(self.proj_2x, motion[:, :, 16:18]),
                           L.embed_patches(self.proj_4x, motion[:, :, 0:16])], dim=1)
-
-
-# ---------------------------------------------------------------- positions
-
-
-def grid_positions(times: Sequence[int], rows: Sequence[int], columns: Sequence[int], device="cpu") -> torch.Tensor:
-    """int64 [T*R*C, 3], time-major."""
-    axes = [torch.tensor(list(a), dtype=torch.int64, device=device) for a in (times, rows, columns)]
-    return torch.cartesian_prod(*axes).reshape(-1, 3)
-
-
-def spread(n: int, m: int) -> list[int]:
-    """m positions over 0..n-1, truncated (not rounded) like int(linspace(0, n-1, m)).
-
-    numpy's, as in the reference: torch's linspace counts back from the end in its second half, and where the exact
-    value is an integer the two truncate to different ones (first at latents of 110 rows).
-    """
-    return np.linspace(0, n - 1, m).astype(int).tolist()
-
-
-def reference_position(block: int, block_latents: int, sink_distance: int) -> int:
-    """Rolling reference: 30 at first, then `sink_distance` latents ahead of the block (model.md section 5)."""
-    return REFERENCE_POSITION + max(0, block * block_latents - (REFERENCE_POSITION - sink_distance))
 
 
 class CausalS2V(nn.Module):
@@ -161,6 +145,7 @@ class CausalS2V(nn.Module):
         self.casual_audio_encoder = CausalAudioEncoder(c.audio_dim, c.dim, c.audio_layers, c.num_audio_token)
         self.audio_injector = L.AudioInjector(c.dim, c.num_heads, len(c.audio_inject_layers), c.eps)
         self._injector_of = {layer: j for j, layer in enumerate(c.audio_inject_layers)}
+        self._grids: dict[tuple, torch.Tensor] = {}  # rotations of rows and columns, by size and device: see angles_at
 
     @property
     def dtype(self) -> torch.dtype:
@@ -247,18 +232,39 @@ class CausalS2V(nn.Module):
             positions.append(grid_positions(times, spread(h // 2, h // stride), spread(w // 2, w // stride)))
         return L.rope_angles(torch.cat(positions), self.config.head_dim).to(self.device)
 
+    def angles_at(self, times: Sequence[int], h: int, w: int) -> torch.Tensor:
+        """Rotation of whole latents of size h x w at these times (any 64-bit): fp32 [2, T*tok, d/2], nothing waits for the device.
+
+        An axis at a time: rows and columns are those of every block, and a few hundred bytes of time travel to the device.
+        """
+        time, row, column = L.rope_widths(self.config.head_dim)
+        key = (h, w, self.device)
+        if key not in self._grids:
+            with torch.inference_mode(False):  # it may meet a backward pass later
+                rows = L.axis_angles(torch.arange(h // 2), row)[:, :, None].expand(-1, -1, w // 2, -1)
+                columns = L.axis_angles(torch.arange(w // 2), column)[:, None].expand(-1, h // 2, -1, -1)
+                self._grids[key] = torch.cat([rows, columns], dim=3).flatten(1, 2).to(self.device)
+        grid = self._grids[key]
+        along = L.to_device(L.axis_angles(torch.tensor(list(times), dtype=torch.int64), time), self.device)
+        tokens = (-1, len(times), grid.shape[1], -1)
+        return torch.cat([along[:, :, None].expand(tokens), grid[:, None].expand(tokens)], dim=3).flatten(1, 2)
+
     def block_angles(self, block: int, latents: int, h: int, w: int) -> torch.Tensor:
         """Rotation of the noisy tokens of a block: fp32 [2, latents*tok, d/2]. block: any 64-bit index."""
-        times = range(block * latents, (block + 1) * latents)
-        return L.rope_angles(grid_positions(times, range(h // 2), range(w // 2)), self.config.head_dim).to(self.device)
+        return self.angles_at(range(block * latents, (block + 1) * latents), h, w)
 
     def time_angles(self, latents: int) -> torch.Tensor:
         """Rotation by so many latents in time alone: fp32 [2, 1, d/2]."""
-        return L.rope_angles(torch.tensor([[latents, 0, 0]]), self.config.head_dim).to(self.device)
+        return L.to_device(L.rope_angles(torch.tensor([[latents, 0, 0]]), self.config.head_dim), self.device)
 
     def reference_angles(self, position: int, h: int, w: int) -> torch.Tensor:
         """Rotation of the reference tokens at time `position`: fp32 [2, tok, d/2]."""
-        return L.rope_angles(grid_positions([position], range(h // 2), range(w // 2)), self.config.head_dim).to(self.device)
+        return self.angles_at([position], h, w)
+
+    def places(self, block: int, latents: int, h: int, w: int, sink_distance: int, anchor_moves: Sequence[int]) -> Places:
+        """Rotations of block number `block`; anchor_moves: of its cache."""
+        reference = self.reference_angles(reference_position(block, latents, sink_distance), h, w)
+        return Places(self.block_angles(block, latents, h, w), reference, tuple(self.time_angles(latents * moved) for moved in anchor_moves))
 
     # ------------------------------------------------------------ the three ways to run
 
@@ -301,23 +307,30 @@ class CausalS2V(nn.Module):
             return self.forward(x[None], modulation, audio, text, cache, block=block, sink_distance=sink_distance, pose=pose,
                                 remember=remember)[0]
         latents, h, w = x.shape[-3:]
-        angles = self.block_angles(block, latents, h, w)
-        reference = self.reference_angles(reference_position(block, latents, sink_distance), h, w)
-        turns = [self.time_angles(latents * moved) for moved in cache.anchor_moves(block)]
-        tokens = self._noisy_tokens(x.to(self.device), None if pose is None else pose.to(self.device))
+        places = self.places(block, latents, h, w, sink_distance, cache.anchor_moves(block))
+        velocity = self.velocity(x.to(self.device), places, modulation, audio, text, cache, None if pose is None else pose.to(self.device))
+        if remember:
+            cache.advance(block)
+        return velocity
+
+    def velocity(self, x: torch.Tensor, places: Places, modulation: StepModulation, audio: AudioTokens, text: TextCache,
+                 cache: StepCache | ClipHistory, pose: torch.Tensor | None = None) -> torch.Tensor:
+        """The device's part of `forward`: shapes are constant, nothing is read back, so it can be captured (runtime/graphs.py).
+
+        x, pose: [B, 16, F, h, w] on the model's device. Writes the cache, does not advance it.
+        """
+        tokens = self._noisy_tokens(x, pose)
         for i, layer in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
-                if turns:
-                    cache.roll_anchors(i, turns)
-                keys, values = cache.attended(i, L.rotate(k, angles), v, reference)
-                return ops.attention(L.rotate(q, angles), keys, values)
+                if places.turns:
+                    cache.roll_anchors(i, places.turns)
+                return ops.attention(*cache.attended(i, q, k, v, places.block, places.reference))
 
             tokens = layer(tokens, modulation.blocks[i], attend, text.layers[i])
             if i in self._injector_of:
                 tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled).to(self.dtype)
-        if remember:
-            cache.advance(block)
+        latents, h, w = x.shape[-3:]
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 
     def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

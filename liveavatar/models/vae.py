@@ -154,6 +154,15 @@ class StreamingVAE:
             raise InputError(f"pictures of {width}x{height} cannot be encoded: both sides must be multiples of {self.spatial_stride}")
 
 
+def compile_decoder(vae: StreamingVAE, **options) -> None:
+    """torch.compile of the decoder, in place. options: of torch.compile.
+
+    The first two latents of a stream have caches of other kinds, so three graphs are made, and one more per number of latents
+    in a call: worth it where streams go on for long.
+    """
+    vae.module.decoder = torch.compile(vae.module.decoder, fullgraph=True, dynamic=False, **options)
+
+
 def build_module(config: dict, where: str = "VAE config") -> AutoencoderKLWan:
     """An `AutoencoderKLWan` of a diffusers config mapping, on the current default device.
 

@@ -24,6 +24,7 @@ from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
 from liveavatar.models.rows import ALONE, Exchange, Row, forward_rows
 from liveavatar.models.s2v import CausalS2V, TextCache
+from liveavatar.runtime.graphs import GraphedForward
 
 PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
 REMEMBERED = 8  # portraits, and prompts, whose encodings a Conditioner keeps; the oldest unused leaves first
@@ -199,7 +200,8 @@ class Denoiser:
     """
 
     def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,
-                 last: bool, observe: bool = False):
+                 last: bool, observe: bool = False, graphs: bool = False):
+        self.forward = GraphedForward(model) if graphs else model
         self.model, self.index, self.step, self.sinks, self.geometry = model, index, step, sinks, geometry
         self.last, self.observe = last, observe
         self.caches: dict[str, StepCache] = {}
@@ -234,7 +236,7 @@ class Denoiser:
         if exchange.shards > 1:
             (velocity,) = forward_rows(self.model, [row], self.step.modulation, exchange)
             return self.done(block, euler(row.x, velocity, self.step.sigma, self.step.sigma_next), velocity)
-        latents, velocity = denoise_block(self.model, self.step, row.x, row.audio, row.text, row.cache,
+        latents, velocity = denoise_block(self.forward, self.step, row.x, row.audio, row.text, row.cache,
                                           block=row.block, sink_distance=row.sink_distance)
         return self.done(block, latents, velocity)
 

@@ -22,6 +22,7 @@ from liveavatar.config import Config
 from liveavatar.core import ConfigError, Geometry, InputError, WeightsError
 from liveavatar.diffusion.schedule import sigmas, timesteps_of
 from liveavatar.models import tensorfiles, weights
+from liveavatar.models.fast import prepare
 from liveavatar.models.folders import open_folder
 from liveavatar.models.s2v import CausalS2V, S2VConfig
 
@@ -125,10 +126,15 @@ class FolderSource:
         return torch.bfloat16 if fast else torch.float32
 
     def transformer(self, dtype: torch.dtype, device: torch.device) -> CausalS2V:
-        return weights.load_transformer(self.folder.path, dtype, device, self.config.model.lora)
+        return prepare(weights.load_transformer(self.folder.path, dtype, device, self.config.model.lora), self.config.model.fast)
 
     def vae(self, dtype: torch.dtype, device: torch.device):
-        return weights.load_vae(self.folder.path, dtype, device)
+        vae = weights.load_vae(self.folder.path, dtype, device)
+        if self.config.model.fast.compile:
+            from liveavatar.models.vae import compile_decoder
+
+            compile_decoder(vae)
+        return vae
 
     def front_end(self, device: torch.device) -> AudioFrontEnd:
         wav2vec = None

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from liveavatar import ops
 from liveavatar.config import Config
+from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import Step
 from liveavatar.models.rows import ALONE, Exchange
 from liveavatar.runtime.beside import decoder_on
@@ -21,6 +23,13 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     stage_names: a slice of the chain, e.g. ("condition", "step0"). exchange: with the ranks that share the stage. Raises WeightsError, ConfigError, InputError.
     """
     source, device = open_source(config), torch.device(device)
+    fast = config.model.fast
+    ops.use_own_kernels(fast.kernels)
+    ops.use_attention(fast.attention)
+    if fast.graphs and device.type != "cuda":
+        raise ConfigError(f"model.fast.graphs: CUDA graphs need a GPU, and this rank runs on {device.type}")
+    if fast.graphs and (exchange.shards > 1 or config.runtime.shift_register or config.runtime.batch > 1):
+        raise ConfigError("model.fast.graphs: a captured forward is of one block on one rank: not with runtime.shards, shift_register or batch")
     dtype = source.dtype(device)
     steps = [int(name.removeprefix("step")) for name in stage_names if name.startswith("step")]
     pictures = {"condition", "decode"} & set(stage_names)
@@ -45,7 +54,7 @@ def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, de
     sinks, last = StageSinks(model, exchange), len(source.sigmas) - 2
     with torch.inference_mode():
         levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
-    denoisers = [Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe)
+    denoisers = [Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe, graphs=config.model.fast.graphs)
                  for k, level in zip(steps, levels)]
     shift = config.runtime.shift_register and len(steps) > 1
     if shift or config.runtime.batch > 1:

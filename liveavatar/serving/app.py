@@ -14,27 +14,31 @@ from starlette.staticfiles import StaticFiles
 from liveavatar import __version__
 from liveavatar.serving import (
     answers, livekit_compat, routes_avatars, routes_chain, routes_outputs, routes_provenance, routes_recordings, routes_server, routes_sessions,
-    routes_watermark, stream_socket, viewer_report, whep,
+    routes_talk, routes_watermark, stream_socket, viewer_report, whep,
 )  # fmt: skip
 from liveavatar.serving.access import Access
 from liveavatar.serving.audit import Audit
 from liveavatar.serving.consent import ConsentLog
+from liveavatar.serving.conversations import Conversations, Parts
 from liveavatar.serving.desk import Desk, Lease, Usable
+from liveavatar.serving.ears import open_recogniser
 from liveavatar.serving.gate import FORM_BYTES, OPENAPI, Gate
 from liveavatar.serving.ice import IceServers
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.minds import open_mind
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
+from liveavatar.serving.realtime import Backend
 from liveavatar.serving.recorder import Sign
 from liveavatar.serving.services import BEARER, Services, Speak
-from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.settings import ServeConfig, TalkConfig
 from liveavatar.serving.signing import Signer
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import Studio
-from liveavatar.serving.voices import open_voice
+from liveavatar.serving.voices import Voice, key_of, open_voice
 from liveavatar.serving.watermark import server_key
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.whep import Viewers
@@ -45,16 +49,16 @@ EXPOSED = ("Location", "ETag", "Link", "Retry-After", "X-Request-Id", REPLAYED) 
 
 
 def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None = None, stages: Stages | None = None,
-               speak: Speak | None = None) -> FastAPI:  # fmt: skip
+               speak: Speak | None = None, conversations: Conversations | None = None) -> FastAPI:  # fmt: skip
     """The application of one server. It owns leases and whatever ends with the process, but not the studio.
 
-    stages: what watches the chain, told by the studio's notes. speak: text to speech in place of what settings.speech
-    names. Raises ConfigError, LogError for files in storage.folder that are not what they were.
+    stages: what watches the chain, told by the studio's notes. speak, conversations: in place of what settings.speech
+    and settings.talk name. Raises ConfigError, LogError for files in storage.folder that are not what they were.
 
     Its `state.services` (Services) is what other parts are mounted with: `desk.open` is the door for whoever opens
     sessions, `desk.lease` tells whose one is.
     """
-    at = _services(studio, settings, metrics or studio.metrics, stages, speak)
+    at = _services(studio, settings, metrics or studio.metrics, stages, speak, conversations)
     app = FastAPI(title="LiveAvatar", version=__version__, openapi_url=OPENAPI, docs_url=None, redoc_url=None, lifespan=_life,
                   description="Live avatars that people and agents talk to. Errors are RFC 9457 problems.")  # fmt: skip
     app.state.services = at
@@ -65,14 +69,21 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
               routes_chain, stream_socket)  # fmt: skip
     for router in (routes_server.probes, *(module.router for module in routes), livekit_compat.router()):
         app.include_router(router)
-    app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=at.microphone), dependencies=[BEARER])
+    microphone = at.microphone
+    if at.conversations is not None:
+        app.include_router(routes_talk.router(at.conversations))
+        microphone = at.conversations.microphone(at.microphone)
+    if settings.realtime is not None:
+        app.include_router(routes_talk.realtime_router(Backend(url=settings.realtime.url, key=key_of(settings.realtime.key_file))))
+    app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=microphone), dependencies=[BEARER])
     if CONSOLE.is_dir():
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)
     return app
 
 
-def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: Stages | None, speak: Speak | None) -> Services:
+def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: Stages | None, speak: Speak | None,
+              conversations: Conversations | None) -> Services:  # fmt: skip
     quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
     store, consents = AvatarStore(folder / "avatars"), ConsentLog(folder)
     voice = None if speak else open_voice(settings.speech)
@@ -85,7 +96,14 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
                                     broke=metrics.recording_failed),
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
-                    stages=stages or Stages(metrics, engine=settings.engine_kind), speak=voice.speak if voice else speak)  # fmt: skip
+                    stages=stages or Stages(metrics, engine=settings.engine_kind), speak=voice.speak if voice else speak,
+                    conversations=conversations or (Conversations(_parts(settings.talk, voice)) if settings.talk else None))  # fmt: skip
+
+
+def _parts(talk: TalkConfig, voice: Voice) -> Parts:
+    """Who listens and answers. Raises ConfigError for what is not installed."""
+    return Parts(mind=open_mind(talk.mind, model=talk.model, key=key_of(talk.mind_key_file)), voice=voice,
+                 recogniser=open_recogniser(talk.ears, key=key_of(talk.ears_key_file)))  # fmt: skip
 
 
 def _reports(metrics: Metrics) -> Callable[[object], None]:

@@ -72,7 +72,10 @@ class Answer:
         return self.whole and self.heard >= len(self.sentences)
 
     def cut(self, number: int, position_ms: float) -> None:
-        """Its sentence `number` was broken off there."""
+        """Its sentence `number` was broken off there; one of which the voice could make no more than a piece does not count."""
+        if number >= len(self.sentences):
+            self.heard, self.into = len(self.sentences), 0.0
+            return
         nearly = number < self.voiced and position_ms + NEARLY_MS >= self._ms(number)
         self.heard, self.into = (number + 1, 0.0) if nearly else (number, position_ms)
 

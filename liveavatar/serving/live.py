@@ -23,7 +23,7 @@ from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.timeline import Output
 from liveavatar.serving.broadcast import Broadcast
 from liveavatar.serving.happenings import Event, Happenings
-from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.metrics import Metrics, sink_kind
 from liveavatar.serving.packets import TICK_SAMPLES, Sink, Tick
 from liveavatar.serving.playout import LATE_SECONDS, Pacer, Playout, Slot
 from liveavatar.serving.problems import Conflict
@@ -84,6 +84,7 @@ class LiveSession:
         self._engine: Session | None = None
         self._offset, self._pushed, self._asked = 0, Signal(), None  # offset: a position of speech less the engine's
         self._pacer: Pacer | None = None
+        self._cut: float | None = None  # when it was interrupted, until that was heard
         self._tasks: list[asyncio.Task] = []
         self._told: list[Callable[[], None]] = []
 
@@ -119,7 +120,7 @@ class LiveSession:
             self.metrics.stale_dropped("audio_in")
             return
         if epoch is not None and epoch > self.epoch:
-            await self.interrupt(epoch)
+            await self.interrupt(epoch, reason="audio")
         self.speech.push(pcm, rate, segment, end)
         self.used_at = self.clock()
         if self._asked is None and self.playout.epoch == self.epoch and not self._speaking:
@@ -130,8 +131,8 @@ class LiveSession:
     def _speaking(self) -> bool:
         return self.state == "speaking"
 
-    async def interrupt(self, epoch: int | None = None) -> Interrupted:
-        """Silence now: what waits and what is being made is forgotten. Raises Conflict (closed)."""
+    async def interrupt(self, epoch: int | None = None, *, reason: str = "api") -> Interrupted:
+        """Silence now: what waits and what is being made is forgotten. reason: who asked, for the metrics. Raises Conflict (closed)."""
         self._check()
         done = Interrupted(self.epoch + 1 if epoch is None else max(epoch, self.epoch + 1), self.speech.position_ms)
         self.epoch, self._asked = done.epoch, None
@@ -142,7 +143,8 @@ class LiveSession:
         self._announce(marks)
         self._settle_state(speaking=False)
         self.gauges.interrupts += 1
-        self.metrics.interrupted("api")
+        self.metrics.interrupted(reason)
+        self._cut = self.clock()
         engine = self._engine
         if engine is not None:
             with contextlib.suppress(RankFailure, SessionClosed):  # a dead chain has nothing to forget; _take mends it
@@ -294,15 +296,26 @@ class LiveSession:
             tick = Tick(index, slot.epoch, slot.kind, self._mark(slot.picture), slot.sound, late, marks)
             self._count(slot.kind, late)
             await self.broadcast.send(tick)
+            self._count_silence(slot)
 
     def _count(self, kind: str, late: float) -> None:
         self.gauges.ticked(late, kind)
         if late > LATE_SECONDS:
             self.metrics.reanchored("late")
-        self.broadcast.filler = None
-        if kind == "filler":
+        if kind != "filler":
+            self.broadcast.filler = None
+        else:
+            if self.broadcast.filler is None and self._speaking and self.speech.waiting:
+                self.metrics.audio_underrun(self.mode)
             self.broadcast.filler = "restart" if self._engine is None else "parked" if self._engine.parked else "underrun"
             self.metrics.frames_repeated(self.broadcast.filler)
+
+    def _count_silence(self, slot: Slot) -> None:
+        """How long an interruption took until what leaves is silent, or the new epoch's speech."""
+        if self._cut is not None and (slot.kind == "speech" or not slot.sound.any()):
+            for kind in {sink_kind(sink) for sink in self.broadcast.sinks}:
+                self.metrics.silent_after(kind, self.clock() - self._cut)
+            self._cut = None
 
     def _announce(self, marks) -> None:
         for mark in marks:

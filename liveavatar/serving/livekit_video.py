@@ -12,6 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -145,7 +146,7 @@ class SessionVideo(VideoGenerator):
         """The agent wants silence: returns when nothing of the old epoch is left anywhere (BRG-2, BRG-3)."""
         async with self._cutting:
             self._calm.clear()
-            await self._stop(self._session.interrupt)
+            await self._stop(partial(self._session.interrupt, reason="livekit"))
 
     async def _cut(self) -> None:
         """Somebody else has interrupted the session: the agent is told, and the rest of what it is sending is not wanted."""

@@ -70,7 +70,7 @@ class InProcess:
 
     async def interrupt(self) -> int:
         """See AvatarClient."""
-        return (await self.session.interrupt()).epoch
+        return (await self.session.interrupt(reason="pipecat")).epoch
 
     async def ticks(self) -> AsyncIterator[Tick]:
         """See AvatarClient."""

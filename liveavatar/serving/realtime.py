@@ -234,7 +234,7 @@ class RealtimeBridge:
             response.dead = response.dead or any(item in unheard for item in response.items)
         while not self._speech.empty():
             self._speech.get_nowait()
-        await self.avatar.interrupt()
+        await self.avatar.interrupt(reason="realtime")
         await self._catch_up()
         for item in self.ledger.unheard():  # no sound of these had reached the avatar
             await self._cut(item, 0)

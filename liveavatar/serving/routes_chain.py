@@ -12,6 +12,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from liveavatar.runtime.observing import Observation
 from liveavatar.serving.access import ADMIN, CONTROL, Principal
 from liveavatar.serving.previews import data_url, previews
 from liveavatar.serving.problems import Capacity
@@ -120,5 +121,9 @@ async def preview(session_id: SessionId, who: Who, at: At) -> PreviewView:
             seen = await lease.session.observe()
     except TimeoutError:
         raise Capacity("no block came through in time", kind="engine") from None
-    shown = await asyncio.to_thread(lambda: [StepView(step=step, width=p.shape[1], height=p.shape[0], picture=data_url(p)) for step, p in previews(seen)])
+    return await asyncio.to_thread(_view, seen)
+
+
+def _view(seen: Observation) -> PreviewView:
+    shown = [StepView(step=step, width=picture.shape[1], height=picture.shape[0], picture=data_url(picture)) for step, picture in previews(seen)]
     return PreviewView(block=seen.index, steps=shown)

@@ -81,8 +81,8 @@ async def server(who: Who, at: At) -> ServerView:
 
 def features(at: Services) -> list[str]:
     """What may be asked of it beyond sessions."""
-    found = {"say": at.speak is not None, "watermark": at.mark_key is not None, "livekit": find_spec("livekit") is not None}
-    return sorted([*FORMS, "record", "whep", *(name for name, there in found.items() if there)])
+    found = {"say": at.speak, "talk": at.conversations, "realtime": at.settings.realtime, "watermark": at.mark_key, "livekit": find_spec("livekit")}
+    return sorted([*FORMS, "record", "whep", *(name for name, there in found.items() if there is not None)])
 
 
 @router.post("/keys", status_code=201, response_model=NewKey, responses=problems(400, 403, 413))

@@ -16,6 +16,7 @@ from liveavatar.serving.access import ANYBODY as OPERATOR
 from liveavatar.serving.access import VIEW, Access, Principal
 from liveavatar.serving.audit import Audit
 from liveavatar.serving.consent import ConsentLog
+from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.desk import Desk
 from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
 from liveavatar.serving.problems import Unauthorized
@@ -41,7 +42,7 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
-    speech; None: this server has no voice.
+    speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
     one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
@@ -62,6 +63,7 @@ class Services:
     consents: ConsentLog
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
+    conversations: Conversations | None = None
     one_video: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     def session(self, session_id: str) -> LiveSession:
@@ -93,6 +95,8 @@ class Services:
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""
         await self.desk.close_all("drain")
+        if self.conversations is not None:
+            await self.conversations.aclose()
         await self.viewers.close()
         await self.outputs.close(GOODBYE_SECONDS)
         await self.webhooks.close(GOODBYE_SECONDS)

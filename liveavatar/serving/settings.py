@@ -138,7 +138,8 @@ class StorageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechConfig:
-    """Text to speech. voice: none, flite (a local voice), or openai (any server with its /v1/audio/speech)."""
+    """Text to speech. voice: none, hibari (in the extra [talk]) or flite (a Debian package), both local, or openai (any server with
+    its /v1/audio/speech, which needs url)."""
 
     voice: str = "none"
     url: str | None = None
@@ -147,9 +148,36 @@ class SpeechConfig:
     key_file: str | None = None
 
     def __post_init__(self):
-        one_of("speech.voice", self.voice, ("none", "flite", "openai"))
+        one_of("speech.voice", self.voice, ("none", "hibari", "flite", "openai"))
         if self.voice == "openai" and self.url is None:
             raise ConfigError("speech.voice=openai needs speech.url, e.g. https://api.openai.com/v1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig:
+    """Sessions may become conversations: microphones are understood and answered. It speaks with the voice of `speech`.
+
+    mind: address of an OpenAI-compatible server; None: a small companion of rules, no language model. ears: address of a
+    server with /audio/transcriptions, or the folder of a CTranslate2 Whisper; None: Whisper tiny.en, English.
+    """
+
+    mind: str | None = None
+    model: str = "gpt-4o-mini"
+    mind_key_file: str | None = None
+    ears: str | None = None
+    ears_key_file: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealtimeConfig:
+    """A backend of OpenAI's Realtime interface that speaks through the avatar. url: ws:// or wss://."""
+
+    url: str
+    key_file: str | None = None
+
+    def __post_init__(self):
+        if not self.url.startswith(("ws://", "wss://")):
+            raise ConfigError(f"realtime.url={self.url}: must begin with ws:// or wss://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,12 +221,16 @@ class ServeConfig:
     outputs: OutputsConfig = field(default_factory=OutputsConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     speech: SpeechConfig = field(default_factory=SpeechConfig)
+    talk: TalkConfig | None = None
+    realtime: RealtimeConfig | None = None
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
     def __post_init__(self):
         one_of("engine_kind", self.engine_kind, ENGINES)
         one_of("mode", self.mode, MODES)
+        if self.talk is not None and self.speech.voice == "none":
+            raise ConfigError("talk: a conversation needs a voice: set speech.voice, e.g. to hibari")
         local = self.listen.host in ("127.0.0.1", "::1", "localhost")
         if not (self.access.required or local or self.listen.insecure):
             raise ConfigError(f"listen.host={self.listen.host}: without access.required anybody could speak through the avatars; "

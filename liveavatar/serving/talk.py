@@ -136,7 +136,7 @@ class Talk:
     async def _hush(self, order: Hush) -> list[Order]:
         await self._stop()
         with contextlib.suppress(Conflict):  # the session is closing: nobody hears anything any more
-            await self.avatar.interrupt()
+            await self.avatar.interrupt(reason="viewer")
         return self._catch_up() + self.conversation.hushed(order.turn)
 
     def _tell_progress(self) -> None:

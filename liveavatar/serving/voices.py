@@ -47,8 +47,15 @@ def open_voice(config: SpeechConfig) -> Voice | None:
     """What the section `speech` names; None for "none". Raises ConfigError where it is not installed."""
     if config.voice == "none":
         return None
-    key = Path(config.key_file).read_text(encoding="utf-8").strip() if config.key_file else None
-    return voice_named(config.voice, speaker=config.speaker, url=config.url, model=config.model, key=key)
+    return voice_named(config.voice, speaker=config.speaker, url=config.url, model=config.model, key=key_of(config.key_file))
+
+
+def key_of(file: str | None) -> str | None:
+    """The key in a file of the operator's; None without one. Raises ConfigError."""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip() if file else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the key cannot be read ({error}): name a text file that holds it") from None
 
 
 def voice_named(name: str, *, speaker: str | None = None, url: str | None = None, model: str | None = None, key: str | None = None) -> Voice:

@@ -37,9 +37,9 @@ WINDOW = 60  # pictures at the start and at the end that are compared for drift
 class NoSink(StepCache):
     """The ring alone."""
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As StepCache.write, without the sink in what is attended to."""
-        keys, values = super().write(layer, k, v)
+    def seen(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As StepCache.seen, without the sink."""
+        keys, values = super().seen(layer)
         return keys[self.sink_tokens :], values[self.sink_tokens :]
 
 

@@ -6,27 +6,45 @@ export class Problem extends Error {
   constructor(status, body) {
     super(body.detail || body.title || `HTTP ${status}`);
     this.status = status;
-    this.kind = String(body.type || "").split(/[/:]/).pop();
+    this.kind = String(body.type || "")
+      .split(/[/:]/)
+      .pop();
   }
 }
 
 export class Api {
-  constructor() { this.key = sessionStorage.getItem(KEPT); }  // null: nobody entered; "": a server that asks for none
+  constructor() {
+    this.key = sessionStorage.getItem(KEPT);
+  } // null: nobody entered; "": a server that asks for none
 
-  enter(key) { this.key = key; sessionStorage.setItem(KEPT, key); }
+  enter(key) {
+    this.key = key;
+    sessionStorage.setItem(KEPT, key);
+  }
 
-  forget() { this.key = null; sessionStorage.removeItem(KEPT); }
+  forget() {
+    this.key = null;
+    sessionStorage.removeItem(KEPT);
+  }
 
-  headers(more = {}) { return this.key ? {Authorization: `Bearer ${this.key}`, ...more} : more; }
+  headers(more = {}) {
+    return this.key ? {Authorization: `Bearer ${this.key}`, ...more} : more;
+  }
 
   async ask(method, path, {json, body, headers} = {}) {
     const type = json === undefined ? {} : {"Content-Type": "application/json"};
-    const answer = await fetch(path, {method, headers: this.headers({...type, ...headers}), body: json === undefined ? body : JSON.stringify(json)});
+    const answer = await fetch(path, {
+      method,
+      headers: this.headers({...type, ...headers}),
+      body: json === undefined ? body : JSON.stringify(json),
+    });
     if (answer.ok) return answer;
     throw new Problem(answer.status, await answer.json().catch(() => ({})));
   }
 
-  async get(path) { return (await this.ask("GET", path)).json(); }
+  async get(path) {
+    return (await this.ask("GET", path)).json();
+  }
 
   async post(path, json) {
     const answer = await this.ask("POST", path, {json});
@@ -39,9 +57,13 @@ export class Api {
     return (await this.ask("POST", path, {body})).json();
   }
 
-  delete(path) { return this.ask("DELETE", path); }
+  delete(path) {
+    return this.ask("DELETE", path);
+  }
 
-  async picture(path) { return URL.createObjectURL(await (await this.ask("GET", path)).blob()); }
+  async picture(path) {
+    return URL.createObjectURL(await (await this.ask("GET", path)).blob());
+  }
 
   // Events of a session and orders to it (the stream socket).
   socket(session, after = 0) {

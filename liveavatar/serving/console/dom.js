@@ -15,7 +15,8 @@ export function h(tag, traits = {}, ...children) {
   return element;
 }
 
-export const fill = (element, ...children) => element.replaceChildren(...children.flat(Infinity).filter(child => child !== null && child !== undefined));
+export const fill = (element, ...children) =>
+  element.replaceChildren(...children.flat(Infinity).filter(child => child !== null && child !== undefined));
 
 export function toast(text, kind = "") {
   const shown = h("p", {class: `toast ${kind}`}, text);
@@ -27,12 +28,26 @@ export function toast(text, kind = "") {
 export function twice(label, sure, act) {
   const button = h("button", {type: "button", class: "quiet danger"}, label);
   let armed = null;
-  const rest = () => { armed = null; button.textContent = label; button.classList.remove("armed"); };
+  const rest = () => {
+    armed = null;
+    button.textContent = label;
+    button.classList.remove("armed");
+  };
   button.addEventListener("click", () => {
-    if (armed) { clearTimeout(armed); rest(); act(); return; }
+    if (armed) {
+      clearTimeout(armed);
+      rest();
+      act();
+      return;
+    }
     button.textContent = sure;
     button.classList.add("armed");
     armed = setTimeout(rest, 3000);
   });
   return button;
+}
+
+export async function copy(text, done) {
+  await navigator.clipboard.writeText(text);
+  toast(done);
 }

@@ -1,6 +1,6 @@
 // Where the session on stage is sent: started, watched and ended here. Addresses come back without their keys.
 
-import {fill, h, toast, twice} from "./dom.js";
+import {copy, fill, h, twice} from "./dom.js";
 import {bytes, t} from "./words.js";
 
 const KINDS = ["record", "rtmp", "hls", "whip"];
@@ -8,12 +8,21 @@ const KINDS = ["record", "rtmp", "hls", "whip"];
 export class Outputs {
   constructor(app) {
     Object.assign(this, {app, list: [], asked: 0, before: new Map()});
-    app.on("session", () => { this.list = []; this.before.clear(); });
+    app.on("session", () => {
+      this.list = [];
+      this.before.clear();
+    });
   }
 
   build() {
     this.table = h("div");
-    this.form = h("form", {class: "line", onsubmit: event => { event.preventDefault(); this.app.try(() => this.start()); }});
+    this.form = h("form", {
+      class: "line",
+      onsubmit: event => {
+        event.preventDefault();
+        this.app.try(() => this.start());
+      },
+    });
     fill(this.panel, this.form, this.table);
     this.draw();
     this.app.on("language", () => this.drawForm());
@@ -23,7 +32,11 @@ export class Outputs {
   drawForm() {
     const kind = this.kind?.value ?? "record";
     const field = (key, input) => h("label", {class: "field"}, h("span", {}, t(key)), input);
-    this.kind = h("select", {onchange: () => this.fit()}, KINDS.map(name => h("option", {value: name, selected: name === kind}, t(`k_${name}`))));
+    this.kind = h(
+      "select",
+      {onchange: () => this.fit()},
+      KINDS.map(name => h("option", {value: name, selected: name === kind}, t(`k_${name}`))),
+    );
     this.url = h("input", {type: "text", placeholder: t("url_hint"), spellcheck: false, autocomplete: "off"});
     this.token = h("input", {type: "password", autocomplete: "off"});
     this.address = field("url", this.url);
@@ -41,10 +54,16 @@ export class Outputs {
     this.button.disabled = !this.app.session || !this.app.may("control");
   }
 
-  get home() { return `/v1/sessions/${this.app.session.id}/outputs`; }
+  get home() {
+    return `/v1/sessions/${this.app.session.id}/outputs`;
+  }
 
   async start() {
-    const wish = {kind: this.kind.value, ...(this.url.required && {url: this.url.value.trim()}), ...(this.token.value && {token: this.token.value})};
+    const wish = {
+      kind: this.kind.value,
+      ...(this.url.required && {url: this.url.value.trim()}),
+      ...(this.token.value && {token: this.token.value}),
+    };
     this.url.value = this.token.value = "";
     await this.app.api.post(this.home, wish);
     await this.load();
@@ -64,29 +83,78 @@ export class Outputs {
 
   // Bits a second since this was asked last.
   rate({id, bytes: sent}) {
-    const now = performance.now() / 1000, before = this.before.get(id);
-    if (!before || now - before.at > 1) this.before.set(id, {at: now, sent, rate: before ? Math.max(0, 8 * (sent - before.sent) / (now - before.at)) : null});
+    const now = performance.now() / 1000,
+      before = this.before.get(id);
+    if (!before || now - before.at > 1)
+      this.before.set(id, {at: now, sent, rate: before ? Math.max(0, (8 * (sent - before.sent)) / (now - before.at)) : null});
     const {rate} = this.before.get(id);
     return rate === null ? "–" : `${(rate / 1e6).toFixed(2)} Mbit/s`;
   }
 
   show() {
     if (this.table.querySelector(".armed")) return;
-    if (!this.list.length) { fill(this.table, h("p", {class: "empty"}, t(this.app.session ? "nothing" : "no_session"))); return; }
-    const heads = ["kind", "state", "url", "rate", "sent", "reconnects", "failures", "last_error"].map(key => h("th", {scope: "col"}, t(key)));
-    fill(this.table, h("div", {class: "scroll"}, h("table", {}, h("thead", {}, h("tr", {}, heads, h("th"))), h("tbody", {}, this.list.map(output => this.row(output))))));
+    if (!this.list.length) {
+      fill(this.table, h("p", {class: "empty"}, t(this.app.session ? "nothing" : "no_session")));
+      return;
+    }
+    const heads = ["kind", "state", "url", "rate", "sent", "reconnects", "failures", "last_error"].map(key =>
+      h("th", {scope: "col"}, t(key)),
+    );
+    fill(
+      this.table,
+      h(
+        "div",
+        {class: "scroll"},
+        h(
+          "table",
+          {},
+          h("thead", {}, h("tr", {}, heads, h("th"))),
+          h(
+            "tbody",
+            {},
+            this.list.map(output => this.row(output)),
+          ),
+        ),
+      ),
+    );
   }
 
   row(output) {
-    const {app} = this, over = output.state === "closed";
-    const place = output.url ?? (output.links.playlist ? h("button", {type: "button", class: "quiet", onclick: () => copy(location.origin + output.links.playlist)}, t("copy")) : "–");
-    const stop = over || !app.may("control") ? null : twice(t("stop"), t("sure"), () => app.try(async () => { await app.api.delete(output.links.self); await this.load(); }));
-    const cells = [t(`k_${output.kind}`), h("span", {class: "pill", "data-state": {live: "good", closed: ""}[output.state] ?? "wait"}, output.state), place, this.rate(output), bytes(output.bytes), String(output.reconnects), String(output.failures), output.last_error ?? "–"];
-    return h("tr", {}, cells.map(cell => h("td", {}, cell)), h("td", {class: "acts"}, stop));
+    const {app} = this,
+      over = output.state === "closed";
+    const place =
+      output.url ??
+      (output.links.playlist
+        ? h(
+            "button",
+            {type: "button", class: "quiet", onclick: () => copy(location.origin + output.links.playlist, t("copied"))},
+            t("copy"),
+          )
+        : "–");
+    const stop =
+      over || !app.may("control")
+        ? null
+        : twice(t("stop"), t("sure"), () =>
+            app.try(async () => {
+              await app.api.delete(output.links.self);
+              await this.load();
+            }),
+          );
+    const cells = [
+      t(`k_${output.kind}`),
+      h("span", {class: "pill", "data-state": {live: "good", closed: ""}[output.state] ?? "wait"}, output.state),
+      place,
+      this.rate(output),
+      bytes(output.bytes),
+      String(output.reconnects),
+      String(output.failures),
+      output.last_error ?? "–",
+    ];
+    return h(
+      "tr",
+      {},
+      cells.map(cell => h("td", {}, cell)),
+      h("td", {class: "acts"}, stop),
+    );
   }
-}
-
-async function copy(text) {
-  await navigator.clipboard.writeText(text);
-  toast(t("copied"));
 }

@@ -1,9 +1,20 @@
 // One viewer: picture and sound over WHEP, the page's microphone on the same connection, and what the browser measures.
 
-const LOUD = 0.004;  // RMS above which something is heard
-const QUIET_MS = 120;  // so long without sound is silence
+const LOUD = 0.004; // RMS above which something is heard
+const PAUSE_MS = 120,
+  SILENT_MS = 500,
+  SPEECH_MS = 1500; // without sound: between words; after the end; and it is no longer speech
 const REPORT_MS = 5000;
-const TOLD = ["freezeCount", "pliCount", "nackCount", "packetsLost", "framesDropped", "framesDecoded", "jitterBufferDelay", "jitterBufferEmittedCount"];
+const TOLD = [
+  "freezeCount",
+  "pliCount",
+  "nackCount",
+  "packetsLost",
+  "framesDropped",
+  "framesDecoded",
+  "jitterBufferDelay",
+  "jitterBufferEmittedCount",
+];
 
 export class Player extends EventTarget {
   constructor(video, api, session) {
@@ -13,11 +24,11 @@ export class Player extends EventTarget {
 
   // speaks: the connection may carry a microphone later; until then it sends nothing.
   async open({speaks}) {
-    const peer = this.peer = new RTCPeerConnection(await this.api.get("/v1/ice-servers").then(({iceServers}) => ({iceServers})));
+    const peer = (this.peer = new RTCPeerConnection(await this.api.get("/v1/ice-servers").then(({iceServers}) => ({iceServers}))));
     peer.addTransceiver("video", {direction: "recvonly"});
     this.voice = peer.addTransceiver("audio", {direction: speaks ? "sendrecv" : "recvonly"});
     this._pulse(peer.createDataChannel("pulse"));
-    const stream = new MediaStream();
+    const stream = (this.stream = new MediaStream());
     peer.ontrack = ({track}) => {
       stream.addTrack(track);
       this.video.srcObject = stream;
@@ -34,49 +45,67 @@ export class Player extends EventTarget {
 
   async microphone(on) {
     this.track?.stop();
-    this.track = on ? (await navigator.mediaDevices.getUserMedia({audio: {echoCancellation: true, noiseSuppression: true}})).getAudioTracks()[0] : null;
+    this.track = on
+      ? (await navigator.mediaDevices.getUserMedia({audio: {echoCancellation: true, noiseSuppression: true}})).getAudioTracks()[0]
+      : null;
     await this.voice.sender.replaceTrack(this.track);
   }
 
-  async close() {
+  // over: the session has ended, and this viewer with it. Else the server is told first: a peer that hangs up is forgotten there.
+  async close(over) {
     this.timers.forEach(clearInterval);
     this.track?.stop();
+    this.video.pause();
+    if (this.home && !over) await this.api.delete(this.home).catch(() => null);
     this.peer?.close();
     this.context?.close();
-    this.video.srcObject = null;
-    if (this.home) await this.api.delete(this.home).catch(() => null);  // the server may have ended it before us
+    if (this.video.srcObject === this.stream) this.video.srcObject = null; // another one may play there by now
   }
 
   // ------------------------------------------------------------ what is heard
 
   _listen(track) {
-    const context = this.context = new AudioContext(), analyser = context.createAnalyser(), data = new Float32Array(1024);
+    const context = (this.context = new AudioContext()),
+      analyser = context.createAnalyser(),
+      data = new Float32Array(1024);
     analyser.fftSize = data.length;
     context.createMediaStreamSource(new MediaStream([track])).connect(analyser);
-    this.timers.push(setInterval(() => {
-      analyser.getFloatTimeDomainData(data);
-      this._heard(Math.sqrt(data.reduce((sum, x) => sum + x * x, 0) / data.length), performance.now());
-    }, 20));
+    this.timers.push(
+      setInterval(() => {
+        analyser.getFloatTimeDomainData(data);
+        this._heard(Math.sqrt(data.reduce((sum, x) => sum + x * x, 0) / data.length), performance.now());
+      }, 20),
+    );
   }
 
   _heard(level, now) {
     this.level = level;
     if (level > LOUD) {
       this.loudAt = now;
-      if (this.asked !== null) { this._say("first", now - this.asked); this.asked = null; }
-    } else if (this.hushed !== null && now - Math.max(this.loudAt, this.hushed) > QUIET_MS) {
+      if (this.asked !== null) {
+        this._say("first", now - this.asked);
+        this.asked = null;
+      }
+    } else if (this.hushed !== null && now - Math.max(this.loudAt, this.hushed) > SILENT_MS) {
       this._say("silent", Math.max(0, this.loudAt - this.hushed));
       this.hushed = null;
     }
   }
 
   // Something was asked for; the next sound answers it. Nothing is measured while the avatar is still speaking.
-  ask() { if (performance.now() - this.loudAt > QUIET_MS) this.asked = performance.now(); }
+  ask() {
+    if (performance.now() - this.loudAt > PAUSE_MS) this.asked = performance.now();
+  }
 
   // It was told to be silent; where it was, there is nothing to measure.
-  hush() { this.hushed = performance.now() - this.loudAt < 2 * QUIET_MS ? performance.now() : null; this.asked = null; }
+  hush() {
+    this.hushed = performance.now() - this.loudAt < SPEECH_MS ? performance.now() : null;
+    this.asked = null;
+  }
 
-  _say(type, detail) { this.dispatchEvent(new CustomEvent(type, {detail})); }
+  _say(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, {detail}));
+  }
 
   // ------------------------------------------------------------ what the browser measures
 
@@ -86,12 +115,15 @@ export class Player extends EventTarget {
       const message = JSON.parse(data);
       if (message.type === "ping") channel.send(JSON.stringify({...message, type: "pong"}));
     };
-    this.timers.push(setInterval(async () => {
-      if (channel.readyState !== "open") return;
-      const {inbound} = await this._stats(), report = {};
-      for (const name of TOLD) if (Number.isFinite(inbound.video?.[name])) report[name] = inbound.video[name];
-      channel.send(JSON.stringify({type: "stats", report}));
-    }, REPORT_MS));
+    this.timers.push(
+      setInterval(async () => {
+        if (channel.readyState !== "open") return;
+        const {inbound} = await this._stats(),
+          report = {};
+        for (const name of TOLD) if (Number.isFinite(inbound.video?.[name])) report[name] = inbound.video[name];
+        channel.send(JSON.stringify({type: "stats", report}));
+      }, REPORT_MS),
+    );
   }
 
   async _stats() {
@@ -106,11 +138,21 @@ export class Player extends EventTarget {
 
   // Seconds, except fps. offset: sound against picture as they are played, sound late > 0.
   async figures() {
-    const {inbound: {video = {}, audio = {}}, pair} = await this._stats();
-    const buffered = kind => kind.jitterBufferEmittedCount ? kind.jitterBufferDelay / kind.jitterBufferEmittedCount : null;
+    const {
+      inbound: {video = {}, audio = {}},
+      pair,
+    } = await this._stats();
+    const buffered = kind => (kind.jitterBufferEmittedCount ? kind.jitterBufferDelay / kind.jitterBufferEmittedCount : null);
     const both = video.estimatedPlayoutTimestamp && audio.estimatedPlayoutTimestamp;
-    return {fps: video.framesPerSecond ?? null, decoded: video.framesDecoded ?? 0, freezes: video.freezeCount ?? 0, lost: (video.packetsLost ?? 0) + (audio.packetsLost ?? 0),
-      rtt: pair?.currentRoundTripTime ?? null, buffer: buffered(video), offset: both ? (video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp) / 1000 : null};
+    return {
+      fps: video.framesPerSecond ?? null,
+      decoded: video.framesDecoded ?? 0,
+      freezes: video.freezeCount ?? 0,
+      lost: (video.packetsLost ?? 0) + (audio.packetsLost ?? 0),
+      rtt: pair?.currentRoundTripTime ?? null,
+      buffer: buffered(video),
+      offset: both ? (video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp) / 1000 : null,
+    };
   }
 }
 
@@ -120,7 +162,10 @@ function gathered(peer) {
     if (peer.iceGatheringState === "complete") return resolve();
     const timer = setTimeout(resolve, 500);
     peer.addEventListener("icegatheringstatechange", () => {
-      if (peer.iceGatheringState === "complete") { clearTimeout(timer); resolve(); }
+      if (peer.iceGatheringState === "complete") {
+        clearTimeout(timer);
+        resolve();
+      }
     });
   });
 }

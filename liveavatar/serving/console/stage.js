@@ -16,13 +16,19 @@ export class Stage {
     app.on("avatar", () => this.avatarChosen());
     app.on("language", () => this.draw());
     setInterval(() => this.measure(), 1000);
-    const loudness = () => { $("level").value = this.player ? Math.min(1, 3 * this.player.level) : 0; requestAnimationFrame(loudness); };
-    loudness();
+    setInterval(() => {
+      $("level").value = this.player ? Math.min(1, 3 * this.player.level) : 0;
+    }, 50);
+    $("poster").addEventListener("load", () => {
+      const {width, height} = $("backdrop");
+      $("backdrop").getContext("2d").drawImage($("poster"), 0, 0, width, height);
+    });
     this.draw();
   }
 
   wire() {
-    const {app} = this, click = (id, act) => $(id).addEventListener("click", () => app.try(act));
+    const {app} = this,
+      click = (id, act) => $(id).addEventListener("click", () => app.try(act));
     click("start", () => this.open());
     click("end", () => this.end());
     click("apply", () => this.steer({prompt: $("prompt").value}));
@@ -30,17 +36,29 @@ export class Stage {
     click("mic", () => this.microphone());
     click("sound", () => $("sound_file").click());
     click("full", () => (document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen()));
-    click("mute", () => { $("video").muted = !$("video").muted; this.draw(); });
+    click("mute", () => {
+      $("video").muted = !$("video").muted;
+      this.draw();
+    });
     click("video", () => $("video").play());
     $("sound_file").addEventListener("change", () => app.try(() => this.play($("sound_file").files[0])));
-    $("say").addEventListener("submit", event => { event.preventDefault(); app.try(() => this.say()); });
+    $("say").addEventListener("submit", event => {
+      event.preventDefault();
+      app.try(() => this.say());
+    });
     $("text").addEventListener("input", () => this.draw());
-    $("text").addEventListener("keydown", event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("say").requestSubmit(); });
+    $("text").addEventListener("keydown", event => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("say").requestSubmit();
+    });
     $("talk_on").addEventListener("change", () => app.try(() => this.converse($("talk_on").checked)));
-    document.addEventListener("keydown", event => { if (event.key === "Escape" && this.player && !document.querySelector("dialog[open]")) app.try(() => this.interrupt()); });
+    document.addEventListener("keydown", event => {
+      if (event.key === "Escape" && this.player && !document.querySelector("dialog[open]")) app.try(() => this.interrupt());
+    });
   }
 
-  get home() { return `/v1/sessions/${this.app.session.id}`; }
+  get home() {
+    return `/v1/sessions/${this.app.session.id}`;
+  }
 
   // ------------------------------------------------------------ a session begins and ends
 
@@ -63,10 +81,18 @@ export class Stage {
     this.seen = 0;
     this.turn = {};
     this.player = new Player($("video"), this.app.api, session.id);
-    this.player.addEventListener("first", ({detail}) => { this.turn.first = detail / 1000; this.draw(); });
-    this.player.addEventListener("silent", ({detail}) => { this.turn.silence = detail / 1000; this.draw(); });
+    this.player.addEventListener("first", ({detail}) => {
+      this.turn.first = detail / 1000;
+      this.draw();
+    });
+    this.player.addEventListener("silent", ({detail}) => {
+      this.turn.silence = detail / 1000;
+      this.draw();
+    });
     this.player.addEventListener("blocked", () => toast(t("sound_blocked")));
-    this.player.addEventListener("connection", ({detail}) => { if (detail === "failed") this.show("lost"); });
+    this.player.addEventListener("connection", ({detail}) => {
+      if (detail === "failed") this.show("lost");
+    });
     this.show("connecting");
     this.listen(session.id);
     await this.player.open({speaks: this.app.may("publish")});
@@ -75,7 +101,7 @@ export class Stage {
   }
 
   // Stop watching; the session itself goes on.
-  async leave() {
+  async leave(over = false) {
     const {player, socket} = this;
     Object.assign(this, {player: null, socket: null, measured: {}, talking: false});
     Object.assign(this.app, {session: null, stats: null});
@@ -83,7 +109,7 @@ export class Stage {
     fill($("talk_lines"));
     this.show("off");
     this.app.tell("session", null);
-    await player?.close();
+    await player?.close(over);
     this.draw();
   }
 
@@ -97,25 +123,42 @@ export class Stage {
   // ------------------------------------------------------------ what the server tells
 
   listen(id) {
-    const socket = this.socket = this.app.api.socket(id, this.seen);
-    socket.onmessage = ({data}) => { if (socket === this.socket) this.take(JSON.parse(data)); };
-    socket.onclose = ({code}) => {  // a socket that broke comes back where it was
-      if (socket === this.socket && this.app.session && code === 1006) setTimeout(() => { if (socket === this.socket) this.listen(id); }, 1000);
+    const socket = (this.socket = this.app.api.socket(id, this.seen));
+    socket.onmessage = ({data}) => {
+      if (socket === this.socket) this.take(JSON.parse(data));
+    };
+    socket.onclose = ({code}) => {
+      // a socket that broke comes back where it was
+      if (socket === this.socket && this.app.session && code === 1006)
+        setTimeout(() => {
+          if (socket === this.socket) this.listen(id);
+        }, 1000);
     };
   }
 
   take(message) {
     if (message.n) this.seen = message.n;
-    if (message.type === "stats") { this.app.stats = message; this.app.tell("stats", message); return; }
+    if (message.type === "stats") {
+      this.app.stats = message;
+      this.app.tell("stats", message);
+      return;
+    }
     if (message.type !== "pong") this.app.tell("event", {at: Date.now() / 1000, ...message});
     if (message.type === "session.created") this.show(message.session.state);
     if (message.type === "state") this.show(message.state);
     if (message.type === "talk.state") this.show(message.state);
     if (message.type === "talk.question") this.said("user", message.text);
     if (message.type === "talk.answer") this.said("assistant", message.text + (message.cut ? " …" : ""));
-    if (message.type === "speak.finished") { this.turn.heard = message.position_ms / 1000; this.draw(); }
+    if (message.type === "speak.finished") {
+      this.turn.heard = message.position_ms / 1000;
+      this.draw();
+    }
     if (message.type === "error") toast(message.detail, "bad");
-    if (message.type === "session.closed") { toast(t("ended", {reason: message.reason})); this.app.try(() => this.leave()); this.app.tell("changed"); }
+    if (message.type === "session.closed") {
+      toast(t("ended", {reason: message.reason}));
+      this.app.try(() => this.leave(true));
+      this.app.tell("changed");
+    }
   }
 
   said(role, text) {
@@ -172,7 +215,9 @@ export class Stage {
 
   async microphone() {
     const on = !this.player.track;
-    try { await this.player.microphone(on); } catch (error) {
+    try {
+      await this.player.microphone(on);
+    } catch (error) {
       if (!(error instanceof DOMException)) throw error;
       toast(t("mic_refused"), "bad");
     }
@@ -180,7 +225,10 @@ export class Stage {
   }
 
   async converse(on) {
-    if (on) await this.app.api.post(`${this.home}/conversation`);
+    if (on)
+      await this.app.api.post(`${this.home}/conversation`).catch(error => {
+        if (error.status !== 409) throw error;
+      }); // 409: it is one already
     else await this.app.api.delete(`${this.home}/conversation`);
     this.talking = on;
     this.draw();
@@ -198,16 +246,21 @@ export class Stage {
   poster() {
     const picture = this.app.avatars.pictures.get(this.app.avatars.chosen);
     if (picture) $("poster").src = picture;
-    $("poster").hidden = !picture;
+    $("poster").hidden = !picture || Boolean(this.player);
   }
 
   draw() {
-    const live = Boolean(this.player), may = this.app.may("publish"), talks = this.app.offers(TALK) && this.app.may("control"), voice = this.app.server.features.includes("say");
-    const secure = Boolean(navigator.mediaDevices?.getUserMedia), speaking = Boolean(this.player?.track);
+    const live = Boolean(this.player),
+      may = this.app.may("publish"),
+      talks = this.app.offers(TALK) && this.app.may("control"),
+      voice = this.app.server.features.includes("say");
+    const secure = Boolean(navigator.mediaDevices?.getUserMedia),
+      speaking = Boolean(this.player?.track);
     const why = !live ? "no_session" : !may ? "mic_scope" : voice || this.talking ? "ctrl_enter" : "no_voice";
     this.show($("state").dataset.state);
     $("video").hidden = !live;
     $("start").hidden = live;
+    $("poster").hidden = live || !$("poster").src;
     $("end").disabled = $("apply").disabled = !live || !this.app.may("control");
     $("say_note").textContent = t(why);
     $("text").disabled = live && why !== "ctrl_enter";
@@ -224,9 +277,22 @@ export class Stage {
   }
 
   drawFigures() {
-    const {first, silence, heard} = this.turn, {fps, offset, rtt, buffer} = this.measured, latency = this.app.stats?.latency;
-    const glass = latency && buffer !== null && rtt !== null && rtt !== undefined ? latency.playout + latency.encode + rtt / 2 + buffer : null;
-    const shown = {first: ms(first), silence: ms(silence), heard: heard === undefined ? "–" : `${heard.toFixed(1)} s`, fps: fps ?? "–", offset: ms(offset), glass: ms(glass)};
-    fill($("figures"), Object.entries(shown).map(([key, value]) => h("div", {}, h("dt", {}, t(key)), h("dd", {id: `figure_${key}`}, String(value)))));
+    const {first, silence, heard} = this.turn,
+      {fps, offset, rtt, buffer} = this.measured,
+      latency = this.app.stats?.latency;
+    const glass =
+      latency && buffer !== null && rtt !== null && rtt !== undefined ? latency.playout + latency.encode + rtt / 2 + buffer : null;
+    const shown = {
+      first: ms(first),
+      silence: ms(silence),
+      heard: heard === undefined ? "–" : `${heard.toFixed(1)} s`,
+      fps: fps ?? "–",
+      offset: ms(offset),
+      glass: ms(glass),
+    };
+    fill(
+      $("figures"),
+      Object.entries(shown).map(([key, value]) => h("div", {}, h("dt", {}, t(key)), h("dd", {id: `figure_${key}`}, String(value)))),
+    );
   }
 }

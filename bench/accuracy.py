@@ -1,0 +1,137 @@
+"""How far each fast path lies from the plain one: on the parity fixture, and on one layer of full width with random weights.
+
+    python bench/accuracy.py [--fixture tests/golden/causal_s2v] [--width 5120] [--out bench/results/accuracy-cpu.json]
+
+Reference is the fixture itself, and for the layer its plain fp32 forward; the update a layer makes is compared, not the stream it
+is added to. FP8 runs by its dequantising reference where there are no FP8 units: the rounding is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from liveavatar import ops
+from liveavatar.config import FastConfig
+from liveavatar.models.fast import compile_halves, to_fp8
+from liveavatar.models.fast import prepare as prepared
+from liveavatar.models.layers import BlockModulation, TransformerBlock
+from liveavatar.runtime.parity import Forwards
+from liveavatar.runtime.sources import Fixture
+
+from measured import HERE, RESULTS, earlier, show, write
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
+PLAIN = FastConfig(kernels=False, attention="torch")
+PATHS = {
+    "plain fp32": (FP32, PLAIN),
+    "packed fp32": (FP32, FastConfig(kernels=False, attention="torch", packed_qkv=True)),
+    "fp8 fp32": (FP32, FastConfig(kernels=False, attention="torch", fp8=True)),
+    "plain bf16": (BF16, PLAIN),
+    "packed bf16": (BF16, FastConfig(kernels=False, attention="torch", packed_qkv=True)),
+    "compiled bf16": (BF16, FastConfig(kernels=False, attention="torch", compile=True)),
+    "fp8 bf16": (BF16, FastConfig(kernels=False, attention="torch", packed_qkv=True, fp8=True)),
+    "kernels bf16": (BF16, FastConfig(packed_qkv=True)),
+    "kernels fp8 bf16": (BF16, FastConfig(packed_qkv=True, fp8=True)),
+}
+COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e"}
+TOKENS, KEYS, TEXT = 64, 256, 64
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Cosine, largest error over the largest value, root mean square of the error over that of the values."""
+    got, expected = got.float().flatten().cpu(), expected.float().flatten().cpu()
+    d = got - expected
+    return {"cosine": float(F.cosine_similarity(got.double(), expected.double(), dim=0)),
+            "max_error": float(d.abs().max() / expected.abs().max()), "rms_error": float(d.norm() / expected.norm())}  # fmt: skip
+
+
+@torch.inference_mode()
+def on_fixture(path: Path, dtype: torch.dtype, way: FastConfig) -> dict[str, float]:
+    """Velocities of all blocks of a causal fixture in sequence, each over the ring the ones before it left."""
+    fixture = Fixture(path)
+    calls = Forwards(fixture)
+    prepared(calls.model.cast(dtype).to(DEVICE), way)
+    calls.text = calls.model.encode_text(fixture.tensor("in.context"))
+    modulation, cache = calls.model.modulation(fixture.facts["timestep"]), calls.cache(calls.prefill("in.ref0"))
+    got, expected = [], []
+    for block, distance_of_sink in enumerate(fixture.facts["rel_per_block"]):
+        if block == fixture.facts.get("sink_reprefill_before_block"):
+            calls.set_sink(cache, calls.prefill("in.ref1"))
+        velocity = calls.velocity(cache, modulation, block, distance_of_sink)
+        if (name := f"block.{block}.v") in fixture:
+            got.append(velocity), expected.append(fixture.tensor(name))
+    return distance(torch.stack(got), torch.stack(expected))
+
+
+class FullWidth:
+    """One layer with random weights and inputs, and the update it makes in plain fp32."""
+
+    def __init__(self, dim: int):
+        heads, self.dim = dim // 128, dim
+        torch.manual_seed(0)
+        self.block = TransformerBlock(dim, int(2.7 * dim), heads, 1e-6).eval().requires_grad_(False)
+        for norm in (m for name, m in self.block.named_modules() if "norm" in name):
+            norm.weight.data.uniform_(0.5, 1.5)
+        self.x = torch.randn(1, TOKENS, dim)
+        self.modulation = BlockModulation(*(0.3 * torch.randn(1, 1, dim) + (row in (2, 5)) for row in range(6)))
+        self.past = [torch.randn(1, KEYS, heads, 128) for _ in "kv"]
+        self.text = tuple(torch.randn(1, TEXT, heads, 128) for _ in "kv")
+        self.expected = self.update(self.block)
+
+    @torch.inference_mode()
+    def update(self, block: TransformerBlock) -> torch.Tensor:
+        dtype = block.dtype
+
+        def attend(q, k, v):
+            keys, values = (torch.cat([past.to(dtype), own], dim=1) for past, own in zip(self.past, (k, v)))
+            return ops.attention(q, keys, values)
+
+        x = self.x.to(dtype)
+        return block(x, self.modulation, attend, tuple(t.to(dtype) for t in self.text)).float() - x.float()
+
+    def row(self, dtype: torch.dtype, way: FastConfig) -> dict[str, float]:
+        state = {name: tensor.to(dtype) for name, tensor in self.block.state_dict().items()}
+        with torch.device("meta"):
+            block = TransformerBlock(self.dim, int(2.7 * self.dim), self.dim // 128, 1e-6)
+        block.load_state_dict(state, assign=True)
+        block.requires_grad_(False)
+        if way.packed_qkv:
+            block.self_attn.pack()
+        if way.fp8:
+            to_fp8(block, ("",))
+        if way.compile:
+            compile_halves(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block])}))
+        return distance(self.update(block), self.expected)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fixture", type=Path, default=HERE.parent / "tests" / "golden" / "causal_s2v")
+    parser.add_argument("--width", type=int, default=5120)
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=[name for name in PATHS if DEVICE.type == "cuda" or "kernels" not in name])
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-cpu.json")
+    parser.add_argument("--compare", type=Path)
+    args = parser.parse_args(arguments)
+    with DEVICE:
+        layer, rows = FullWidth(args.width), []
+    for name in args.paths:
+        dtype, way = PATHS[name]
+        torch._dynamo.reset()
+        ops.use_attention(way.attention)
+        with ops.own_kernels(way.kernels):
+            rows.append({"where": args.fixture.name, "path": name, **on_fixture(args.fixture, dtype, way)})
+            rows.append({"where": f"a layer of {args.width}", "path": name, **layer.row(dtype, way)})
+    show("distance from the plain path", rows, COLUMNS, ("where", "path"), earlier(None, ()))
+    if args.compare:
+        old = earlier(args.compare, ("where", "path"))
+        worse = [row for row in rows if row["rms_error"] > 1.1 * old.get((row["where"], row["path"]), row)["rms_error"] + 1e-7]
+        print("further off than before:", ", ".join(f"{row['where']} {row['path']}" for row in worse) or "none")
+    write(args.out, {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, rows)
+
+
+if __name__ == "__main__":
+    main()

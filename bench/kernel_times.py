@@ -1,0 +1,67 @@
+"""Each Triton kernel at the sizes of the 14B model: error against its torch reference, microseconds of both, GB/s. Needs a GPU.
+
+    python bench/kernel_times.py [--tokens 3168] [--out bench/results/kernels.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from liveavatar import ops
+
+from measured import RESULTS, earlier, seconds, show, write
+
+WIDTH, HEADS, INNER = 5120, 40, 100  # INNER: calls per timing, so that launches do not count
+COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f"}
+
+
+def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
+    """name -> (call, bytes it must move)."""
+    draw = torch.Generator(device).manual_seed(0)
+    randn = lambda *shape: torch.randn(shape, generator=draw, device=device)  # noqa: E731
+    x, y, packed = randn(1, tokens, WIDTH), randn(1, tokens, WIDTH).bfloat16(), randn(1, tokens, 3 * WIDTH).bfloat16()
+    shift, scale, gate = randn(1, 1, 6, WIDTH).unbind(2)[:3]
+    weight, wide = randn(WIDTH).bfloat16(), randn(tokens, 13824).bfloat16()
+    q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in packed.chunk(3, dim=-1))
+    angle = randn(tokens, WIDTH // HEADS // 2)
+    angles, keys, values = torch.stack([angle.cos(), angle.sin()]), torch.zeros_like(q), torch.zeros_like(v)
+    row = tokens * WIDTH
+    return {"norm_modulate": (lambda: ops.norm_modulate(x, shift, scale, 1e-6, torch.bfloat16), 6 * row),
+            "gate_residual": (lambda: ops.gate_residual(x, y, gate, torch.bfloat16), 8 * row),
+            "rms_norm": (lambda: ops.rms_norm(packed.chunk(3, dim=-1)[0], weight, 1e-6), 4 * row),
+            "rotate_into": (lambda: (ops.rotate_into(k, angles, keys), keys)[1], 4 * row),
+            "rope_cache": (lambda: torch.cat([ops.rope_cache(q, k, v, angles, keys, values).flatten(), keys.flatten(), values.flatten()]), 12 * row),
+            "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824)}  # fmt: skip
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, launches hidden behind each other."""
+    return statistics.median(seconds(lambda: [call() for _ in range(INNER)], device, 5, warm=2)) / INNER
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=3168)
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--compare", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not ops.own_kernels_available():
+        parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
+    device, rows = torch.device("cuda"), []
+    for name, (call, size) in cases(args.tokens, device).items():
+        got, took = call().clone().float(), timed(call, device)
+        with ops.own_kernels(False):
+            expected, plain = call().clone().float(), timed(call, device)
+        rows.append({"kernel": name, "error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took,
+                     "reference_seconds": plain, "gain": plain / took, "gb_per_second": size / took / 1e9})  # fmt: skip
+    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), earlier(args.compare, ("kernel",)))
+    write(args.out, {"tokens": args.tokens, "width": WIDTH}, rows)
+
+
+if __name__ == "__main__":
+    main()

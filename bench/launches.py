@@ -1,0 +1,102 @@
+"""Kernels one forward of the 14B model launches, counted without a GPU: the model runs on torch's meta device (shapes without
+memory), and every operation that is no view counts as one launch, as does each of our kernels and each attention.
+
+    python bench/launches.py [--out bench/results/launches.json]
+
+An estimate of what torch's profiler finds on a GPU (bench/step.py): a library's matmul may be two kernels, a copy may vanish.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from liveavatar import ops
+from liveavatar.config import FastConfig
+from liveavatar.core import Geometry
+from liveavatar.models import layers
+from liveavatar.models.audio_encoder import AudioTokens
+from liveavatar.models.cache import Sink
+from liveavatar.models.fast import prepare
+from liveavatar.models.s2v import CausalS2V, S2VConfig, TextCache
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from measured import RESULTS, earlier, show, write
+
+FREE = {"empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh", "_unsafe_view"}
+WAYS = {"plain": FastConfig(kernels=False), "packed": FastConfig(kernels=False, packed_qkv=True), "kernels": FastConfig(),
+        "kernels, packed": FastConfig(packed_qkv=True)}  # fmt: skip
+# Our kernels: argument whose shape the result has, and where its dtype is given (None: that argument's).
+KERNELS = {"norm_modulate": 4, "gate_residual": 3, "rms_norm": None, "rotate_into": None, "rope_cache": None}
+CACHE = torch.bfloat16
+
+
+class Launches(TorchDispatchMode):
+    """Counts by name what reaches the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        if not operation.is_view and name not in FREE:
+            self.counts[name] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def stand_in(counts: Counter, name: str, dtype_at: int | None):
+    """An op that counts as one launch and gives nothing but a shape."""
+    def call(*args):
+        counts[name] += 1
+        return torch.empty(args[0].shape, dtype=args[0].dtype if dtype_at is None else args[dtype_at], device="meta")
+
+    return call
+
+
+@torch.no_grad()  # inference mode would hide what a composite operation is made of
+def count(way: FastConfig, geometry: Geometry = Geometry(height=384, width=704), config: S2VConfig | None = None) -> Counter[str]:
+    """Launches of one block of a stream whose ring is full, by name."""
+    with torch.device("meta"):
+        model = prepare(CausalS2V(config or S2VConfig()).cast(CACHE).eval().requires_grad_(False), way)
+    c, g, empty = model.config, geometry, lambda *shape, dtype=CACHE: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    cache = model.new_cache(g.latent_height, g.latent_width, g.block_latents, g.ring_blocks)
+    kept = (c.num_layers, cache.sink_tokens, c.num_heads, c.head_dim)
+    cache.sink, cache.written = Sink(empty(*kept), empty(*kept)), 20
+    text = TextCache(((empty(1, c.text_len, c.num_heads, c.head_dim),) * 2,) * c.num_layers)
+    audio = AudioTokens(empty(1, g.block_latents, 5, c.dim, dtype=torch.float32), empty(1, g.block_latents, c.dim, dtype=torch.float32))
+    x, mode = empty(16, g.block_latents, g.latent_height, g.latent_width), Launches()
+    plain = mock.patch.object(layers, "fp32_linear", lambda linear, x: F.linear(x.float(), linear.weight.float(), linear.bias.float()))
+    ours = {"attention": None, **(KERNELS if way.kernels else {})}
+    with ExitStack() as stack:
+        stack.enter_context(plain)  # autocast knows no meta device
+        for name, dtype_at in ours.items():
+            stack.enter_context(mock.patch.object(ops, name, stand_in(mode.counts, name, dtype_at)))
+        modulation = model.modulation(602.15)
+        for number in (20, 21):  # rotations of rows and columns are made once
+            mode.counts.clear()
+            with mode:
+                model(x, modulation, audio, text, cache, block=number, sink_distance=30)
+    return mode.counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "launches.json")
+    parser.add_argument("--compare", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for name, way in WAYS.items():
+        found = count(way)
+        rows.append({"way": name, "launches": found.total(), "most": ", ".join(f"{n} {what}" for what, n in found.most_common(6))})
+    show("launches of one forward, 14B, before graphs", rows, {"way": "", "launches": ",d", "most": ""}, ("way",), earlier(args.compare, ("way",)))
+    write(args.out, {"model": S2VConfig().to_dict(), "size": "704x384"}, rows)
+
+
+if __name__ == "__main__":
+    main()

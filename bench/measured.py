@@ -1,0 +1,98 @@
+"""What every bench has in common: the machine, the commit, seconds of a call, the JSON and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def machine() -> dict:
+    """Host, processor and GPU as the JSON names them."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def commit() -> str:
+    """Commit of the working tree, with + when it is changed; "unknown" in a copy without its history."""
+    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True)  # noqa: E731
+    head = run("rev-parse", "--short", "HEAD")
+    if head.returncode:
+        return os.environ.get("LIVEAVATAR_COMMIT", "unknown")
+    return head.stdout.strip() + ("+" if run("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeat: int, warm: int = 2) -> list[float]:
+    """Wall-clock seconds of `repeat` calls, each waited for, after `warm` untimed ones."""
+    taken = []
+    for number in range(warm + repeat):
+        settle(device)
+        began = time.perf_counter()
+        call()
+        settle(device)
+        if number >= warm:
+            taken.append(time.perf_counter() - began)
+    return taken
+
+
+def spread_of(taken: Sequence[float]) -> dict[str, float]:
+    """Median and worst of some seconds."""
+    return {"seconds": statistics.median(taken), "worst": max(taken)}
+
+
+def matmul_rate(device: torch.device, size: int, fp8: bool = False) -> float:
+    """TFLOP/s of a square bf16 (or E4M3, per-row scales) product of random numbers: the roofline of this machine, now."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    if fp8:
+        ones = torch.ones(size, 1, device=device)
+        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        call = lambda: torch._scaled_mm(a, b.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+    else:
+        call = lambda: a @ b  # noqa: E731
+    return 2 * size**3 / statistics.median(seconds(call, device, 10, warm=3)) / 1e12
+
+
+def write(out: Path, config: dict, rows: list[dict], **more: object) -> None:
+    """The JSON of a run: machine, commit, config, rows and whatever else the bench has."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine(), "commit": commit(), "config": config, "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")
+    print(out)
+
+
+def earlier(path: Path | None, keys: Sequence[str]) -> dict[tuple, dict]:
+    """Rows of an earlier run by their keys; none without a path."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path else []
+    return {tuple(row.get(key) for key in keys): row for row in rows}
+
+
+def show(title: str, rows: list[dict], columns: dict[str, str], keys: Sequence[str], before: dict[tuple, dict]) -> None:
+    """A table of rows. columns: key -> format; before: `earlier` rows, whose seconds become a column."""
+    table = Table(title=title)
+    for name in (*columns, *(["before", "change"] if before else [])):
+        table.add_column(name)
+    for row in rows:
+        cells = ["-" if row.get(name) is None else format(row[name], form) for name, form in columns.items()]
+        if before:
+            old = before.get(tuple(row.get(key) for key in keys))
+            cells += [format(old["seconds"], ".4f"), f"{row['seconds'] / old['seconds'] - 1:+.1%}"] if old and row.get("seconds") else ["-", "-"]
+        table.add_row(*cells)
+    Console(width=170).print(table)

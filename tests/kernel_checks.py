@@ -1,0 +1,111 @@
+"""Every Triton kernel against its torch reference, in Triton's interpreter: run by test_kernels.py in a process of its own,
+because the interpreter is chosen when Triton is imported. Prints one JSON line: name -> largest error over the largest value."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from liveavatar import ops
+
+SHAPES = {"even": (1, 6, 64, 2), "odd": (2, 9, 84, 3)}  # batch, tokens, width, heads
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert got.dtype == expected.dtype and got.shape == expected.shape, (got.dtype, expected.dtype, got.shape, expected.shape)
+    return float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+def both(op, *arguments):
+    """The op as it is on a CPU, and as it would be on a GPU."""
+    plain, ops._fused = op(*arguments), lambda *tensors: True
+    try:
+        return op(*arguments), plain
+    finally:
+        ops._fused = NEVER
+
+
+NEVER = ops._fused
+
+
+def rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pointwise(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, float]:
+    x, y = rows((batch, tokens, width), dtype, 0) * 3 + 1, rows((batch, tokens, width), dtype, 1)
+    groups = 3 if tokens % 3 == 0 else 1
+    shift, scale, gate = rows((batch, groups, 6, width), torch.float32, 2).unbind(2)[:3]  # strided, as modulate gives them
+    packed = rows((batch, tokens, 3 * width), dtype, 3)
+    return {"norm_modulate": error(*both(ops.norm_modulate, x, shift, scale, 1e-6, dtype)),
+            "gate_residual": error(*both(ops.gate_residual, x.float(), y, gate, dtype)),
+            "rms_norm of a third": error(*both(ops.rms_norm, packed.chunk(3, dim=-1)[1], rows((width,), dtype, 4), 1e-6))}
+
+
+def rotations(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, float]:
+    q, k, v = rows((tokens, 3 * width), dtype, 5).chunk(3, dim=-1)  # thirds of a packed projection
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
+    angle = rows((tokens, width // heads // 2), torch.float32, 6)
+    angles, found = torch.stack([angle.cos(), angle.sin()]), {}
+    stores = [[torch.zeros(3 * tokens, heads, width // heads, dtype=dtype) for _ in "kv"] for _ in "fp"]
+    results = []
+    for store, fused in zip(stores, (True, False)):
+        ops._fused = lambda *tensors, fused=fused: fused
+        own = [part[tokens : 2 * tokens] for part in store]  # the middle of a ring
+        results.append(ops.rope_cache(q, k, v, angles, *own))
+        ops.rotate_into(k, angles, store[0][2 * tokens :])
+    ops._fused = NEVER
+    found["rope_cache q"] = error(*results)
+    found["rope_cache and rotate_into, the whole ring"] = max(error(a, b) for a, b in zip(*stores))
+    return found
+
+
+def fp8(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, float]:
+    """Scales exactly; values to one step of E4M3, most of them exactly. Rounding that carries into the exponent is left out: Triton
+    3.9's interpreter loses that bit, a GPU does not."""
+    x = rows((tokens, width), dtype, 7)
+    x[1] = 0
+    (got, scale), (expected, other) = both(ops.quantise_rows, x)
+    got, expected = got.float(), expected.float()
+    sure = (expected.frexp()[0].abs() != 0.5) & (expected != 0)
+    off = ((got - expected) / expected)[sure].abs()
+    return {"fp8 scales": error(scale, other), "fp8 steps": float(off.max()), "fp8 share of values off": float((off > 0).float().mean()),
+            "fp8 left out": float(1 - sure.float().mean())}
+
+
+def whole_forward() -> dict[str, float]:
+    """Three blocks of the tiny transformer with every op a kernel, packed q, k, v: the wiring."""
+    from conftest import tiny_model
+
+    def stream(fused: bool) -> torch.Tensor:
+        model, draw = tiny_model(), torch.Generator().manual_seed(1)
+        text = model.encode_text(torch.randn(9, 16, generator=draw))
+        cache = model.new_cache(8, 8, 3, 2, 1)
+        if fused:
+            for block in model.blocks:
+                block.self_attn.pack()
+        ops._fused = (lambda *tensors: True) if fused else NEVER
+        model.set_sink(cache, model.prefill(torch.randn(16, 1, 8, 8, generator=draw), torch.randn(16, 3, 8, 8, generator=draw), text), 8, 8)
+        modulation, audio = model.modulation(602.15), model.encode_audio(torch.randn(1, 400, 12, generator=draw))
+        return torch.stack([model(torch.randn(16, 3, 8, 8, generator=draw), modulation, audio, text, cache, block=n, sink_distance=30)
+                            for n in (20, 21, 22)])
+
+    with torch.inference_mode():
+        return {"three blocks": error(stream(True), stream(False))}
+
+
+def main() -> None:
+    found = {f"{name} {kind} {str(dtype).removeprefix('torch.')}": value
+             for kind, shape in SHAPES.items() for dtype in (torch.float32, torch.bfloat16)
+             for part in (pointwise, rotations, fp8) for name, value in part(*shape, dtype).items()}
+    found |= {f"{name} float32": value for name, value in whole_forward().items()}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

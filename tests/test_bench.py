@@ -1,0 +1,48 @@
+"""The benches of the forward and the decoder run on a CPU at a small scale, and the planner reads what they write."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from liveavatar import ops
+from liveavatar.config import FastConfig
+from liveavatar.runtime.forecast import read_measured
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(BENCH))]:
+        del sys.modules[name]
+    ops.use_attention("auto")
+
+
+def test_step_measures_compares_and_feeds_the_planner(bench, tmp_path, capsys):
+    out, theirs = tmp_path / "step.json", tmp_path / "reference.json"
+    theirs.write_text(json.dumps({"rows": [{"size": "64x64", "way": "reference", "seconds": 1000.0}]}))
+    ways = ["--scale", "--ways", "plain", "eager fp8", "all", "--repeat", "1", "--out", str(out)]
+    bench("step").main(ways)
+    bench("step").main([*ways, "--compare", str(out), "--reference", str(theirs)])
+    kept = json.loads(out.read_text())
+    rows = {row["way"]: row for row in kept["rows"]}
+    assert rows["all"]["problem"] == "needs a GPU" and rows["plain"]["gain"] > 100
+    assert 0 < rows["plain"]["roofline_share"] < 1.5 and rows["plain"]["matmul_share"] == pytest.approx(rows["plain"]["tflops"] / kept["matmul_tflops"]["bf16"])
+    assert read_measured(out) == {"step": min(rows[way]["seconds"] for way in ("plain", "eager fp8"))}
+    assert {"machine", "commit", "config", "rows", "roles"} <= kept.keys() and "before" in capsys.readouterr().out
+
+
+def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
+    out = tmp_path / "decode.json"
+    bench("decode").main(["--scale", "--ways", "one latent a call", "channels last + bytes", "--repeat", "1", "--out", str(out)])
+    rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    assert read_measured(out) == {"decode": rows["channels last + bytes"]["seconds"]}, "with the pictures' way to the host"
+
+
+def test_the_14b_forward_launches_fewer_than_1500_kernels(bench):
+    """Issue 5: from about 26,600 in the reference, before graphs; counted on the meta device."""
+    assert 800 < bench("launches").count(FastConfig(packed_qkv=True)).total() < 1500

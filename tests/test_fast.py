@@ -1,0 +1,161 @@
+"""Every fast path of the transformer against the plain one; graphs with a recorder that runs on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from liveavatar import ops
+from liveavatar.config import Config, FastConfig, ModelConfig, build
+from liveavatar.core import ConfigError
+from liveavatar.models.fast import Fp8Linear, compile_halves, pack, prepare, to_fp8
+from liveavatar.runtime.graphs import GraphedForward, GraphShapeError
+from torch import nn
+
+BLOCKS = 11
+
+
+def stream(model, forward=None, text_at: int = -1, sink_at: int = -1, anchors: int = 0) -> torch.Tensor:
+    """Velocities of a tiny stream; before block text_at the prompt, before sink_at the reference changes."""
+    draw = torch.Generator().manual_seed(1)
+    texts = [model.encode_text(torch.randn(9, 16, generator=draw)) for _ in range(2)]
+    motion, references = torch.randn(16, 3, 8, 8, generator=draw), [torch.randn(16, 1, 8, 8, generator=draw) for _ in range(2)]
+    cache, out = model.new_cache(8, 8, 3, 4, anchors), []
+    modulation = model.modulation(602.15)
+    model.set_sink(cache, model.prefill(references[0], motion, texts[0]), 8, 8)
+    for n in range(BLOCKS):
+        text = texts[1] if 0 <= text_at <= n else texts[0]
+        if n == sink_at:
+            model.set_sink(cache, model.prefill(references[1], motion, text), 8, 8)
+        x, audio = torch.randn(16, 3, 8, 8, generator=draw), model.encode_audio(torch.randn(1, 400, 12, generator=draw))
+        out.append((forward or model)(x, modulation, audio, text, cache, block=n + 8, sink_distance=30))
+    return torch.stack(out)
+
+
+@pytest.fixture(scope="module")
+def plain() -> torch.Tensor:
+    with torch.inference_mode():
+        return stream(tiny_model())
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).detach().norm() / expected.detach().norm())
+
+
+@torch.inference_mode()
+def test_packed_projections_are_the_same_function(plain):
+    model = tiny_model()
+    size = sum(p.numel() for p in model.parameters())
+    pack(model)
+    assert relative(stream(model), plain) < 1e-6
+    assert sum(p.numel() for p in model.parameters()) == size, "q, k and v must not lie there twice"
+
+
+@torch.inference_mode()
+def test_fp8_stays_near_and_takes_the_right_linears(plain):
+    model = tiny_model()
+    wanted = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(("blocks.", "audio_injector."))}
+    assert to_fp8(model) == len(wanted) == 2 * 10 + 5
+    assert {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)} == wanted
+    assert 1e-3 < relative(stream(model), plain) < 0.08
+    assert model.dtype == torch.float32
+
+
+def test_official_sizes_have_460_fp8_linears():
+    from liveavatar.models.s2v import CausalS2V, S2VConfig
+
+    with torch.device("meta"):
+        model = CausalS2V(S2VConfig())
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(("blocks.", "audio_injector."))]
+    assert len(names) == 460  # model.md section 15.3
+
+
+def test_an_fp8_linear_errs_by_its_rounding_alone():
+    """E4M3 keeps 3 bits behind the leading one: a product of two such errs by at most about 2 x 2^-4 of its size, a sum by less."""
+    draw = torch.Generator().manual_seed(0)
+    linear = nn.Linear(256, 96)
+    x = torch.randn(7, 5, 256, generator=draw)
+    with torch.inference_mode():
+        expected, got = linear(x), Fp8Linear(linear)(x)
+    assert got.shape == expected.shape and got.dtype == x.dtype
+    assert relative(got - linear.bias, expected - linear.bias) < 0.045
+    exact = torch.tensor([[1.0, -2.0, 448.0, 0.0]])  # values E4M3 has
+    assert torch.equal(ops.quantise_rows(exact)[0].float(), exact)
+
+
+@torch.inference_mode()
+def test_all_together(plain):
+    model = prepare(tiny_model(), FastConfig(packed_qkv=True, fp8=True))
+    assert isinstance(model.blocks[0].self_attn.qkv, Fp8Linear)
+    assert 1e-3 < relative(stream(model), plain) < 0.08
+
+
+@torch.inference_mode()
+def test_compiled_halves_are_traced_once_for_all_blocks(plain):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model(num_layers=3, audio_inject_layers=(0, 2))
+    expected = stream(model)
+    torch._dynamo.reset()
+    compile_halves(model, backend=backend)
+    assert torch.equal(stream(model), expected)
+    assert len(graphs) <= 4, f"{len(graphs)} graphs: before and after, of the sink and of a block"
+
+
+class Playback:
+    """A recorder that runs the call again instead of replaying it: results are those of a graph, launches are not saved."""
+
+    def __init__(self):
+        self.recorded = self.played = 0
+
+    def __call__(self, call):
+        self.recorded += 1
+        out = call().clone()
+
+        def play():
+            self.played += 1
+            out.copy_(call())
+
+        return play, out
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("changes", [{}, {"text_at": 8, "sink_at": 6}, {"anchors": 2}])
+def test_a_graphed_stream_is_the_plain_one(changes):
+    model, recorder = tiny_model(), Playback()
+    forward = GraphedForward(model, recorder)
+    assert torch.equal(stream(model, forward, **changes), stream(model, **changes))
+    if not changes:  # four places filling the ring, three more met at 4, 5, 6; from block 7 on every block is a replay
+        assert (recorder.recorded, recorder.played) == (4, BLOCKS - 7)
+
+
+@torch.inference_mode()
+def test_a_graph_refuses_another_shape():
+    model = tiny_model()
+    forward, cache, text = GraphedForward(model, Playback()), model.new_cache(8, 8, 3, 4), model.encode_text(torch.zeros(1, 16))
+    model.set_sink(cache, model.prefill(torch.zeros(16, 1, 8, 8), torch.zeros(16, 3, 8, 8), text), 8, 8)
+    audio, modulation = model.encode_audio(torch.zeros(1, 400, 12)), model.modulation(1000.0)
+    forward(torch.zeros(16, 3, 8, 8), modulation, audio, text, cache, block=0, sink_distance=30)
+    with pytest.raises(GraphShapeError, match=r"\[1, 16, 2, 8, 8\].*it was \[1, 16, 3, 8, 8\]"):
+        forward(torch.zeros(16, 2, 8, 8), modulation, audio, text, cache, block=1, sink_distance=30)
+
+
+def test_config_refuses_graphs_without_a_gpu():
+    assert build(Config, {"model": {"fast": {"packed_qkv": True}}}).model.fast == FastConfig(packed_qkv=True)
+    with pytest.raises(ConfigError, match="model.fast.graphs.*GPU"):
+        ModelConfig(device="cpu", fast=FastConfig(graphs=True))
+    with pytest.raises(ConfigError, match="fp_8.*did you mean 'fp8'"):
+        build(Config, {"model": {"fast": {"fp_8": True}}})
+
+
+def test_angles_by_axis_are_those_of_every_token():
+    from liveavatar.models.layers import rope_angles
+    from liveavatar.models.positions import grid_positions
+
+    model = copy.copy(tiny_model())
+    for times in (range(3), range(2**31, 2**31 + 3), [-1]):
+        assert torch.equal(model.angles_at(times, 6, 10), rope_angles(grid_positions(times, range(3), range(5)), 24))
