@@ -16,13 +16,14 @@ import asyncio
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from pipeline import commit, machine
+from measured import RESULTS, earlier, write
 
 from liveavatar import config as configs
 from liveavatar.core import SAMPLE_RATE
@@ -31,7 +32,6 @@ from liveavatar.serving.packets import H264, OPUS
 from liveavatar.serving.settings import ENGINES, ServeConfig
 from liveavatar.serving.studio import Studio
 
-HERE = Path(__file__).parent
 SPOKEN, PAUSE = 3.0, 2.0  # seconds
 HOLDS = 0.01  # share of ticks without a fresh picture
 
@@ -141,20 +141,19 @@ async def run(config: ServeConfig, counts: list[int], seconds: float, settle: fl
         await studio.aclose()
 
 
-def show(admits: dict, rows: list[dict], old: list[dict] | None) -> None:
-    """The table; old: rows of an earlier run."""
-    before = {row["sessions"]: row for row in old or []}
+def show(admits: dict, rows: list[dict], before: dict[tuple, dict]) -> None:
+    """The table; before: rows of an earlier run."""
     print(f"{admits['factor']}x real time for one session alone; admission would let in {admits['admits']}")
     columns = {"underrun": "underrun", "worst_underrun": "worst", "turn_p50_ms": "turn p50", "turn_p95_ms": "p95 ms", "late_p95_ms": "late p95",
                "fps": "ticks/s", "cores": "cores", "holds": "holds"}
-    print(f"{'sessions':>8}" + "".join(f"{name:>10}" for name in columns.values()) + (f"{'before: underrun, turn p95':>28}" if old else ""))
+    print(f"{'sessions':>8}" + "".join(f"{name:>10}" for name in columns.values()) + (f"{'before: underrun, turn p95':>28}" if before else ""))
     for row in rows:
-        earlier = before.get(row["sessions"])
+        then = before.get((row["sessions"],))
         print(f"{row['sessions']:>8}" + "".join(f"{str(row[key]):>10}" for key in columns)
-              + (f"{earlier['underrun']:>14} {earlier['turn_p95_ms']!s:>13}" if earlier else ""))
+              + (f"{then['underrun']:>14} {then['turn_p95_ms']!s:>13}" if then else ""))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, default="model")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4])
@@ -162,19 +161,16 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=5.0)
     parser.add_argument("--config", type=Path, help="of `liveavatar serve`")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "serve.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     parser.add_argument("--compare", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = replace(configs.load(args.config, args.overrides, ServeConfig), engine_kind=args.engine)
     room = max(config.engine.runtime.sessions, max(args.sessions))
     config = replace(config, engine=replace(config.engine, runtime=replace(config.engine.runtime, sessions=room)))
     load = os.getloadavg()[0]
     admits, rows = asyncio.run(run(config, args.sessions, args.seconds, args.settle))
-    show(admits, rows, json.loads(args.compare.read_text())["rows"] if args.compare else None)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine(), "load_before": load, "commit": commit(), "config": asdict(config), **admits, "rows": rows},
-                                   indent=1) + "\n")
-    print(args.out)
+    show(admits, rows, earlier(args.compare, ("sessions",)))
+    write(args.out, asdict(config), rows, load_before=load, **admits)
 
 
 if __name__ == "__main__":

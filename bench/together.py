@@ -15,18 +15,18 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from pipeline import commit, machine
+from measured import RESULTS, earlier, write
 
 from liveavatar import config as configs
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import cut
 
-HERE = Path(__file__).parent
 ALONE = 5  # blocks one after the other
 
 
@@ -108,16 +108,15 @@ async def measure(base: configs.Config, counts: list[int], blocks: int, repeats:
     return rows
 
 
-def show(rows: list[dict], old: list[dict] | None) -> None:
-    """The table; old: rows of an earlier run."""
-    before = {(r["sessions"], r["way"]): r["fps"] for r in old or []}
-    print(f"{'sessions':>8} {'way':>14} {'fps':>8} {'gain':>6} {'cpu ms':>8} {'gain':>6} {'alone ms':>9}" + (f" {'before':>8}" if old else ""))
+def show(rows: list[dict], before: dict[tuple, dict]) -> None:
+    """The table; before: rows of an earlier run."""
+    print(f"{'sessions':>8} {'way':>14} {'fps':>8} {'gain':>6} {'cpu ms':>8} {'gain':>6} {'alone ms':>9}" + (f" {'before':>8}" if before else ""))
     for r in rows:
-        earlier = before.get((r["sessions"], r["way"]))
-        print(f"{r['sessions']:>8} {r['way']:>14} {r['fps']:>8.1f} {r['gain']:>6.2f} {r['cpu_ms']:>8.1f} {r['cpu_gain']:>6.2f} {r['alone_ms']:>9.1f}" + (f" {earlier:>8.1f}" if earlier else ""))
+        then = before.get((r["sessions"], r["way"]))
+        print(f"{r['sessions']:>8} {r['way']:>14} {r['fps']:>8.1f} {r['gain']:>6.2f} {r['cpu_ms']:>8.1f} {r['cpu_gain']:>6.2f} {r['alone_ms']:>9.1f}" + (f" {then['fps']:>8.1f}" if then else ""))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--blocks", type=int, default=12)
@@ -126,17 +125,15 @@ def main() -> None:
     parser.add_argument("--launcher", default="inproc")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "together.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "together.json")
     parser.add_argument("--compare", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base = configs.load(args.config)
     base = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, launcher=args.launcher, threads=args.threads))
     load = os.getloadavg()[0]
     rows = asyncio.run(measure(base, args.sessions, args.blocks, args.repeats))
-    show(rows, json.loads(args.compare.read_text())["rows"] if args.compare else None)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine(), "load_before": load, "commit": commit(), "config": asdict(base), "rows": rows}, indent=1) + "\n")
-    print(args.out)
+    show(rows, earlier(args.compare, ("sessions", "way")))
+    write(args.out, asdict(base), rows, load_before=load)
 
 
 if __name__ == "__main__":
