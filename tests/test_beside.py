@@ -7,9 +7,9 @@ from test_register import config_of, played, script
 from liveavatar.core import Frames
 from liveavatar.runtime.beside import DecoderBeside, decoder_on
 from liveavatar.runtime.links import QueueLink
+from liveavatar.runtime.pump import Pump
 from liveavatar.runtime.roles import Decoder
 from liveavatar.runtime.stage_roles import build_stage
-from liveavatar.runtime.pump import Pump
 
 
 def frames(heard: dict) -> dict:

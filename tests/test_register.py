@@ -8,11 +8,14 @@ from conftest import TINY_SIZE, speech, tiny_model
 
 from liveavatar import core
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, VideoConfig
+from liveavatar.core import ConfigError
 from liveavatar.models.rows import Row, forward_rows, stack_modulations
+from liveavatar.runtime.engine import resolve
 from liveavatar.runtime.links import QueueLink
+from liveavatar.runtime.placement import blocks_inside
+from liveavatar.runtime.pump import Pump
 from liveavatar.runtime.register import Register
 from liveavatar.runtime.stage_roles import build_stage
-from liveavatar.runtime.pump import Pump
 
 BLOCK, LOOKAHEAD = 7680, 2000
 TOLERANCE = 2e-4  # of latents whose size is about 1: matmuls of another height sum in another order
@@ -141,3 +144,12 @@ def test_a_row_alone_is_the_plain_forward_bit_for_bit_and_rows_of_two_sessions_s
                 assert torch.equal(got[place], want)
             torch.testing.assert_close(got[place], want, atol=1e-5, rtol=1e-5)
     assert together[1].written == apart[1].written == 4
+
+
+def test_what_could_never_move_together_is_refused_and_a_shift_register_gets_blocks_to_fill_it(tiny_folder):
+    one, each = config_of(tiny_folder, shift_register=True), config_of(tiny_folder).chain
+    assert blocks_inside(resolve(one)[0]) == 4 and blocks_inside(resolve(config_of(tiny_folder))[0]) == 1
+    with pytest.raises(ConfigError, match="no stage holds several steps"):
+        resolve(replace(one, stages=tuple((name,) for name in each)))
+    with pytest.raises(ConfigError, match="more than runtime.sessions"):
+        resolve(config_of(tiny_folder, batch=3, sessions=2))

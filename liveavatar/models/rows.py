@@ -14,10 +14,9 @@ from typing import Protocol
 import torch
 
 from liveavatar import ops
-from liveavatar.models import layers as L
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import StepCache
-from liveavatar.models.s2v import CausalS2V, StepModulation, TextCache, reference_position
+from liveavatar.models.s2v import CausalS2V, StepModulation, TextCache
 
 
 @dataclass(frozen=True)
@@ -114,16 +113,14 @@ class _Place:
     """Where a row's block stands in its stream, and how it attends."""
 
     def __init__(self, model: CausalS2V, row: Row, exchange: Exchange, latents: int, h: int, w: int):
-        self.cache = row.cache
-        self.angles = exchange.order(model.block_angles(row.block, latents, h, w), latents)
-        self.reference = model.reference_angles(reference_position(row.block, latents, row.sink_distance), h, w)
-        self.turns = [model.time_angles(latents * moved) for moved in row.cache.anchor_moves(row.block)]
+        self.cache, self.at = row.cache, model.places(row.block, latents, h, w, row.sink_distance, row.cache.anchor_moves(row.block))
+        self.block = exchange.order(self.at.block, latents)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[1, n, heads, d] of this row, un-rotated -> the same shape."""
-        if self.turns:
-            self.cache.roll_anchors(layer, self.turns)
-        return ops.attention(*self.cache.attended(layer, q, k, v, self.angles, self.reference))
+        if self.at.turns:
+            self.cache.roll_anchors(layer, self.at.turns)
+        return ops.attention(*self.cache.attended(layer, q, k, v, self.block, self.at.reference))
 
 
 def _texts(rows: Sequence[Row], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

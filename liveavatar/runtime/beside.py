@@ -16,7 +16,7 @@ from liveavatar import core
 from liveavatar.core import Block, Message
 from liveavatar.runtime.roles import Decoder, to_levels
 
-ROOM = 1  # decodes under way; one more block waits until the oldest has left: pictures never pile up on the GPU
+ROOM = 2  # decodes under way, one that runs and one behind it; a block more waits for the oldest: pictures never pile up on the GPU
 
 
 @dataclass
@@ -44,7 +44,7 @@ class DecoderBeside:
 
     def holds_back(self, message: Message) -> bool:
         if isinstance(message, Block):
-            return len(self._queued) > ROOM
+            return len(self._queued) >= ROOM
         return any(item.block.session == message.session for item in self._queued)
 
     def advance(self) -> list[Message]:

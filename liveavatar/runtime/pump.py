@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import psutil
@@ -122,6 +123,14 @@ class Pump:
         for out in made:
             self._pass(out, place + 1)
 
+    def _tell(self, start: float, who: Sequence[tuple[Callable, Message]]) -> None:
+        """Spans of work that began at `start` and is over now; blocks that shared it have an equal part each, so that a rank's spans add
+        up to what it worked."""
+        spans = [span_of(self.traced, item, start, role) for role, item in who]
+        for n, span in enumerate(spans):
+            each = (spans[0].end - start) / len(spans)
+            self.up(replace(span, start=start + n * each, end=start + (n + 1) * each))
+
     def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]]) -> list[Message]:
         """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`."""
         self.busy = (type(role).__name__, message, time.monotonic())
@@ -129,8 +138,7 @@ class Pump:
             self.announce()
         made = act()
         if self.traced is not None:
-            for worker, item in who:
-                self.up(span_of(self.traced, item, self.busy[2], worker))
+            self._tell(self.busy[2], who)
         self.busy = None
         if isinstance(message, SLOW):
             self.announce()

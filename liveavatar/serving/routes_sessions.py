@@ -141,7 +141,6 @@ async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: 
 async def interrupt(session_id: SessionId, who: Who, at: At) -> InterruptedView:
     """Silence now. Says how much of the running segment was heard."""
     done = await at.desk.running(who, session_id, PUBLISH, CONTROL).session.interrupt()
-    at.metrics.interrupted("api")
     return InterruptedView(epoch=done.epoch, position_ms=done.position_ms)
 
 

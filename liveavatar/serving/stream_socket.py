@@ -236,7 +236,6 @@ class Connection:
             case InterruptOrder():
                 self.who.need(PUBLISH, CONTROL)
                 await self.lease.session.interrupt()
-                self.at.metrics.interrupted("api")
             case UpdateOrder():
                 self.who.need(CONTROL)
                 await changed(self.lease, order.prompt, order.avatar_id, self.who, self.at)

@@ -195,4 +195,5 @@ class Studio:
         if not fewer or self.config.engine_kind == "testcard":
             return self.config
         ranks = max(1, len(resolve(engine)[0].stages) - fewer)
-        return replace(self.config, engine=replace(engine, stages=cut(engine.chain, ranks)))
+        runtime = replace(engine.runtime, shards=None)  # they were said for the cut as it was
+        return replace(self.config, engine=replace(engine, stages=cut(engine.chain, ranks), runtime=runtime))
