@@ -70,7 +70,7 @@ def count(way: FastConfig, geometry: Geometry = Geometry(height=384, width=704),
     cache.sink, cache.written = Sink(empty(*kept), empty(*kept)), 20
     text = TextCache(((empty(1, c.text_len, c.num_heads, c.head_dim),) * 2,) * c.num_layers)
     audio = AudioTokens(empty(1, g.block_latents, 5, c.dim, dtype=torch.float32), empty(1, g.block_latents, c.dim, dtype=torch.float32))
-    x, mode = empty(16, g.block_latents, g.latent_height, g.latent_width), Launches()
+    x, mode = empty(c.in_dim, g.block_latents, g.latent_height, g.latent_width), Launches()
     plain = mock.patch.object(layers, "fp32_linear", lambda linear, x: F.linear(x.float(), linear.weight.float(), linear.bias.float()))
     ours = {"attention": None, **(KERNELS if way.kernels else {})}
     with ExitStack() as stack:

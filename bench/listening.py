@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from pipeline import commit, machine
+from measured import commit, machine
 
 from liveavatar.conditioning.media import read_audio
 from liveavatar.runtime.intake import Intake

@@ -87,8 +87,8 @@ class Stream:
         c = model.config
         self.text = model.encode_text(noise(c.text_len, c.text_dim).to(model.dtype))
         self.cache = model.new_cache(h, w, g.block_latents, g.ring_blocks)
-        model.set_sink(self.cache, model.prefill(noise(16, 1, h, w).to(model.dtype), noise(16, 19, h, w).to(model.dtype), self.text), h, w)
-        self.x = noise(16, g.block_latents, h, w).to(model.dtype)
+        model.set_sink(self.cache, model.prefill(noise(c.in_dim, 1, h, w).to(model.dtype), noise(c.in_dim, 19, h, w).to(model.dtype), self.text), h, w)
+        self.x = noise(c.in_dim, g.block_latents, h, w).to(model.dtype)
         self.audio = model.encode_audio(noise(c.audio_layers, c.audio_dim, g.frames_per_block))
         self.modulation, self.forward, self.number = model.modulation(602.15), GraphedForward(model) if graphs else model, 0
 

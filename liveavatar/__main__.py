@@ -338,11 +338,14 @@ class Ours:
     speech, portrait = (Path(__file__).parent / "assets" / name for name in ("speech.wav", "portrait.png"))
 
     @staticmethod
-    def generate(config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path) -> None:
-        """An mp4 of the portrait speaking the recording, and its trace."""
+    def generate(config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path,
+                 first_position: int = 0) -> None:
+        """An mp4 of the portrait speaking the recording, and its trace. first_position: as sampler.first_position."""
         from liveavatar import generate as main_job
 
         settings = _traced(_config(config, None, prompt=prompt, seed=seed), trace)
+        sampler = dataclasses.replace(settings.sampler, first_position=first_position)
+        settings = dataclasses.replace(settings, sampler=sampler) if first_position else settings
         main_job.generate(settings, main_job.Job(image=portrait, audio=str(audio), out=out))
 
     @staticmethod

@@ -79,6 +79,7 @@ class SamplerConfig:
     sink_distance: int | str = "checkpoint"  # rel in 4..30, "random" (a function of seed and block), or what the checkpoint says
     refresh_block: int | None = None  # AAS before this block; 0: never; None: what the checkpoint says
     anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
+    first_position: int = 0  # latent frames that the counter of time positions starts at: a stream as if so much had gone before
 
     def __post_init__(self):
         if not 0 < self.shift < math.inf:
@@ -95,6 +96,8 @@ class SamplerConfig:
             raise ConfigError(f"sampler.refresh_block={self.refresh_block}: must be >= 0 (0: never)")
         if self.anchor_blocks < 0:
             raise ConfigError(f"sampler.anchor_blocks={self.anchor_blocks}: must be >= 0 (0: none)")
+        if self.first_position < 0:
+            raise ConfigError(f"sampler.first_position={self.first_position}: must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

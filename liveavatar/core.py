@@ -60,7 +60,7 @@ class Geometry:
 
     height, width: pixels. spatial_stride: pixels per latent cell. block_latents: latent frames per
     block. ring_blocks: blocks a ring holds, the current one included. anchor_blocks: of those, first
-    blocks of the stream that stay.
+    blocks of the stream that stay. first_block: what a stream's block 0 is numbered in time positions.
     """
 
     height: int
@@ -70,6 +70,7 @@ class Geometry:
     ring_blocks: int = 4
     motion_frames: int = 73
     anchor_blocks: int = 0
+    first_block: int = 0
 
     def __post_init__(self):
         if not 0 <= self.anchor_blocks < self.ring_blocks:

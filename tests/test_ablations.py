@@ -11,7 +11,7 @@ from liveavatar.core import ConfigError, InputError
 from liveavatar.diffusion.denoise import noise
 from liveavatar.diffusion.rollout import cached_rollout
 from liveavatar.models.probe import Seen
-from liveavatar.training import ablations, choose, preview
+from liveavatar.training import ablations, choose, preview, students
 from liveavatar.training.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
 
 SIGMAS = (1.0, 0.9, 0.6, 0.0)
@@ -79,12 +79,12 @@ def test_the_best_candidate_is_chosen(tmp_path, monkeypatch):
             return {"stage": arm.stage, "sync r": 0.9, "aperture slope": slopes[arm.stage], "head motion ratio": 1.0, "probe_fd": 0.1}
 
     monkeypatch.setattr(choose.Bench, "build", lambda *a: Bench())
-    rows = choose.choose(choose.ChooseConfig(), None, None, tmp_path, 0, "dmd", "consistency", SIGMAS)
+    rows = choose.choose(choose.ChooseConfig(), None, None, tmp_path, 0, None, "dmd", "consistency", SIGMAS)
     assert [row["stage"] for row in rows] == ["dmd_000050", "dmd", "consistency"] == [row["stage"] for row in json.loads((tmp_path / "choice.json").read_text())]
     chosen = load_checkpoint(checkpoint_path(tmp_path, "chosen"))
     assert float(chosen["ema"]["w"]) == pytest.approx(0.9) and "model" not in chosen
     with pytest.raises(InputError, match="no checkpoint"):
-        choose.choose(choose.ChooseConfig(), None, None, tmp_path / "none", 0, "dmd", "ode", SIGMAS)
+        choose.choose(choose.ChooseConfig(), None, None, tmp_path / "none", 0, None, "dmd", "ode", SIGMAS)
 
 
 def test_the_table_says_what_was_not_measured():
@@ -94,6 +94,14 @@ def test_the_table_says_what_was_not_measured():
     assert "| as shipped | dmd 3 | 0.500 | x |" in text and "| forcing alone | forcing  | not measured (no checkpoint) | y |" in text
 
 
+def test_students_have_rows_and_folders_of_their_own():
+    config = ablations.AblationConfig(arms=(ablations.Arm(name="x"),), students=students.StudentsConfig(starts=("ode", "forcing")))
+    assert [(arm.name, arm.run, arm.stage) for arm in config.arms_with_students] == [
+        ("x", "", ""), ("student from ode", "ablations/ode", "dmd"), ("student from forcing", "ablations/forcing", "dmd")]
+    with pytest.raises(ConfigError, match="names must differ"):
+        dataclasses.replace(config, arms=(ablations.Arm(name="student from ode"),))
+
+
 def test_refusals_name_the_key():
     with pytest.raises(ConfigError, match="arm.sink"):
         ablations.Arm(name="x", sink="some")
@@ -101,5 +109,9 @@ def test_refusals_name_the_key():
         ablations.Arm(name="x", history="none")
     with pytest.raises(ConfigError, match="names must differ"):
         ablations.AblationConfig(arms=(ablations.Arm(name="x"), ablations.Arm(name="x")))
+    with pytest.raises(ConfigError, match="one of each"):
+        students.StudentsConfig(starts=("ode", "ode"))
+    with pytest.raises(ConfigError, match="students.starts"):
+        students.StudentsConfig(starts=("teacher",))
     with pytest.raises(ConfigError, match="blocks"):
         dataclasses.replace(ablations.AblationConfig(), blocks=3)

@@ -12,7 +12,7 @@ import torch
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import exit_table, level_parallel
 from liveavatar.diffusion.schedule import shifted
-from liveavatar.training import dmd, export, forcing, guidance, levels, losses, ode
+from liveavatar.training import dmd, forcing, guidance, levels, losses, ode, textcode
 from liveavatar.training.loop import LoopConfig, agreed, load_checkpoint, shared_draws
 from liveavatar.training.shards import read_arrays, write_arrays
 from torch import nn
@@ -296,7 +296,7 @@ def test_one_clip_is_learned_by_heart(tmp_path):
         known, start="", model={**known.model, "dim": 64, "ffn_dim": 128}, levels=TABLE[:-1], same_share=1.0, table_share=1.0, far_share=0.0,
         portrait_share=0.0, silence_share=0.0, no_text_share=0.0, mouth=0.0, eyes=0.0,
         loop=LoopConfig(iterations=300, batch=2, lr=8e-3, warmup=10, ema=0.9, threads=1, log_every=100, muon=True))
-    learned = forcing.train_forcing(config, tmp_path, 0, export.text_encoder_of(config.model, 0), 0)
+    learned = forcing.train_forcing(config, tmp_path, 0, textcode.text_encoder_of(config.model, 0), 0)
     assert np.mean(learned[:5]) > 1.5 and np.mean(learned[-10:]) < 0.05
 
 
@@ -308,7 +308,7 @@ def micro(tmp_path_factory):
     root = tmp_path_factory.mktemp("distilled")
     for index in range(3):
         encoded_clip(root / "latents", index)
-    overrides = [f"run={root}", "teacher.loop.iterations=4", "forcing.loop.iterations=4"]
+    overrides = [f"run={root}", "text=null", "teacher.loop.iterations=4", "forcing.loop.iterations=4"]
     for stage in ("teacher", "forcing", "ode", "consistency", "dmd"):
         recipe.run(stage, MICRO, overrides)
     return recipe.read_recipe(MICRO, overrides)
@@ -355,13 +355,27 @@ def test_a_resumed_distillation_repeats_everything(micro, tmp_path):
     """Cut in the middle: losses, both networks, both optimisers and the average, bit for bit."""
     for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
-    text = export.text_encoder_of(micro.forcing.model, micro.seed)
+    text = textcode.text_encoder_of(micro.forcing.model, micro.seed)
     found = [loss for stop in (3, 7, None)
              for loss in dmd.train_dmd(micro.dmd, micro.forcing, micro.export.sigmas, tmp_path, micro.seed, text, 0, stop)]
     assert len(found) == 14
     strip = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path, "dmd")]
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(micro.run, "dmd")]
     assert same(load_checkpoint(tmp_path / "dmd.pt"), load_checkpoint(Path(micro.run) / "dmd.pt"))
+
+
+def test_students_of_other_starts_are_trained_apart(micro, tmp_path):
+    """Each in its folder, from its own start; a start that the run does not have is left out, what is done is not done again."""
+    from liveavatar.training.students import StudentsConfig, train_students
+
+    for name in ("latents", "forcing.pt", "teacher.pt", "ode.pt"):
+        (tmp_path / name).symlink_to(Path(micro.run) / name)
+    again, short = every_turn(micro), StudentsConfig(iterations=2)
+    made = [train_students(short, again.dmd, again.forcing, again.export.sigmas, tmp_path, again.seed, again.texts(), 0) for _ in range(2)]
+    assert made[0] == made[1] == {start: tmp_path / "ablations" / start for start in ("forcing", "ode")}
+    ends = [load_checkpoint(folder / "dmd.pt") for folder in made[0].values()]
+    assert [int(end["iteration"]) for end in ends] == [2, 2] and not same(ends[0]["model"], ends[1]["model"])
+    assert all(len(rows(folder, "dmd")) == 2 for folder in made[0].values())
 
 
 def every_turn(micro, **change):
@@ -378,7 +392,7 @@ def test_other_ways_of_stage_two(micro, tmp_path, change):
     for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
     short = every_turn(micro, **change)
-    dmd.train_dmd(short.dmd, short.forcing, short.export.sigmas, tmp_path, short.seed, export.text_encoder_of(short.forcing.model, short.seed), 0)
+    dmd.train_dmd(short.dmd, short.forcing, short.export.sigmas, tmp_path, short.seed, textcode.text_encoder_of(short.forcing.model, short.seed), 0)
     log = rows(tmp_path, "dmd")
     assert [row["student"] > 0 and row["student_norm"] > 0 for row in log] == [True, True]
 
@@ -387,7 +401,7 @@ def distil_as_rank(rank, micro, folder):
     """What a rank does in the test below."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     try:
-        text = export.text_encoder_of(micro.forcing.model, micro.seed)
+        text = textcode.text_encoder_of(micro.forcing.model, micro.seed)
         work = dmd.Distillation(micro.dmd, micro.forcing, micro.export.sigmas, folder, micro.seed, forcing.EncodedReader(folder, micro.forcing, text, 0))
         log = [work.step(), work.step()]
         torch.save({"loss": [row["loss"] for row in log], **{k: w.module.state_dict() for k, w in (("student", work.student), ("critic", work.critic))}},

@@ -13,6 +13,7 @@ from conftest import save_tiny, speech, tiny_model
 from liveavatar import core
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, SamplerConfig, VideoConfig
 from liveavatar.core import ConfigError, InputError, PlacementError, RankFailure, SessionClosed
+from liveavatar.evaluation import gate_runs
 from liveavatar.runtime import engine as engine_module
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import cut
@@ -89,6 +90,25 @@ def test_a_stream_from_start_to_end(tiny_folder, portrait):
     sound = np.concatenate([o.pcm for o in outputs])
     assert np.array_equal(sound[: len(pcm)], pcm) and not sound[len(pcm) :].any()
     assert len({o.pictures[:3].tobytes() for o in outputs}) == 6
+
+
+@pytest.mark.parametrize("position", [44_990, 2**31])
+def test_the_counter_may_start_anywhere(tiny_folder, portrait, position):
+    """Counter warp: the Engine far in a stream is the rollout numbered so; its pictures are those of no other place."""
+    pcm, made, portrait = speech(3 * 0.48 + AHEAD), {}, portrait[:, :64, :64]
+    for start in (0, position):
+        settings = config(tiny_folder)
+        settings = dataclasses.replace(settings, sampler=SamplerConfig(steps=2, refresh_block=0, first_position=start))
+
+        async def scenario(engine):
+            session = await engine.open(portrait, prompt="a person", seed=0, name=gate_runs.SESSION)
+            return np.concatenate([o.pictures for o in await speak(session, pcm)])[:36]
+
+        made[start] = run(with_engine, settings, scenario)
+        alone = gate_runs.Avatar(settings)
+        assert alone.geometry.first_block == start // 3
+        assert np.array_equal(made[start], alone.make(portrait.permute(1, 2, 0).numpy(), pcm, "a person", 3, 0)[1])
+    assert not np.array_equal(made[0], made[position]) and made[position].std() > 0
 
 
 async def script(engine, portrait):

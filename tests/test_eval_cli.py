@@ -283,6 +283,26 @@ def test_a_plan_for_another_system_and_its_video(tmp_path, monkeypatch):
     text = (tmp_path / "out/report.md").read_text()
     assert "needs the trace of the run" in text and "| picture_luma |" in text and "nothing is said about minutes" in text
     assert "another plan" in error_of("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4", "drift.seed=9")
+    assert "made already" in error_of("evaluate", "drift", tmp_path / "e.yaml", f"drift.video={tmp_path}/long.mp4", "drift.first_position=9")
+
+
+def test_a_warped_drift_run_says_what_it_is(tmp_path, monkeypatch):
+    """The counter of positions goes to whoever makes the video, and into the report."""
+    asked = []
+
+    def generate(config, portrait, audio, out, prompt, seed, trace, first_position=0):
+        asked.append(first_position)
+        with VideoWriter(out, 64, 64) as writer:
+            writer.write(np.full((225, 64, 64, 3), 100, np.uint8), np.zeros(9 * 16000, np.float32))
+        trace.write_text(json.dumps({"kind": "start", "time": 0.0}) + "\n")
+
+    monkeypatch.setattr("liveavatar.__main__.Ours.generate", staticmethod(generate))
+    monkeypatch.setattr("liveavatar.evaluation.judge.judge_video", lambda window, **settings: [])
+    monkeypatch.setattr("liveavatar.evaluation.jobs._marks", lambda trace: [])
+    (tmp_path / "e.yaml").write_text(json.dumps({"out": str(tmp_path / "out"), "drift": {"seconds": 9.0, "window": 2.0, "first_position": 44990}}))
+    run("evaluate", "drift", tmp_path / "e.yaml")
+    limits = " ".join(read_report(tmp_path / "out/report.json").limits)
+    assert asked == [44990] and "time positions start at 44990" in limits and "arithmetic, not drift" in limits
 
 
 def test_a_study_from_the_command_line(tmp_path):

@@ -1,5 +1,7 @@
 """The whole judge on rendered heads: every metric ranks as it must, suites are what they say, a file gets its measures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ pytest.importorskip("dlib", reason="likeness")
 pytest.importorskip("pocketsphinx", reason="phones")
 pytest.importorskip("skimage", reason="SSIM")
 
-from liveavatar.conditioning.media import VideoWriter
+from liveavatar.conditioning.media import VideoWriter, read_audio
 from liveavatar.core import InputError
 from liveavatar.evaluation import sanity, suite
 from liveavatar.evaluation.clips import VideoFile
@@ -136,3 +138,23 @@ def test_portrait_without_a_face_is_refused(tmp_path, rendered_suite):
     Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(tmp_path / "grey.png")
     with pytest.raises(InputError, match="0 faces"):
         judge_video(rendered_suite.path(rendered_suite.manifest.items[0], "gt_video"), portrait=tmp_path / "grey.png")
+
+
+def test_the_long_suite_is_sound_with_silences_and_a_portrait(tmp_path):
+    """suite_long's lines, one of them shortened: pauses of half a second and more, phones that agree with the sound, nothing rendered but the portrait."""
+    performance = pytest.importorskip("liveavatar.training.synth.performance")
+    if not performance.speech.have_flite():
+        pytest.skip("flite is not installed (apt install flite)")
+    lines = suite.long()
+    assert len(lines) == 15 and lines[-1].seconds == 10_000 and all(300 < line.seconds <= 360 for line in lines[:-1])
+    assert len({line.id for line in lines}) == 15 and len({line.identity for line in lines}) == 3 and suite.long(2) != lines
+    short = dataclasses.replace(lines[0], seconds=40.0, size=64)
+    built = suite.build(tmp_path, "suite_long", "1", [short], performance.Stage())
+    (item,) = built.manifest.items
+    assert not item.gt_video and built.path(item, "gt_motion") is None and item.text and set(item.sha256) == {"long_00.png", "long_00.wav"}
+    pcm = np.concatenate(list(read_audio(built.path(item, "audio"))))
+    pauses = [p for p in item.phones if p.name == "pau" and p.end - p.start >= 0.5]
+    assert len(pcm) == 40 * 16000 and len(pauses) >= 3 and item.phones[-1].end <= 40
+    for pause in pauses:
+        assert np.abs(pcm[round((pause.start + 0.15) * 16000) : round((pause.end - 0.15) * 16000)]).max(initial=0) < 0.05
+    assert max(np.abs(pcm).max(), 0) > 0.1

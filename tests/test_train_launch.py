@@ -20,7 +20,7 @@ def clips(folder: Path) -> list[str]:
     """Clips of noise under `folder`; the settings of a short stage on them."""
     for index in range(3):
         encoded_clip(folder / "latents", index)
-    return [f"run={folder}", "forcing.start=''", "forcing.loop.iterations=3", "forcing.loop.muon=false"]
+    return [f"run={folder}", "text=null", "forcing.start=''", "forcing.loop.iterations=3", "forcing.loop.muon=false"]
 
 
 def logged(folder: Path) -> list[float]:

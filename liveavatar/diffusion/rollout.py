@@ -123,10 +123,11 @@ def roll_block(model: CausalS2V, steps: Sequence[Step], banks: Sequence[StepCach
 def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
                    context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, *, ring_blocks: int = 4, anchor_blocks: int = 0,
                    sink_distance: int = 30, refresh_block: int = 0, history: HistoryMode = PER_STEP, seed: int = 0,
-                   kind: type[StepCache] = StepCache) -> Iterator[torch.Tensor]:
+                   kind: type[StepCache] = StepCache, first_block: int = 0) -> Iterator[torch.Tensor]:
     """Clean latents [16, F, h, w] of block after block in flat memory; noises: [16, F, h, w], features: [L, Ca, 4F].
 
-    seed: of the noise on the history, where the mode has any. kind: of the caches, for ablations.
+    seed: of the noise on the history, where the mode has any. kind: of the caches, for ablations. first_block: the first
+    one's number in time positions.
     """
     steps = make_steps(model, sigmas)
     h, w = reference.shape[-2:]
@@ -139,7 +140,7 @@ def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[t
             for cache in caches:
                 model.set_sink(cache, sink, h, w)
         x, _ = roll_block(model, steps, caches * len(steps) if history.shared else caches, x, model.encode_audio(feature), text,
-                          block=block, sink_distance=sink_distance, corruption=history.corruption(seed, block, x.shape))
+                          block=first_block + block, sink_distance=sink_distance, corruption=history.corruption(seed, block, x.shape))
         first = x[:, :1] if first is None else first
         yield x
 

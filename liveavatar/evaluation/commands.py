@@ -57,6 +57,7 @@ def commands(guard: Callable, ours: Ours) -> typer.Typer:
     for add in (_suites, _files, _reports):
         add(_register(app, guard), ours)
     app.command(epilog=gate_commands.EPILOG)(guard(gate_commands.gates))
+    app.command(epilog=gate_commands.PROMPTS_EPILOG)(guard(gate_commands.prompts))
     _people(_register(people, guard), ours)
     return app
 

@@ -16,6 +16,9 @@ EPILOG = (
     "liveavatar evaluate gates --data data/tiny --probe runs/tiny/probe   [dim]the embedded avatar[/dim]\n\n"
     "liveavatar evaluate gates --data data/tiny --probe runs/tiny/probe --frames 1000 model.path=runs/tiny/default"
 )
+PROMPTS_EPILOG = "[bold]Example[/bold]\n\nliveavatar evaluate prompts --data data/tiny --prompt 'red shirt, green background'"
+PICTURED = ("", "red shirt, white background", "blue shirt", "green background", "yellow shirt, purple background", "black shirt, orange background",
+            "white shirt, black background", "wearing a green shirt, in front of a pink background")  # fmt: skip
 FILE_WIDTH = 150  # columns of a table that goes into a file
 VERDICTS = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[yellow]not measured[/yellow]"}
 
@@ -45,6 +48,28 @@ def gates(
     show(report)
     typer.echo(f"wrote {out}")
     raise typer.Exit(1 if report.failed else 0)
+
+
+def prompts(
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Clips rendered by `train data`: portraits of held and default; colours of train.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, e.g. model.path=DIR.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(metavar="TEXT", help="A row of the picture; may be repeated.")] = None,
+    picture: Annotated[Path, typer.Option(metavar="FILE", help="What every person gives to every prompt.")] = Path("prompts.jpg"),
+) -> None:
+    """Ask people for other clothes and backdrops: how often the colour named is shown, and a picture to look at."""
+    from liveavatar import config as settings
+    from liveavatar.evaluation import gates as judge
+    from liveavatar.evaluation import prompts as asked
+    from liveavatar.evaluation.gate_runs import Avatar, grouped_clips
+
+    config = settings.load(None, overrides or ())
+    parts, ceiling = asked.wardrobe(data)
+    avatar, people, rows = Avatar(config), asked.people_of(grouped_clips(data)), prompt or list(PICTURED)
+    answers = asked.answers_of(avatar, parts, people, judge.PROMPTS, config.seed)
+    for measure in asked.measures_of([answer for row in answers for answer in row], ceiling):
+        typer.echo(f"{measure.name}: {measure} (n {measure.n}; {measure.reason})")
+    asked.labelled(asked.table(avatar, people, rows, config.seed), ["portrait", *rows]).save(picture, quality=90)
+    typer.echo(f"wrote {picture}")
 
 
 def show(report: Report) -> None:

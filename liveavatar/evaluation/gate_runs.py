@@ -68,7 +68,8 @@ class Avatar:
         self.vae.decode(opened.motion[:, :PRIMING_LATENTS], state)
         for x in cached_rollout(self.model, self.source.sigmas, [b.latents for b in asked], [b.features for b in asked], opened.context,
                                 opened.reference, opened.motion, ring_blocks=self.geometry.ring_blocks,
-                                sink_distance=int(self.source.sink_policy), refresh_block=self.source.refresh_block):
+                                sink_distance=int(self.source.sink_policy), refresh_block=self.source.refresh_block,
+                                first_block=self.geometry.first_block):
             latents.append(x.float().cpu())
             pictures.append(to_bytes(self.vae.decode(x, state)).numpy())
         return torch.cat(latents, dim=1), np.concatenate(pictures)

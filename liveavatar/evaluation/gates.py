@@ -23,7 +23,7 @@ from liveavatar.conditioning.face import FaceTracker
 from liveavatar.config import Config
 from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
-from liveavatar.evaluation import provenance
+from liveavatar.evaluation import prompts, provenance
 from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
 from liveavatar.evaluation.likeness import Likeness, embedding
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
@@ -50,7 +50,10 @@ DEMANDS = {
     "streaming_difference": {"max": 0.0}, "half_file_difference": {"max": 1.0},
     "speed": {"min": 25.0},
     "size_mb": {"max": 25.0}, "media_mismatches": {"max": 0.0},
+    # Ours, for issue 3's "prompts that visibly work": 6.3 has nothing on prompts.
+    "prompt_shirt": {"min": 0.8}, "prompt_background": {"min": 0.9},
 }  # fmt: skip
+PROMPTS = 12  # per person
 LIMITS = (
     "Rendered heads judged by a network trained on renders: never to be set beside figures of photoreal systems.",
     "probe_fd and probe_id come from our own probe; they are no FID and no face-recognition distance.",
@@ -96,7 +99,7 @@ class Judgement:
 
     def report(self, command: str) -> Report:
         """All measures, then the gates over them."""
-        parts = (self.codec, self.sync, self.articulation, self.identity, self.pictures, self.long_run, self.teacher, self.exactness, self.files)
+        parts = (self.codec, self.sync, self.articulation, self.identity, self.pictures, self.prompts, self.long_run, self.teacher, self.exactness, self.files)
         metrics = [measure for part in parts for measure in part()]
         checks = self.sanity()
         metrics.append(self.count("metric_sanity", float(all(c.ok for c in checks)), "", len(checks), "higher"))
@@ -258,6 +261,17 @@ class Judgement:
         fd = frechet(np.concatenate([t.seen.features for t in self.of("held")]), np.concatenate([t.through.features for t in self.of("held")]))
         return [self.count("latent_std_ratio", np.mean(ratios), "", len(ratios), "target", bootstrap(ratios)), flicker,
                 self.probed("probe_fd", fd, "", sum(len(t.seen) for t in self.of("held")), "lower")]
+
+    def prompts(self) -> list[Measure]:
+        """Whether the colours that a prompt names are shown, by everybody there is."""
+        try:
+            parts, ceiling = prompts.wardrobe(Path(self.job.data))
+        except InputError as missing:
+            return [absent(f"prompt_{part}", str(missing)) for part in prompts.EXPLAINED]
+        people = prompts.people_of(self.clips)
+        self.say(f"{PROMPTS} prompts for each of {len(people)} people")
+        answers = prompts.answers_of(self.avatar, parts, people, PROMPTS, self.job.seed)
+        return prompts.measures_of([answer for row in answers for answer in row], ceiling)
 
     def long_run(self) -> list[Measure]:
         """Blinks, head motion, seams and drift over the stream; identity is that to the portrait."""

@@ -23,7 +23,7 @@ from liveavatar.evaluation.backends import Backends, Given
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
-SUITES = {"tiny": "suite_tiny", "short": "suite_short"}
+SUITES = {"tiny": "suite_tiny", "short": "suite_short", "long": "suite_long"}
 
 
 # ---------------------------------------------------------------- what the user says
@@ -58,7 +58,7 @@ class SuiteSettings:
 @dataclass(frozen=True, kw_only=True)
 class DriftSettings:
     """A long stream. probe, speech: recordings (None: the embedded one); video: made by any system from the plan's sound, with its trace
-    if there is one; None: we make both."""
+    if there is one; None: we make both, with the counter of time positions starting at first_position (counter warp)."""
 
     seconds: float = 60.0
     window: float = 10.0
@@ -69,6 +69,11 @@ class DriftSettings:
     portrait: str | None = None
     video: str | None = None
     trace: str | None = None
+    first_position: int = 0
+
+    def __post_init__(self):
+        if self.first_position < 0 or (self.first_position and self.video is not None):
+            raise ConfigError(f"drift.first_position={self.first_position}: must be >= 0, and 0 with drift.video, which was made already")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,8 @@ class Ours(Protocol):
     speech: Path  # the embedded recording and portrait
     portrait: Path
 
-    def generate(self, config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path) -> None: ...
+    def generate(self, config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path,
+                 first_position: int = 0) -> None: ...
 
     def weights(self, config: Path | None) -> dict[str, Path]: ...
 
@@ -183,8 +189,7 @@ def open_suite(what: SuiteSettings, setting: Setting):
     folder = Path(what.folder)
     if what.build is not None and not (folder / suites.MANIFEST).exists():
         setting.say(f"building {SUITES[what.build]} in {folder}")
-        lines = {"tiny": suites.tiny, "short": suites.short}[what.build](what.seed)
-        return suites.build(folder, SUITES[what.build], f"1, seed {what.seed}", lines, setting.ours.stage())
+        return suites.build(folder, SUITES[what.build], f"1, seed {what.seed}", suites.NAMED[what.build](what.seed), setting.ours.stage())
     return suites.read_suite(folder)
 
 
@@ -263,7 +268,7 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
         "drift", system_of(order.system, made_by, None if order.config is None else Path(order.config)),
         Origin(name=f"drift {plan.seconds:g} s", version=f"seed {plan.seed}", sha256=plan.sha256, synthetic=synthetic), metrics=measures,
         items=(report.Item(id="stream", video=str(target), sha256=video.sha256, picture=video.card),), seeds={"plan": plan.seed},
-        gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), limits=_drift_limits(plan, found),
+        gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), limits=_drift_limits(what, plan, found),
         plots=_draw_drift(video, plan, found, marks, out, synthetic), details={"windows": windows, "marks": marks}), out)  # fmt: skip
 
 
@@ -275,7 +280,8 @@ def _stream(order: Evaluation, plan, setting: Setting) -> tuple[Path, Path | Non
         return Path(what.video), None if what.trace is None else Path(what.trace), portrait
     target, trace = out / "drift.mp4", out / "trace.jsonl"
     setting.say(f"making {target} ({plan.seconds:g} s)")
-    setting.ours.generate(None if order.config is None else Path(order.config), portrait, out / plan.audio, target, None, what.seed, trace)
+    setting.ours.generate(None if order.config is None else Path(order.config), portrait, out / plan.audio, target, None, what.seed, trace,
+                          what.first_position)
     return target, trace, portrait
 
 
@@ -297,11 +303,14 @@ def _seam(video, marks: Sequence[tuple[float, str]], trace: Path | None) -> Meas
     return Measure(name="seam", value=max(jumps), unit="x", better="lower", n=len(jumps), interval=None, backend=drift.BACKEND)
 
 
-def _drift_limits(plan, found) -> tuple[str, ...]:
+def _drift_limits(what: DriftSettings, plan, found) -> tuple[str, ...]:
     from liveavatar.evaluation import drift
 
     limits = (f"Worst window: {drift.worst(found).start:g} s.",
               "The same words are spoken in every window; intervals are within a window.")  # fmt: skip
+    if what.first_position:
+        warp = f"Counter warp: time positions start at {what.first_position}. That tests arithmetic, not drift: nothing has gone before."
+        limits = (*limits, warp)
     return limits if plan.seconds >= 1000 else (*limits, f"{plan.seconds:g} s only: nothing is said about minutes or hours.")
 
 

@@ -27,6 +27,7 @@ from liveavatar.evaluation.landmarks import Truth
 from liveavatar.evaluation.report import Item, absent
 
 SCHEMA = "suite/1"
+LONGEST = 10_000.0  # seconds
 MANIFEST = "suite.json"
 LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: CMU flite (BSD-style); text: this project"
 FILES = ("portrait", "audio", "gt_video", "mumbled_video", "gt_motion")
@@ -44,6 +45,7 @@ class Line:
     size: int  # pixels, both sides
     framing: str = "close"  # close | turned: the head 15 degrees to one side
     noisy: bool = False  # the sound through another room and channel
+    spoken: bool = False  # sound and portrait alone, with pauses up to long silences: streams too long to be rendered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +91,12 @@ class Suite:
 
 
 class Rendered(Protocol):
-    """What a renderer makes of a Line. frames, mumbled uint8 [T, S, S, 3] at 25 pictures a second; portrait uint8 [S, S, 3];
-    pcm float32 [n] 16 kHz from the first picture; motion: channels of landmarks.Truth, each [T]."""
+    """What a renderer makes of a Line. frames, mumbled uint8 [T, S, S, 3] at 25 pictures a second, None of a line that is only
+    spoken; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz from the first picture; motion: channels of landmarks.Truth, each
+    [T], none of a line that is only spoken."""
 
-    frames: np.ndarray
-    mumbled: np.ndarray
+    frames: np.ndarray | None
+    mumbled: np.ndarray | None
     portrait: np.ndarray
     pcm: np.ndarray
     phones: Sequence[Phone]
@@ -117,6 +120,17 @@ def short(seed: int = 1) -> tuple[Line, ...]:
                  for k in range(100))  # fmt: skip
 
 
+def long(seed: int = 1) -> tuple[Line, ...]:
+    """suite_long: 14 streams of 301 to 360 s and one of 10,000 s, three heads in turn; sound and portrait, no true pictures."""
+    rng = np.random.default_rng([seed, 300])
+    seconds = [*np.round(rng.uniform(301, 360, 14)), LONGEST]
+    return tuple(Line(id=f"long_{k:02d}", identity=1_002_000 + 100 * seed + k % 3, voice=("awb", "slt", "rms", "kal16")[k % 4], seed=10_000 * seed + k,
+                      seconds=float(seconds[k]), size=128, spoken=True) for k in range(15))  # fmt: skip
+
+
+NAMED = {"tiny": tiny, "short": short, "long": long}
+
+
 def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], render: Callable[[Line], Rendered]) -> Suite:
     """Make every item's files and the manifest. The same lines give the same bytes on one GL back end. Raises InputError."""
     folder = Path(folder)
@@ -128,20 +142,30 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
 
 
 def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
-    names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav", "gt_video": f"{line.id}.gt.mp4", "mumbled_video": f"{line.id}.mumbled.mp4",
-             "gt_motion": f"{line.id}.motion.npz"}  # fmt: skip
-    pcm = made.pcm[: round(len(made.frames) * SAMPLE_RATE / FPS)].astype(np.float32)
+    names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav"}
     Image.fromarray(made.portrait).save(folder / names["portrait"])
-    with wave.open(str(folder / names["audio"]), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.clip(np.round(pcm * 32767), -32768, 32767).astype("<i2").tobytes())
-    write_video(folder / names["gt_video"], made.frames, pcm)
-    write_video(folder / names["mumbled_video"], made.mumbled, pcm)
-    write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
+    if line.spoken:
+        write_sound(folder / names["audio"], made.pcm[: round(line.seconds * SAMPLE_RATE)])
+    else:
+        names |= {"gt_video": f"{line.id}.gt.mp4", "mumbled_video": f"{line.id}.mumbled.mp4", "gt_motion": f"{line.id}.motion.npz"}
+        pcm = made.pcm[: round(len(made.frames) * SAMPLE_RATE / FPS)].astype(np.float32)
+        write_sound(folder / names["audio"], pcm)
+        write_video(folder / names["gt_video"], made.frames, pcm)
+        write_video(folder / names["mumbled_video"], made.mumbled, pcm)
+        write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
     hashes = {name: _sha256(folder / name) for name in names.values()}
     return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones, licence=LICENCE,
                      sha256=hashes, **names)  # fmt: skip
+
+
+def write_sound(path: Path, pcm: np.ndarray) -> None:
+    """A wav of sound float32 [n] 16 kHz, 16 bit, a minute at a time: an hour of it as numbers is larger than as a file."""
+    piece = 60 * SAMPLE_RATE
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
+        for start in range(0, len(pcm), piece):
+            file.writeframes(np.clip(np.round(pcm[start : start + piece] * 32767), -32768, 32767).astype("<i2").tobytes())
 
 
 def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray) -> None:

@@ -34,7 +34,7 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
     def record(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL has threads of its own
             out = call()
         return graph.replay, out
 

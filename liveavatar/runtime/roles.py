@@ -244,7 +244,7 @@ class Denoiser:
         """The block at this step, with the conditioning that stands now and the session's history."""
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
         return Row(block.latents.to(self.model.device), self.sinks.audio, self.sinks.sessions[block.session].text,
-                   self.caches[block.session], block.index, block.sink_distance)
+                   self.caches[block.session], self.geometry.first_block + block.index, block.sink_distance)
 
     def done(self, block: Block, latents: torch.Tensor, velocity: torch.Tensor) -> list[Message]:
         """What leaves this step: the block, less noisy, and what the head wants to know. latents [16,3,h,w]; velocity: fp32."""

@@ -175,7 +175,8 @@ def _geometry(config: Config, stored: Mapping, stride: int, where: str) -> Geome
     sizes = dict(stored) if height is None else {**stored, "height": height, "width": width}
     if "height" not in sizes or "width" not in sizes:
         raise ConfigError(f"{where}: the checkpoint names no picture size: set video.height and video.width")
-    return Geometry(spatial_stride=stride, anchor_blocks=config.sampler.anchor_blocks, **sizes)
+    made = Geometry(spatial_stride=stride, anchor_blocks=config.sampler.anchor_blocks, **sizes)
+    return replace(made, first_block=config.sampler.first_position // made.block_latents)
 
 
 def _levels(config: Config, stored: list[float] | None) -> list[float]:

@@ -25,7 +25,7 @@ from liveavatar.serving.broadcast import Broadcast
 from liveavatar.serving.happenings import Event, Happenings
 from liveavatar.serving.metrics import Metrics, sink_kind
 from liveavatar.serving.packets import TICK_SAMPLES, Sink, Tick
-from liveavatar.serving.playout import LATE_SECONDS, Pacer, Playout, Slot
+from liveavatar.serving.playout import LATE_SECONDS, Ladder, Pacer, Playout, Slot
 from liveavatar.serving.problems import Conflict
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.utterances import Speech
@@ -79,7 +79,7 @@ class LiveSession:
         self.playout = Playout(still, mode=self.mode, ahead=self._ahead)
         self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
-        self.gauges = Gauges()
+        self.gauges, self.ladder = Gauges(), Ladder()
         self._reopen, self._mark, self._sleep = reopen, mark, sleep
         self._engine: Session | None = None
         self._offset, self._pushed, self._asked = 0, Signal(), None  # offset: a position of speech less the engine's
@@ -309,6 +309,9 @@ class LiveSession:
                 self.metrics.audio_underrun(self.mode)
             self.broadcast.filler = "restart" if self._engine is None else "parked" if self._engine.parked else "underrun"
             self.metrics.frames_repeated(self.broadcast.filler)
+        missing = self.broadcast.filler == "underrun"
+        if self.ladder.tick((5 if self.playout.looping else 2) if missing else 0):
+            self.happenings.add("degraded", step=self.ladder.step)
 
     def _count_silence(self, slot: Slot) -> None:
         """How long an interruption took until what leaves is silent, or the new epoch's speech."""
@@ -381,7 +384,7 @@ class LiveSession:
                       "playout": {"depth": len(self.playout) / FPS, "capacity": None},
                       "engine": {"depth": engine.timeline.in_flight if engine else 0, "capacity": None}},
             "av_offset_seconds": 0.0, "av_drift_seconds": 0.0,  # by construction: a tick is one picture and its own sound
-            "audio_buffered_seconds": self.speech.waiting, "degradation_step": 0,
+            "audio_buffered_seconds": self.speech.waiting, "degradation_step": self.ladder.step,
             "latency": {"audio wait": engine.timeline.queued_seconds if engine else 0.0, "encode": self.broadcast.encode_seconds,
                         "playout": len(self.playout) / FPS},
         }  # fmt: skip

@@ -25,9 +25,11 @@ from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import Probe, Seen, frechet, identity_error, load_probe
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
-from liveavatar.training import export, preview
+from liveavatar.training import preview
+from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.levels import student_table
+from liveavatar.training.students import PAPERS, StudentsConfig, name_of
 from liveavatar.training.synth import speech
 from liveavatar.training.synth.head import HeadRenderer
 
@@ -55,7 +57,8 @@ SINKS = {"rolling": StepCache, "still": StillSink, "none": NoSink}
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One row. paper: what Live Avatar v5 or LiveTalk reports for the change. run: another run folder, "" the recipe's."""
+    """One row. paper: what Live Avatar v5 or LiveTalk reports for the change. run: another run folder, below the recipe's where it
+    is relative; "": the recipe's."""
 
     name: str
     stage: str = ""  # "": the one that is exported
@@ -94,12 +97,19 @@ class AblationConfig:
     blocks: int = 40
     probe: str = ""  # folder of the judge; "": RUN/probe
     arms: tuple[Arm, ...] = field(default=ARMS)
+    students: StudentsConfig | None = None  # further rows: students that Stage 2 made of other starts, trained here first
 
     def __post_init__(self):
         if self.blocks * 12 < 2 * WINDOW or not self.people or not self.arms:
             raise ConfigError(f"ablations: blocks={self.blocks}: at least {2 * WINDOW // 12}; at least one of people and arms")
-        if len({arm.name for arm in self.arms}) < len(self.arms):
+        if len({arm.name for arm in self.arms_with_students}) < len(self.arms_with_students):
             raise ConfigError("ablations.arms: names must differ")
+
+    @property
+    def arms_with_students(self) -> tuple[Arm, ...]:
+        """All rows. A student's checkpoint is found in a folder of the run, see students.py."""
+        starts = self.students.starts if self.students else ()
+        return (*self.arms, *(Arm(name=name_of(start), stage="dmd", run=f"ablations/{start}", paper=PAPERS[start]) for start in starts))
 
 
 # ---------------------------------------------------------------- figures
@@ -152,18 +162,18 @@ class Bench:
         return np.concatenate([self.probe.look(pictures).features for pictures in videos])
 
     @classmethod
-    def build(cls, config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int) -> "Bench":
+    def build(cls, config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int, text: TextEncoder) -> "Bench":
         """Render the scenes (the slow part) and load codec and judge."""
-        renderer, text = HeadRenderer(data.size, data.supersample), export.text_encoder_of(forcing.model, seed)
+        renderer = HeadRenderer(data.size, data.supersample)
         seconds = 12 * config.blocks / FPS + corpus.LOOKAHEAD_SECONDS
         spoken = speech.synthesize(seed + 11, seconds, (speech.HELD_OUT_VOICE,))
         scenes = [preview.make_scene(data, renderer, person, spoken, config.blocks, seed + i) for i, person in enumerate(config.people)]
         return cls(forcing, StreamingVAE.from_folder(run / "vae"), load_probe(config.probe or run / "probe")[0], scenes, text)
 
     def row(self, arm: Arm, run: Path, stage: str, sigmas: Sequence[float], seed: int) -> dict:
-        """Generate and judge one arm."""
+        """Generate and judge one arm of RUN."""
         started = time.monotonic()
-        model, iteration = preview.load_model(self.forcing, arm.run or run, seed, arm.stage or stage)
+        model, iteration = preview.load_model(self.forcing, run / arm.run, seed, arm.stage or stage)
         table = student_table(arm.steps, 5.0) if arm.steps else sigmas
         how = {"history": HistoryMode.parse(arm.history), "refresh_block": arm.refresh_block, "kind": SINKS[arm.sink]}
         made = [preview.generate(model, self.vae, rows, self.forcing, scene, table, seed, **how) for scene, rows in zip(self.scenes, self.captions)]
@@ -173,16 +183,16 @@ class Bench:
                 "seconds": round(time.monotonic() - started, 1), "paper": arm.paper}
 
 
-def ablate(config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, stage: str,
+def ablate(config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, text: TextEncoder, stage: str,
            sigmas: Sequence[float]) -> list[dict]:
     """Run every arm whose checkpoint is there and write RUN/ablations/table.{json,md}; arms without one say so in the table.
     Raises WeightsError without codec or probe."""
     run = Path(run)
-    bench, rows = Bench.build(config, forcing, data, run, seed), []
+    bench, rows = Bench.build(config, forcing, data, run, seed, text), []
     folder = run / "ablations"
     folder.mkdir(exist_ok=True)
-    for arm in config.arms:
-        there = (Path(arm.run or run) / f"{arm.stage or stage}.pt").exists()
+    for arm in config.arms_with_students:
+        there = checkpoint_path(run / arm.run, arm.stage or stage).exists()
         rows.append(bench.row(arm, run, stage, sigmas, seed) if there else {"arm": arm.name, "stage": arm.stage or stage, "paper": arm.paper})
         (folder / "table.json").write_text(json.dumps({"people": config.people, "blocks": config.blocks, "seed": seed, "rows": rows}, indent=1))
         (folder / "table.md").write_text(table_text(config, rows), encoding="utf-8")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liveavatar.core import ConfigError, InputError
+from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import frechet
 from liveavatar.training import data as corpus
 from liveavatar.training import preview
@@ -66,7 +67,7 @@ def averages_of(path: Path) -> State:
     return kept
 
 
-def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, stage: str, start: str,
+def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, text: TextEncoder, stage: str, start: str,
            sigmas: Sequence[float]) -> list[dict]:
     """Judge every candidate, copy the best to RUN/chosen.pt and write all rows to RUN/choice.json, best first.
     Raises InputError without any, WeightsError without probe."""
@@ -74,7 +75,7 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
     names = candidates(run, stage, start)
     if not names:
         raise InputError(f"{run}: no checkpoint of {start} or {stage} to choose from")
-    bench = Bench.build(config.bench(config.blocks), forcing, data, run, seed)
+    bench = Bench.build(config.bench(config.blocks), forcing, data, run, seed, text)
     rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
     ranked = sorted(({**row, "gates": gates_met(row), "score": score(row)} for row in rows), key=lambda row: (-row["gates"], -row["score"]))
     checkpoint_path(run, "chosen").unlink(missing_ok=True)  # or another choice of the same iteration would pass for this one
@@ -84,11 +85,11 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
 
 
 def check_teacher(config: ChooseConfig, teach: TeacherConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int,
-                  start: str, sigmas: Sequence[float]) -> dict[str, float]:
+                  text: TextEncoder, start: str, sigmas: Sequence[float]) -> dict[str, float]:
     """probe_fd of the teacher's own clips and of the student's before Stage 2; written to RUN/teacher_check.json.
     Raises ConfigError where the student is the better one."""
     run = Path(run)
-    bench = Bench.build(config.bench(CLIP_BLOCKS), forcing, data, run, seed)
+    bench = Bench.build(config.bench(CLIP_BLOCKS), forcing, data, run, seed, text)
     scenes = [scene.cut(12 * CLIP_BLOCKS) for scene in bench.scenes]
     models = {"teacher": preview.load_model(forcing, run, seed, "teacher")[0], "student": preview.load_model(forcing, run, seed, start)[0]}
     made = {"teacher": [preview.generate_whole(models["teacher"], bench.vae, bench.text, forcing, teach, scene, seed) for scene in scenes],

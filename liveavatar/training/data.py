@@ -17,6 +17,7 @@ from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
 from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, clip_paths, read_arrays, write_arrays, write_clip
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
+from liveavatar.training.synth.people import DRESS as DRESS_PARTS
 from liveavatar.training.synth.people import Identity
 
 LOOKAHEAD_SECONDS = 0.16  # audio kept beyond the last picture: the front end looks 0.125 s ahead
@@ -44,6 +45,7 @@ class DataConfig:
     silent_share: float = 0.12  # listening clips
     dress_share: float = 0.0  # of the clips show their person in other clothes before another backdrop than usual
     portraits: int = 0  # per clip, of its person dressed otherwise: where prompt and portrait differ, the prompt must win
+    partial_portraits: int = 0  # per clip, in another shirt alone, and as many before another backdrop alone
     default_clips: int = 0  # of the default split: the held-out voice
     default_readings: tuple[str, ...] = ()  # LibriVox clips that the default split ends with, cut into windows; never trained on
     readings: tuple[str, ...] = ()  # LibriVox clips to train on; those in assets/speech.wav must not be here
@@ -53,9 +55,10 @@ class DataConfig:
             raise ConfigError(f"data.pictures={self.pictures}: must be 1 + 4n, at least 13")
         if self.size % 16 or self.size <= 0:
             raise ConfigError(f"data.size={self.size}: must be a positive multiple of 16 pixels")
-        if self.portraits < 0 or not 0 <= self.dress_share <= 1:
-            raise ConfigError(f"data.portraits={self.portraits}, dress_share={self.dress_share}: must be at least 0, and in 0..1")
-        for name, least in (("clips", 1), ("identities", 1), ("held_clips", 0), ("held_identities", 1), ("default_clips", 0)):
+        if not 0 <= self.dress_share <= 1:
+            raise ConfigError(f"data.dress_share={self.dress_share}: must be in 0..1")
+        for name, least in (("clips", 1), ("identities", 1), ("held_clips", 0), ("held_identities", 1), ("default_clips", 0), ("portraits", 0),
+                            ("partial_portraits", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
         if heard := set(self.readings) & set(self.default_readings):
@@ -194,20 +197,38 @@ def portraits_path(clip: Path) -> Path:
     return clip.parent.with_name(f"{clip.parent.name}_portraits") / clip.name
 
 
+def exchanged(config: DataConfig) -> list[tuple[str, ...]]:
+    """What is other than in the clip, portrait by portrait."""
+    return [DRESS_PARTS] * config.portraits + [(part,) for part in DRESS_PARTS] * config.partial_portraits
+
+
 def render_portraits(config: DataConfig, seed: int) -> int:
     """Render the portraits that are not there yet of every clip that is; returns for how many clips."""
-    todo = [p for p in clip_paths(config.folder, "train") if not portraits_path(p).exists()] if config.portraits else []
+    kinds = exchanged(config)
+    todo = [p for p in clip_paths(config.folder, "train") if not portraits_path(p).exists()] if kinds else []
     renderer = HeadRenderer(config.size, config.supersample) if todo else None
     for path in todo:
         card = read_arrays(path)[0]
-        person, rng = Identity.sample(card["identity"]["seed"]), np.random.default_rng([PORTRAITS, seed, card["seed"]])
-        others = [person.dressed(rng) for _ in range(config.portraits)]
-        write_arrays(portraits_path(path), {"captions": [other.caption for other in others]},
+        rng = np.random.default_rng([PORTRAITS, seed, card["seed"]])
+        others = [Identity(**card["identity"]).dressed(rng, parts) for parts in kinds]
+        write_arrays(portraits_path(path), {"captions": [other.caption for other in others], "exchanged": kinds},
                      portraits=np.stack([neutral_picture(renderer, other) for other in others]))
     return len(todo)
 
 
-def read_portraits(clip: Path) -> np.ndarray | None:
-    """uint8 [n,S,S,3] of a clip file's person dressed otherwise; None where none were rendered."""
+@dataclass(frozen=True)
+class Portraits:
+    """A clip's person dressed otherwise: pictures uint8 [n,S,S,3]; exchanged: which of shirt and background are other than in the clip."""
+
+    pictures: np.ndarray
+    exchanged: list[list[str]]
+
+
+def read_portraits(clip: Path) -> Portraits | None:
+    """The portraits of a clip file; None where none were rendered."""
     path = portraits_path(clip)
-    return read_arrays(path)[1]["portraits"] if path.exists() else None
+    if not path.exists():
+        return None
+    card, arrays = read_arrays(path)
+    pictures = arrays["portraits"]
+    return Portraits(pictures, card.get("exchanged", [list(DRESS_PARTS)] * len(pictures)))  # of before, when always both were

@@ -31,6 +31,7 @@ from liveavatar.training.replay import replay
 from liveavatar.training.strategy import strategy_of
 
 
+STARTS = ("forcing", "ode", "consistency")  # stages that a student can begin with
 AGGRESSIVE = Guidance(text=6.0, audio=6.0)  # conventional; LiveTalk's file says 5
 
 
@@ -56,7 +57,7 @@ class DmdConfig:
     aggressive: bool = False  # LiveTalk's schedule: both learning rates doubled, guidance of the teacher AGGRESSIVE
 
     def __post_init__(self):
-        one_of("dmd.start", self.start, ("forcing", "ode", "consistency"))
+        one_of("dmd.start", self.start, STARTS)
         one_of("dmd.teacher", self.teacher, ("forcing", "teacher"))
         one_of("dmd.history_grad", self.history_grad, ("through", "detach"))
         HistoryMode.parse(self.history)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
@@ -62,23 +61,13 @@ class ExportConfig:
             raise ConfigError(f"export.sigmas={self.sigmas}: must fall and end in 0")
 
 
-def text_encoder_of(model: dict, seed: int) -> TextEncoder:
-    """The tiny text encoder: an untrained UMT5 over bytes, a fixed code of the prompt that the transformer learns to read."""
-    config = UMT5Config(vocab_size=384, d_model=model["text_dim"], d_kv=32, d_ff=2 * model["text_dim"], num_layers=2,
-                        num_heads=2, feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        module = UMT5EncoderModel(config)
-    return TextEncoder(module.eval().requires_grad_(False), ByT5Tokenizer())
-
-
 def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
     """The geometry section of liveavatar.json."""
     return {"height": size, "width": size, "block_latents": config.block_latents, "ring_blocks": config.window_blocks,
             "motion_frames": config.motion_frames}
 
 
-def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int) -> Path:
+def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
@@ -87,7 +76,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
             "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
             "preview": preview_of(run, config.stage, iteration), "gates": "not measured"}
-    folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text_encoder_of(training.model, seed),
+    folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text,
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block}, dtype=DTYPES[config.dtype])

@@ -6,6 +6,8 @@ noisy as it is at inference, and the loss is the plain velocity error, heavier o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
+from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
@@ -24,6 +27,10 @@ from liveavatar.training.codec import to_float
 from liveavatar.training.levels import clip_levels, mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
 from liveavatar.training.synth import speech
+from liveavatar.training.synth.people import DRESS, Identity
+from liveavatar.training.wording import worded
+
+TEXTS_KEPT = 1024  # rows of so many captions stay in memory, 20 kB each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class ForcingConfig:
     block_latents: int = 3
     context_latents: int = 3  # of a clip, in front: history of the codec only, not trained on
     window_blocks: int = 4
+    blocks: int | None = None  # so many of a clip's, a piece drawn anew each time: clothes need no more; None: all of them
     motion_frames: int = 9
     audio_variants: int = 3  # features of the clean sound and of so many - 1 augmented copies
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8577, 0.8333, 0.75, 0.625, 0.5, 0.25)
@@ -44,20 +52,30 @@ class ForcingConfig:
     shift: float = 3.0
     silence_share: float = 0.05  # condition dropout: features of silence
     no_text_share: float = 0.3
+    wording_share: float = 0.0  # of the texts say the same in other words, or name no more than what the portrait does not show
     default_share: float = 0.25  # of the clips drawn show the avatar that ships
     portrait_share: float = 0.35  # of the clips with text are given a portrait dressed otherwise, where the data has some
     far_share: float = 0.5  # of the batches that stand deep in a stream
     far_blocks: int = 20_000
     mouth: float = 4.0  # extra loss weight of mouth cells
     eyes: float = 1.5
+    shirt: float = 0.0  # of the lowest row of cells, where a head's shirt shows: a sixteenth of the picture that prompts are judged by
     minimum_clips: int = 1
+    learn: str = "all"  # or "text": only what reads the prompt moves; a finished student learns new words so and keeps the rest
     start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
 
     def __post_init__(self):
         if (self.model is None) == (self.base is None):
             raise ConfigError("forcing: give either model (sizes, trained from nothing) or base (a folder, with adapters)")
+        one_of("forcing.learn", self.learn, ("all", "text"))
+        if self.learn == "text" and self.base:
+            raise ConfigError("forcing.learn='text': not for adapters over a base, which are what learns there")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
+        if self.blocks is not None and self.blocks < 1:
+            raise ConfigError(f"forcing.blocks={self.blocks}: must be at least 1")
+        if not 0 <= self.wording_share <= 1:
+            raise ConfigError(f"forcing.wording_share={self.wording_share}: must be in 0..1")
         if not self.levels or not all(0 < s <= 1 for s in self.levels):
             raise ConfigError(f"forcing.levels={self.levels}: must lie in (0, 1]")
 
@@ -69,7 +87,7 @@ class ForcingConfig:
 class Encoded:
     """What training reads of a clip: latents float16 [z,F,h,w] (normalised), reference [z,1,h,w], motion
     [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes; portraits
-    [n,z,M,h,w], motion of the same person dressed otherwise."""
+    [n,z,M,h,w], motion of the same person dressed otherwise; card: the clip's, with what is other there under "exchanged"."""
 
     latents: np.ndarray
     reference: np.ndarray
@@ -80,22 +98,23 @@ class Encoded:
     card: dict
 
 
-def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: np.ndarray | None = None,
+def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: data.Portraits | None = None,
                 front_end: AudioFrontEnd | None = None) -> Encoded:
     """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
-    others: uint8 [n,S,S,3], portraits of its person dressed otherwise. front_end: None for the embedded avatar's."""
+    others: of its person dressed otherwise. front_end: None for the embedded avatar's."""
     def hold(picture: np.ndarray) -> torch.Tensor:
         return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
 
     latents, held = vae.encode(to_float(clip.frames)), hold(clip.reference)
-    portraits = [hold(picture) for picture in (() if others is None else others)]
+    portraits = [hold(picture) for picture in others.pictures] if others else []
+    card = clip.card | ({"exchanged": others.exchanged} if others else {})
     pcm = clip.pcm.astype(np.float32) / 32768.0
     front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
     voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
-                   torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16), clip.card)
+                   torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16), card)
 
 
 def encoded_path(run: str | Path, clip: Path) -> Path:
@@ -146,17 +165,42 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
 
-def curated(clips: dict[Path, Encoded], share: float) -> list[Path]:
+def curated(clips: Mapping[Path, Encoded], share: float) -> list[Path]:
     """The share of the spoken clips whose latents move most, sorted by path."""
-    spoken = [p for p, clip in clips.items() if any(name != "pau" for name, *_ in clip.card["phones"])]
-    motion = {p: float(np.abs(np.diff(clips[p].latents.astype(np.float32), axis=1)).mean()) for p in spoken}
-    chosen = sorted(spoken, key=lambda p: (-motion[p], p))[: max(1, round(share * len(spoken)))]
+    motion = {}
+    for path, clip in clips.items():
+        if any(name != "pau" for name, *_ in clip.card["phones"]):
+            motion[path] = float(np.abs(np.diff(clip.latents.astype(np.float32), axis=1)).mean())
+    chosen = sorted(motion, key=lambda p: (-motion[p], p))[: max(1, round(share * len(motion)))]
     return sorted(chosen)
 
 
+class Folder(Mapping):
+    """Encoded clips of a folder by path: cards in memory, arrays (0.6 MB a clip) read from their files each time, which the
+    system keeps at hand as far as it has room. The list grows while encoding goes on."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder, self.split = folder, split
+        self.cards: dict[Path, dict] = {}
+
+    def refresh(self) -> None:
+        """Look for clips that were encoded since."""
+        for path in shards.clip_paths(self.folder, self.split):
+            if path not in self.cards:
+                self.cards[path] = shards.read_arrays(path, "card")[0]
+
+    def __getitem__(self, path: Path) -> Encoded:
+        return Encoded(card=self.cards[path], **shards.read_arrays(path)[1])
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.cards)
+
+    def __len__(self) -> int:
+        return len(self.cards)
+
+
 class EncodedReader:
-    """Batches of encoded clips: files, all kept in memory (about 0.8 MB each) and re-listed while encoding goes on, and
-    tar shards, read from where they lie.
+    """Batches of encoded clips: files, re-listed while encoding goes on, and tar shards; both are read from where they lie.
 
     curated_share: below 1, only this share of the spoken clips, those whose latents move most, is drawn from.
     """
@@ -164,18 +208,18 @@ class EncodedReader:
     def __init__(self, run: str | Path, config: ForcingConfig, text: TextEncoder, default_identity: int, curated_share: float = 1.0):
         self.curated_share = curated_share
         self.folder, self.config, self.text, self.default = Path(run) / "latents", config, text, default_identity
-        self.clips: dict[Path, Encoded] = {}
-        self.packed = shards.Packed(self.folder, "train")
+        self.clips, self.packed = Folder(self.folder, "train"), shards.Packed(self.folder, "train")
         self.order: list[Path] = []
         self.shipped: list[Path] = []
-        self.rows: dict[str, torch.Tensor] = {}
+        self.rows_of = functools.lru_cache(maxsize=TEXTS_KEPT)(self._encode)
         self.silence = stored.silence_of(text)  # [L,Ca,1]
 
     def refresh(self) -> None:
         """Look for clips that were encoded since."""
-        for path in shards.clip_paths(self.folder, "train"):
-            if path not in self.clips:
-                self.clips[path] = read_encoded(path)
+        known = len(self.clips)
+        self.clips.refresh()
+        if self.order and len(self.clips) == known:
+            return
         if self.packed.cards and self.curated_share < 1:
             raise ConfigError(f"{self.folder}: clips in shards cannot be curated: pack the ones to train on")
         self.order = sorted([*self.clips, *self.packed.cards]) if self.curated_share == 1 else curated(self.clips, self.curated_share)
@@ -184,16 +228,14 @@ class EncodedReader:
             raise ConfigError(f"{self.folder}: {len(self.order)} encoded clips, at least {self.config.minimum_clips} are needed; run the latents stage")
 
     def _card(self, path: Path) -> dict:
-        return self.clips[path].card if path in self.clips else self.packed.cards[path]
+        return self.clips.cards[path] if path in self.clips.cards else self.packed.cards[path]
 
     def _clip(self, path: Path) -> Encoded:
-        return self.clips[path] if path in self.clips else Encoded(card=self.packed.cards[path], **self.packed.arrays(path))
+        return self.clips[path] if path in self.clips.cards else Encoded(card=self.packed.cards[path], **self.packed.arrays(path))
 
-    def rows_of(self, caption: str) -> torch.Tensor:
-        """Text rows [n, text_dim] of a caption, computed once."""
-        if caption not in self.rows:
-            self.rows[caption] = self.text.encode(caption).float().clone()
-        return self.rows[caption]
+    def _encode(self, caption: str) -> torch.Tensor:
+        """Text rows [n, text_dim] of a caption."""
+        return self.text.encode(caption).float().clone()
 
     def batch(self, draws: Draws, count: int) -> Batch:
         """`count` random clips with random audio variant, text and silence dropout."""
@@ -208,17 +250,37 @@ class EncodedReader:
                      *(torch.stack(x) for x in (reference, motion, weight)))
 
     def _row(self, clip: Encoded, rng: np.random.Generator):
-        skip = self.config.context_latents
-        pictures = 1 + FRAMES_PER_LATENT * (skip - 1)  # those of the context latents
-        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures:]
+        latents = self._piece(clip.latents.shape[1], rng)
+        pictures = slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))  # the first latent covers one
+        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures]
         if rng.random() < self.config.silence_share:
             features = self.silence.expand_as(features)
-        no_text, motion = rng.random() < self.config.no_text_share, clip.motion
-        if not no_text and len(clip.portraits) and rng.random() < self.config.portrait_share:
-            motion = clip.portraits[int(rng.integers(len(clip.portraits)))]  # only the text says how the person is dressed
-        context = self.rows_of("" if no_text else clip.card["caption"])
-        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, skip:], motion[:, :1], motion, clip.weight[None, skip:])]
-        return as_tensor[0], features, context, *as_tensor[1:]
+        text, motion = self._text_and_portrait(clip, rng)
+        weight = clip.weight[None, latents].copy()
+        weight[..., -1, :] += self.config.shirt
+        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, latents], motion[:, :1], motion, weight)]
+        return as_tensor[0], features, self.rows_of(text), *as_tensor[1:]
+
+    def _piece(self, count: int, rng: np.random.Generator) -> slice:
+        """Which of a clip's latents are trained on: those behind the context, or `blocks` blocks of them."""
+        c = self.config
+        whole = (count - c.context_latents) // c.block_latents
+        if c.blocks is None or c.blocks >= whole:
+            return slice(c.context_latents, count)
+        first = c.context_latents + c.block_latents * int(rng.integers(whole - c.blocks + 1))
+        return slice(first, first + c.blocks * c.block_latents)
+
+    def _text_and_portrait(self, clip: Encoded, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+        """(caption or none, motion [z,M,h,w]). A portrait dressed otherwise comes with a text that says what the clip shows instead."""
+        if rng.random() < self.config.no_text_share:
+            return "", clip.motion
+        motion, exchanged = clip.motion, ()
+        if len(clip.portraits) and rng.random() < self.config.portrait_share:
+            k = int(rng.integers(len(clip.portraits)))
+            motion, exchanged = clip.portraits[k], clip.card.get("exchanged", {k: DRESS})[k]
+        if rng.random() >= self.config.wording_share:
+            return clip.card["caption"], motion
+        return worded(Identity(**clip.card["identity"]), [part for part in DRESS if part in exchanged or rng.random() < 0.5], rng), motion
 
 
 # ---------------------------------------------------------------- the stage
@@ -252,10 +314,18 @@ def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Dr
     return loss, metrics
 
 
+def only_text(model: torch.nn.Module) -> None:
+    """Leave trainable what reads the prompt: its embedding and the attention to it in every block."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("text_embedding.") or ".cross_attn." in name)
+
+
 def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextEncoder, default_identity: int,
                   stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the transformer; returns the losses of this call."""
     model = cast_of(config, run, seed).started("forcing", config.start)
+    if config.learn == "text":
+        only_text(model)
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
 

@@ -1,8 +1,7 @@
 """Look at a checkpoint: generated pictures beside rendered truth, and how well the mouth follows the speech.
 
-The judge of the mouth is a ridge regression from mouth pixels (through the codec) to the renderer's true
-aperture, fitted on the training clips of the default identity. Its numbers compare checkpoints and samplers
-of ours with each other, nothing else.
+The judge of the mouth is the probe, where the run has one. Its numbers compare checkpoints and samplers of ours with each
+other, nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
@@ -22,18 +20,17 @@ from liveavatar.core import FPS
 from liveavatar.diffusion.denoise import noise
 from liveavatar.diffusion.rollout import ClipCondition, cached_rollout
 from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.probe import Probe
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.training import data as corpus
-from liveavatar.training import export, forcing, shards
+from liveavatar.training import forcing, shards
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 from liveavatar.training.teacher import TeacherConfig, sample
-
-MOUTH = (0.34, 0.56, 0.66, 0.80)  # x0 y0 x1 y1 of the judged region, shares of the picture: where heads are framed
 
 
 @dataclass(frozen=True)
@@ -113,26 +110,8 @@ def teacher_clips(config: forcing.ForcingConfig, teach: TeacherConfig, data_fold
 # ---------------------------------------------------------------- the judge
 
 
-def mouth_pixels(frames: np.ndarray) -> np.ndarray:
-    """uint8 [T,S,S,3] -> float32 [T,24*16*3+1]: the mouth region at a fixed small size, with a constant."""
-    side = frames.shape[1]
-    x0, y0, x1, y1 = (round(v * side) for v in MOUTH)
-    region = torch.from_numpy(frames[:, y0:y1, x0:x1].astype(np.float32) / 255).permute(0, 3, 1, 2)
-    small = F.interpolate(region, (16, 24), mode="bilinear", antialias=True, align_corners=False)
-    return np.concatenate([small.flatten(1).numpy(), np.ones((len(frames), 1), np.float32)], axis=1)
-
-
-def fit_judge(pictures: list[np.ndarray], apertures: list[np.ndarray], ridge: float = 3.0) -> np.ndarray:
-    """Weights [P] from mouth pixels to aperture."""
-    x = np.concatenate([mouth_pixels(p) for p in pictures]).astype(np.float64)
-    y = np.concatenate(apertures).astype(np.float64)
-    return np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
-
-
-def follow(weights: np.ndarray, frames: np.ndarray, aperture: np.ndarray) -> dict[str, float]:
-    """Correlation and slope of judged on true aperture, best lag in pictures, correlation with the truth shuffled."""
-    judged = mouth_pixels(frames) @ weights
-
+def follow(judged: np.ndarray, aperture: np.ndarray) -> dict[str, float]:
+    """Correlation and slope of judged [T] on true aperture [T], best lag in pictures, correlation with the truth shuffled."""
     def correlation(lag: int) -> float:
         a, b = (judged[lag:], aperture[: len(aperture) - lag]) if lag >= 0 else (judged[:lag], aperture[-lag:])
         return float(np.corrcoef(a, b)[0, 1])
@@ -141,18 +120,6 @@ def follow(weights: np.ndarray, frames: np.ndarray, aperture: np.ndarray) -> dic
     other = np.roll(aperture, len(aperture) // 2)
     return {"r": lags[0], "slope": float(np.polyfit(aperture, judged, 1)[0]), "lag": max(lags, key=lags.get),
             "shuffled": float(np.corrcoef(judged, other)[0, 1])}
-
-
-def default_judge(vae: StreamingVAE, data: corpus.DataConfig, limit: int = 24) -> np.ndarray:
-    """The judge of the default identity, fitted on training clips that went through the codec."""
-    pictures, apertures = [], []
-    for path in shards.clip_paths(data.folder, "train"):
-        card, arrays = shards.read_arrays(path)
-        if card["identity"]["seed"] == data.default_identity and len(pictures) < limit:
-            latents = vae.encode(to_float(arrays["frames"]))
-            pictures.append(to_bytes(vae.decode(latents, vae.new_state())))
-            apertures.append(arrays["aperture"])
-    return fit_judge(pictures, apertures)
 
 
 # ---------------------------------------------------------------- the stage
@@ -171,13 +138,12 @@ def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int, stage:
 
 
 def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, sigmas: Sequence[float],
-            stage: str = "forcing", blocks: int = 12, teach: TeacherConfig | None = None) -> dict:
-    """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/STAGE_ITERATION.{png,json}.
-    teach: how the stage `teacher` is sampled, which makes seven blocks, as many as it was trained on."""
+            text: TextEncoder, stage: str = "forcing", blocks: int = 12, teach: TeacherConfig | None = None, probe: Probe | None = None) -> dict:
+    """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/STAGE_ITERATION.{png,json}. probe: the
+    judge of the mouth; None: without figures of it. teach: how the stage `teacher` is sampled, which makes seven blocks, as many as it was trained on."""
     blocks = 7 if stage == "teacher" else blocks
     model, iteration = load_model(config, run, seed, stage)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
-    text = export.text_encoder_of(config.model, seed)
     renderer = HeadRenderer(data.size, data.supersample)
     utterance = speech.synthesize(seed + 7, 12 * blocks / FPS + corpus.LOOKAHEAD_SECONDS, (speech.HELD_OUT_VOICE,))
     rows, report = [], {"stage": stage, "iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
@@ -188,9 +154,9 @@ def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | P
         else:
             made = generate(model, vae, text.encode(scene.caption), config, scene, sigmas, seed)
         rows += [scene.truth, made]
-        if name == "default":
-            judge = default_judge(vae, data)
-            report["mouth"], report["mouth of the truth"] = follow(judge, made, scene.aperture), follow(judge, scene.truth, scene.aperture)
+        if probe is not None and name == "default":
+            for label, pictures in (("mouth", made), ("mouth of the truth", scene.truth)):
+                report[label] = follow(probe.look(pictures).aperture, scene.aperture)
         report[f"colour error {name}"] = float(np.abs(made.mean(0) - scene.truth.mean(0)).mean())
     folder = Path(run) / "preview"
     folder.mkdir(exist_ok=True)

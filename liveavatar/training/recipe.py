@@ -17,8 +17,10 @@ import torch.multiprocessing as mp
 from liveavatar import config as settings
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.probe import load_probe
 from liveavatar.training import (
     ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, planning, preview, probing, shards, teacher,
+    students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.groups import device_of, join, launched, meet
@@ -38,6 +40,7 @@ class Recipe:
     data: data.DataConfig | None = None
     vae: codec.CodecConfig | None = None
     clip: ClipConfig | None = None  # size of encoded clips that no data section describes, for the plan of memory
+    text: textcode.TextConfig | None = None  # without it the text encoder stays random
     teacher: teacher.TeacherConfig | None = None
     probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
@@ -79,7 +82,7 @@ class Recipe:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
         if lacking:
             raise ConfigError(f"missing section {lacking[0]!r}")
-        surplus = [name for name in ("vae", "teacher", "probe", "choose") if self.forcing.base and getattr(self, name)]
+        surplus = [name for name in ("vae", "text", "teacher", "probe", "choose") if self.forcing.base and getattr(self, name)]
         if surplus:
             raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is and judged by `evaluate`")
 
@@ -95,7 +98,9 @@ class Recipe:
 
     def texts(self) -> TextEncoder | StoredConditions:
         """What turns captions into rows."""
-        return StoredConditions(self.run) if self.forcing.base else export.text_encoder_of(self.forcing.model, self.seed)
+        if self.forcing.base:
+            return StoredConditions(self.run)
+        return textcode.text_encoder_of(self.forcing.model, self.seed, self.text, self.run)
 
     def _check_distillation(self) -> None:
         for key in ("start", "teacher"):
@@ -104,6 +109,10 @@ class Recipe:
                 raise ConfigError(f"dmd.{key}={getattr(self.dmd, key)!r}: the recipe has no {getattr(self.dmd, key)} section")
         if self.forcing.start == "teacher" and not self.teacher:
             raise ConfigError("forcing.start='teacher': the recipe has no teacher section")
+        if self.forcing.wording_share and (self.videos or self.forcing.base):
+            raise ConfigError(f"forcing.wording_share={self.forcing.wording_share}: only rendered people can be said in other words")
+        if self.ablations.students and not self.dmd:
+            raise ConfigError("ablations.students: the recipe has no dmd section to train them by")
         if self.choose and not self.dmd:
             raise ConfigError("choose: the recipe has no dmd section to choose from")
         needed = "choose" if self.export.stage == "chosen" else self.export.stage
@@ -152,6 +161,11 @@ def run_probe(recipe: Recipe) -> None:
         probing.finish_probe(recipe.probe, recipe.data.folder, recipe.run, recipe.seed, recipe_sha256(recipe))
 
 
+def run_text(recipe: Recipe) -> None:
+    """Train the text encoder on captions."""
+    textcode.train_text(recipe.text, recipe.forcing.model["text_dim"], recipe.run, recipe.seed)
+
+
 def run_latents(recipe: Recipe) -> None:
     """Encode what is not encoded yet; ranks share the clips."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -193,14 +207,15 @@ def run_consistency(recipe: Recipe) -> None:
 def run_dmd(recipe: Recipe) -> None:
     """Distribution matching on own rollouts, at the levels that are exported. With a `choose` section the teacher must be the better one."""
     if recipe.choose and recipe.dmd.teacher == "teacher" and first_rank() and not checkpoint_path(recipe.run, "dmd").exists():
-        choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.dmd.start, recipe.export.sigmas)
+        choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.dmd.start,
+                             recipe.export.sigmas)
     meet()
     dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_choose(recipe: Recipe) -> None:
     """Judge what Stage 2 began with, kept and ended with; the best becomes RUN/chosen.pt."""
-    choose.choose(recipe.choose, recipe.forcing, recipe.data, recipe.run, recipe.seed, "dmd", recipe.dmd.start, recipe.export.sigmas)
+    choose.choose(recipe.choose, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), "dmd", recipe.dmd.start, recipe.export.sigmas)
 
 
 def run_export(recipe: Recipe) -> None:
@@ -208,26 +223,31 @@ def run_export(recipe: Recipe) -> None:
     if first_rank() and recipe.forcing.base:
         export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
     elif first_rank():
-        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed)
+        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts())
 
 
 def run_preview(recipe: Recipe) -> None:
     """Pictures of the last checkpoint beside the truth, and how well its mouth follows, into RUN/preview."""
     if first_rank():
-        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.preview or recipe.export.stage,
-                        teach=recipe.teacher)
+        probe = load_probe((recipe.choose and recipe.choose.probe) or Path(recipe.run) / "probe")[0] if recipe.probe else None
+        preview.preview(recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.sigmas, recipe.texts(),
+                        recipe.preview or recipe.export.stage, teach=recipe.teacher, probe=probe)
 
 
 def run_ablations(recipe: Recipe) -> None:
     """What each part of the method is worth on the checkpoints of the run, into RUN/ablations."""
-    ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.export.stage, recipe.export.sigmas)
+    if recipe.ablations.students:
+        students.train_students(recipe.ablations.students, recipe.dmd, recipe.forcing, recipe.export.sigmas, Path(recipe.run), recipe.seed,
+                                recipe.texts(), recipe.default_identity)
+    ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.export.stage,
+                     recipe.export.sigmas)
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "latents": run_latents, "teacher": run_teacher,
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "latents": run_latents, "teacher": run_teacher,
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
           "choose": run_choose, "export": run_export}
 # The sections that ask for them.
-OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "latents": "data", "teacher": "teacher",
+OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
             "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose"}
 SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,9 @@ _PLAIN = {
     "yellow": (206, 172, 74), "teal": (48, 124, 132), "orange": (200, 112, 56),
     "beige": (202, 184, 156), "pink": (206, 132, 146),
 }  # fmt: skip
-_STYLES = ("long", "bob", "short", "buzz", "bald")
+DRESS = ("shirt", "background")  # what dressed() exchanges
+HAIR, EYES, PLAIN = tuple(_HAIR), tuple(_EYES), tuple(_PLAIN)  # names; PLAIN: of shirts and backdrops
+STYLES = ("long", "bob", "short", "buzz", "bald")
 # Feature morphs driven by one signed number each: (negative, positive) file stems.
 FEATURES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = tuple(
     (tuple(f"{s}-decr" for s in stems), tuple(f"{s}-incr" for s in stems))
@@ -34,6 +37,16 @@ FEATURES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = tuple(
         ("cheek/l-cheek-bones", "cheek/r-cheek-bones"),
     )
 )  # fmt: skip
+
+
+def article(noun: str) -> str:
+    """The one that goes before it."""
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+def srgb(name: str) -> tuple[float, float, float]:
+    """sRGB 0..1 of a colour of PLAIN, as it is before light falls on it."""
+    return tuple(x / 255 for x in _PLAIN[name])
 
 
 def _jitter(rng: np.random.Generator, colour: tuple[int, ...], amount: float) -> tuple:
@@ -84,7 +97,7 @@ class Identity:
         dark = mix[0] < 0.5
         names = ["black", "dark brown"] if dark else list(_HAIR)[:5]
         hair_name = "grey" if age > 0.62 else str(rng.choice(names))
-        style = str(rng.choice(_STYLES, p=(0.5, 0.28, 0.22, 0, 0) if woman
+        style = str(rng.choice(STYLES, p=(0.5, 0.28, 0.22, 0, 0) if woman
                                else (0.05, 0.0, 0.62, 0.23, 0.10)))  # fmt: skip
         iris_name = str(rng.choice(["brown", "dark"] if dark else list(_EYES)))
         tint = np.array([0.80, 0.50, 0.52]) if woman else np.array([0.84, 0.62, 0.60])
@@ -116,26 +129,36 @@ class Identity:
             lights=tuple(lights), ambient=ambient,
         )  # fmt: skip
 
-    def dressed(self, rng: np.random.Generator) -> Identity:
-        """The same person and light in another shirt, before another backdrop."""
+    def dressed(self, rng: np.random.Generator, parts: Sequence[str] = DRESS) -> Identity:
+        """The same person and light in another shirt, before another backdrop; or only those of `parts` exchanged."""
         shirt, background = (str(x) for x in rng.choice(list(_PLAIN), 2, replace=False))
-        return dataclasses.replace(self, shirt_name=shirt, shirt=_jitter(rng, _PLAIN[shirt], 0.08),
-                                   background_name=background, background=_jitter(rng, _PLAIN[background], 0.06))  # fmt: skip
+        new = {"shirt_name": shirt, "shirt": _jitter(rng, _PLAIN[shirt], 0.08),
+               "background_name": background, "background": _jitter(rng, _PLAIN[background], 0.06)}  # fmt: skip
+        return dataclasses.replace(self, **{key: value for key, value in new.items() if key.removesuffix("_name") in parts})
 
     @property
     def caption(self) -> str:
         """Plain English, from the numbers that were drawn."""
-        age = "older " if self.age > 0.62 else "middle-aged " if self.age > 0.35 else ""
-        who = f"{age}{'woman' if self.female > 0.5 else 'man'}"
-        article = "an" if who[0] in "aeiou" else "a"
+        return f"{self.looks}, {self.shirt_name} shirt, {self.background_name} background"
+
+    @property
+    def who(self) -> str:
+        """Such as "middle-aged woman"."""
+        return f"{self.years}{'woman' if self.female > 0.5 else 'man'}"
+
+    @property
+    def years(self) -> str:
+        """Such as "older "; empty for the young."""
+        return "older " if self.age > 0.62 else "middle-aged " if self.age > 0.35 else ""
+
+    @property
+    def looks(self) -> str:
+        """The caption's beginning: what a person cannot change like a shirt."""
         look = {
             "bald": "with a bald head", "buzz": f"with {self.hair_name} buzz-cut hair",
             "bob": f"with {self.hair_name} chin-length hair",
         }.get(self.style, f"with {self.style} {self.hair_name} hair")  # fmt: skip
-        return (
-            f"{article} {who} {look}, {self.iris_name} eyes, {self.shirt_name} shirt,"
-            f" {self.background_name} background"
-        )
+        return f"{article(self.who)} {self.who} {look}, {self.iris_name} eyes"
 
     def record(self) -> dict:
         """JSON-ready dictionary of every number."""

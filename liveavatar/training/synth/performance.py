@@ -20,16 +20,17 @@ FRAMINGS = {"close": 0.0, "turned": 15.0}  # degrees of yaw
 TRIES = 200  # sentences looked at for one that has something of everything
 LIPS_MEET, WIDE_OPEN = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
 ENOUGH = 4  # phones of either kind
+SPEECH, PAUSES, SILENCE = (4.0, 9.0), (0.5, 3.0), 20.0  # seconds, of a stream: pieces of speech, pauses, the longest silence
 LONG_PAUSE, MOST_PAUSE = 0.3, 0.06  # seconds; share of the time that such pauses may take
 
 
 @dataclass(frozen=True)
 class Performance:
     """frames, mumbled uint8 [T, S, S, 3]; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz; motion: gap, width in eye distances,
-    blink, and yaw, pitch, roll in degrees, each float32 [T]."""
+    blink, and yaw, pitch, roll in degrees, each float32 [T]. What is only spoken has neither frames nor motion."""
 
-    frames: np.ndarray
-    mumbled: np.ndarray
+    frames: np.ndarray | None
+    mumbled: np.ndarray | None
     portrait: np.ndarray
     pcm: np.ndarray
     phones: tuple[Phone, ...]
@@ -66,8 +67,25 @@ def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, secon
     )  # fmt: skip
 
 
+def spoken_stream(seed: int, seconds: float, voice: str) -> speech.Utterance:
+    """Sentences with pauses of 0.5 to 3 s between, one in ten a silence of up to 20 s: what a stream hears in minutes or hours."""
+    rng, parts, pcm, phones, at = np.random.default_rng([seed, 0x10E6]), [], [], [], 0
+    total = round(seconds * speech.RATE)
+    while at < total:
+        said = speech.synthesize(1_000_003 * seed + len(parts), float(rng.uniform(*SPEECH)), (voice,))
+        pause = float(rng.uniform(PAUSES[1], SILENCE) if rng.random() < 0.1 else rng.uniform(*PAUSES))
+        begin, end = at / speech.RATE, (at + len(said.pcm)) / speech.RATE
+        parts.append(said)
+        pcm += [said.pcm, np.zeros(round(pause * speech.RATE), np.float32)]
+        phones += [Phone(p.name, begin + p.start, begin + p.end) for p in said.phones] + [Phone(PAUSE, end, end + pause)]
+        at += len(pcm[-2]) + len(pcm[-1])
+    phones = [replace(p, end=min(p.end, seconds)) for p in speech.merge_pauses(phones) if p.start < seconds]
+    return speech.Utterance(np.concatenate(pcm)[:total], tuple(phones), " ".join(part.text for part in parts), voice)
+
+
 class Stage:
-    """Renders what a line asks for: identity, voice, seed, seconds, size, framing (close or turned), noisy. One GL context per size."""
+    """Renders what a line asks for: identity, voice, seed, seconds, size, framing (close or turned), noisy, spoken. One GL context
+    per size."""
 
     def __init__(self) -> None:
         self._renderer: HeadRenderer | None = None
@@ -77,6 +95,10 @@ class Stage:
             self._renderer = HeadRenderer(line.size)
         if line.framing not in FRAMINGS:
             raise ConfigError(f"framing {line.framing!r}: must be one of {', '.join(FRAMINGS)}")
+        if line.spoken:
+            who, said = Identity.sample(line.identity), spoken_stream(line.seed, line.seconds, line.voice)
+            portrait = self._renderer.render(who, np.zeros(len(ARKIT_UNITS), np.float32), (FRAMINGS[line.framing], 0, 0)).rgb
+            return Performance(None, None, portrait, said.pcm, said.phones, said.text, who.caption, {})
         said = dense_speech(line.seed, line.seconds + LOOKAHEAD_SECONDS, line.voice)
         made = perform(self._renderer, line.identity, said, line.seconds, line.seed, FRAMINGS[line.framing])
         return replace(made, pcm=speech.augment(made.pcm, line.seed)) if line.noisy else made
