@@ -370,8 +370,9 @@ app.add_typer(evaluation_commands(guard, Ours))
 def _devices(config: Config, memory: float | None, tflops: float | None) -> list[Device]:
     """One device per stage: this machine's, or GPUs of `memory` GB; with a rate where one was given."""
     from liveavatar.runtime.placement import Device, local_devices
+    from liveavatar.runtime.seats import seats_of
 
-    count, rate = len(config.stages or [config.chain]), tflops and tflops * 1e12
+    count, rate = len(seats_of(config, config.stages or [config.chain])), tflops and tflops * 1e12
     if memory is not None:
         return [Device(name=f"GPU of {memory:g} GB", kind="cuda", memory=round(memory * 1e9), rate=rate)] * count
     return [dataclasses.replace(device, rate=rate) for device in local_devices(config.model.device, count)]

@@ -13,6 +13,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from liveavatar.runtime.observing import Observation
+from liveavatar.runtime.seats import seats_of
 from liveavatar.serving.access import ADMIN, CONTROL, Principal
 from liveavatar.serving.previews import data_url, previews
 from liveavatar.serving.problems import Capacity
@@ -90,7 +91,7 @@ async def chain(who: Who, at: At) -> ChainView:
     """What every rank does, how full it is, and where the time between speech and picture goes."""
     _operator(who)
     studio = at.desk.studio
-    cut = studio.engine.config.stages if studio.engine is not None else ()
+    cut = [seat.roles for seat in seats_of(studio.engine.config)] if studio.engine is not None else []
     return ChainView(
         engine=at.settings.engine_kind, up=studio.alive, ranks=_ranks(at, cut), budget=at.stages.budget(),
         throughput=at.stages.throughput(), realtime_factor=at.stages.realtime_factor(), sessions=len(studio.sessions),
