@@ -290,6 +290,7 @@ def test_refusals_name_the_key(tmp_path):
 def test_two_processes_train_as_one(micro, tmp_path):
     r, overrides = micro
     (tmp_path / "latents").symlink_to(Path(r.run) / "latents")
+    (tmp_path / "text.pt").symlink_to(Path(r.run, "text.pt").resolve())
     shutil.copytree(Path(r.run) / "vae", tmp_path / "vae")
     recipe.run("forcing", MICRO, [*overrides, f"run={tmp_path}", "processes=2", "forcing.loop.iterations=3"])
     assert len(logged(tmp_path, "forcing")) == 3 and (tmp_path / "forcing.pt").exists()
