@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +20,10 @@ from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone
 from liveavatar.config import build as build_dataclass
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
-from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.clips import VideoFile, write_sound
 from liveavatar.evaluation.judge import judge_video
 from liveavatar.evaluation.landmarks import Truth
+from liveavatar.evaluation.provenance import sha256
 from liveavatar.evaluation.report import Item, absent
 
 SCHEMA = "suite/1"
@@ -145,27 +145,24 @@ def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
     names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav"}
     Image.fromarray(made.portrait).save(folder / names["portrait"])
     if line.spoken:
-        write_sound(folder / names["audio"], made.pcm[: round(line.seconds * SAMPLE_RATE)])
+        write_sound(folder / names["audio"], _minutes(made.pcm[: round(line.seconds * SAMPLE_RATE)]))
     else:
         names |= {"gt_video": f"{line.id}.gt.mp4", "mumbled_video": f"{line.id}.mumbled.mp4", "gt_motion": f"{line.id}.motion.npz"}
         pcm = made.pcm[: round(len(made.frames) * SAMPLE_RATE / FPS)].astype(np.float32)
-        write_sound(folder / names["audio"], pcm)
+        write_sound(folder / names["audio"], _minutes(pcm))
         write_video(folder / names["gt_video"], made.frames, pcm)
         write_video(folder / names["mumbled_video"], made.mumbled, pcm)
         write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
-    hashes = {name: _sha256(folder / name) for name in names.values()}
+    hashes = {name: sha256(folder / name) for name in names.values()}
     return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones, licence=LICENCE,
                      sha256=hashes, **names)  # fmt: skip
 
 
-def write_sound(path: Path, pcm: np.ndarray) -> None:
-    """A wav of sound float32 [n] 16 kHz, 16 bit, a minute at a time: an hour of it as numbers is larger than as a file."""
-    piece = 60 * SAMPLE_RATE
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
-        for start in range(0, len(pcm), piece):
-            file.writeframes(np.clip(np.round(pcm[start : start + piece] * 32767), -32768, 32767).astype("<i2").tobytes())
+def _minutes(pcm: np.ndarray) -> Iterator[np.ndarray]:
+    """Sound minute by minute: an hour of it as other numbers is larger than as a file."""
+    for start in range(0, len(pcm), 60 * SAMPLE_RATE):
+        yield pcm[start : start + 60 * SAMPLE_RATE]
 
 
 def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray) -> None:
@@ -206,14 +203,9 @@ def read_suite(folder: str | Path) -> Suite:
         raise InputError(f"{path}: schema {manifest.schema!r}: must be {SCHEMA}")
     for item in manifest.items:
         for name, wanted in item.sha256.items():
-            if not (path.parent / name).is_file() or _sha256(path.parent / name) != wanted:
+            if not (path.parent / name).is_file() or sha256(path.parent / name) != wanted:
                 raise InputError(f"{path.parent / name}: missing or not the suite's file: build the suite again")
     return Suite(path.parent, manifest, hashlib.sha256(text).hexdigest())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- a system's videos for a suite
