@@ -79,6 +79,11 @@ class ForcingConfig:
         if not self.levels or not all(0 < s <= 1 for s in self.levels):
             raise ConfigError(f"forcing.levels={self.levels}: must lie in (0, 1]")
 
+    @property
+    def block_pictures(self) -> int:
+        """Pictures of a block."""
+        return FRAMES_PER_LATENT * self.block_latents
+
 
 # ---------------------------------------------------------------- latents
 
@@ -98,19 +103,20 @@ class Encoded:
     card: dict
 
 
+def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
+    """Latents [z,M,h,w] of a portrait uint8 [S,S,3] that stands still, as the runtime makes them; the first is the reference."""
+    return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
+
+
 def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: data.Portraits | None = None,
                 front_end: AudioFrontEnd | None = None) -> Encoded:
     """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
     others: of its person dressed otherwise. front_end: None for the embedded avatar's."""
-    def hold(picture: np.ndarray) -> torch.Tensor:
-        return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
-
-    latents, held = vae.encode(to_float(clip.frames)), hold(clip.reference)
-    portraits = [hold(picture) for picture in others.pictures] if others else []
+    latents, held = vae.encode(to_float(clip.frames)), held_portrait(vae, clip.reference, config)
+    portraits = [held_portrait(vae, picture, config) for picture in others.pictures] if others else []
     card = clip.card | ({"exchanged": others.exchanged} if others else {})
-    pcm = clip.pcm.astype(np.float32) / 32768.0
     front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
-    voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
+    voices = [clip.sound] + [speech.augment(clip.sound, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
@@ -128,7 +134,7 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     base = config.base.folder if config.base else None
     vae, front_end = (load_vae(base), stored.front_end_of(base)) if base else (StreamingVAE.from_folder(Path(run) / "vae"), None)
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
-    todo = [p for p in paths[part::parts] if not encoded_path(run, p).exists()]
+    todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
     for path in todo:
         made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
         arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits")}
@@ -190,7 +196,7 @@ class Folder(Mapping):
                 self.cards[path] = shards.read_arrays(path, "card")[0]
 
     def __getitem__(self, path: Path) -> Encoded:
-        return Encoded(card=self.cards[path], **shards.read_arrays(path)[1])
+        return read_encoded(path)
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self.cards)
