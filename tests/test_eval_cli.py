@@ -253,7 +253,11 @@ def test_a_video_that_was_broken_off_is_made_again(tmp_path, small_suite, monkey
     assert made == ["i0.mp4", "i1.mp4", "i1.mp4"]
 
 
-def test_another_suite_than_the_one_asked_for_is_refused(tmp_path, small_suite):
+def test_another_suite_than_the_one_asked_for_and_people_without_consent_are_refused(tmp_path, small_suite):
+    people = small_suite.folder / "suite.json"
+    people.write_text(people.read_text().replace('"synthetic": true', '"synthetic": false'))
+    assert "i0 shows a person: say licence and consent" in error_of("evaluate", order(tmp_path, small_suite))
+    people.write_text(people.read_text().replace('"synthetic": false', '"synthetic": true'))
     assert "holds suite_small 1, not suite_short 1, seed 2" in error_of("evaluate", order(tmp_path, small_suite), "suite.build=short", "suite.seed=2")
 
 

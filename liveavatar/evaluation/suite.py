@@ -50,7 +50,8 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteItem:
-    """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash."""
+    """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash; consent: how the person shown
+    agreed, required where it is one."""
 
     id: str
     portrait: str
@@ -64,6 +65,7 @@ class SuiteItem:
     gt_video: str = ""
     mumbled_video: str = ""  # the same with the lips half as far apart: for the sanity ranking
     gt_motion: str = ""
+    consent: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
 
 
@@ -137,7 +139,10 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
     folder.mkdir(parents=True, exist_ok=True)
     items = tuple(_write(folder, line, render(line)) for line in lines)
     manifest = Manifest(schema=SCHEMA, name=name, version=version, synthetic=True, items=items)
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    said = asdict(manifest)
+    for item in said["items"]:
+        del item["consent"]  # nobody was asked: heads are rendered
+    (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return read_suite(folder)
 
 
@@ -187,7 +192,8 @@ def read_truth(path: Path) -> Truth:
 
 
 def read_suite(folder: str | Path) -> Suite:
-    """A suite's folder, every file checked against its hash. Raises InputError naming the first that is missing or another."""
+    """A suite's folder, every file checked against its hash. Raises InputError naming the first that is missing or another, and
+    where people are shown without licence or consent."""
     folder = Path(folder)
     path = folder / MANIFEST if folder.is_dir() else folder
     try:
@@ -202,6 +208,8 @@ def read_suite(folder: str | Path) -> Suite:
     if manifest.schema != SCHEMA:
         raise InputError(f"{path}: schema {manifest.schema!r}: must be {SCHEMA}")
     for item in manifest.items:
+        if not manifest.synthetic and not (item.licence.strip() and item.consent.strip()):
+            raise InputError(f"{path}: {item.id} shows a person: say licence and consent")
         for name, wanted in item.sha256.items():
             if not (path.parent / name).is_file() or sha256(path.parent / name) != wanted:
                 raise InputError(f"{path.parent / name}: missing or not the suite's file: build the suite again")
