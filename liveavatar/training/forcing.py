@@ -19,7 +19,7 @@ from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
-from liveavatar.models.weights import load_vae
+from liveavatar.models.weights import load_text_encoder, load_transformer, load_vae
 from liveavatar.training import data, losses, shards, stored
 from liveavatar.training.adapters import BaseConfig
 from liveavatar.training.casting import Transformer, cast_of
@@ -63,6 +63,7 @@ class ForcingConfig:
     minimum_clips: int = 1
     learn: str = "all"  # or "text": only what reads the prompt moves; a finished student learns new words so and keeps the rest
     start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
+    keep: str = ""  # folder of a finished avatar ("default": the embedded) that says how the face moves: clips would train its mouth to their mean
 
     def __post_init__(self):
         if (self.model is None) == (self.base is None):
@@ -70,6 +71,8 @@ class ForcingConfig:
         one_of("forcing.learn", self.learn, ("all", "text"))
         if self.learn == "text" and self.base:
             raise ConfigError("forcing.learn='text': not for adapters over a base, which are what learns there")
+        if self.keep and self.base:
+            raise ConfigError("forcing.keep: not for adapters over a base: their start is the base, whose face they keep by themselves")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
         if self.blocks is not None and self.blocks < 1:
@@ -305,16 +308,36 @@ def forcing_levels(config: ForcingConfig, batch: Batch, draws: Draws) -> torch.T
                        same_share=config.same_share, table_share=config.table_share, shift=config.shift)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A finished avatar, frozen: its transformer and the rows [n, text_dim] that its own encoder makes of no prompt."""
+
+    model: Transformer
+    silent_prompt: torch.Tensor
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device | str = "cpu") -> Kept:
+        """Raises WeightsError."""
+        return cls(load_transformer(folder, device=device).requires_grad_(False), load_text_encoder(folder).encode("").float())
+
+
 def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws, sigma: torch.Tensor,
-              causal: bool = True) -> tuple[torch.Tensor, dict[str, float]]:
-    """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher."""
+              causal: bool = True, kept: Kept | None = None) -> tuple[torch.Tensor, dict[str, float]]:
+    """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher.
+    kept: a finished avatar, whose velocity without a prompt is the truth in the cells of the face."""
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
-    velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
-                                  batch.reference, batch.motion, window_blocks=config.window_blocks,
-                                  sink_distance=distance, first_block=first, causal=causal)
-    loss = losses.forcing_loss(velocity, batch.latents, noise, batch.weight)
-    per_clip = (velocity.detach() - (noise - batch.latents)).square().mean(dim=(1, 2, 3, 4))
+
+    def velocity_of(model: Transformer, context: list[torch.Tensor]) -> torch.Tensor:
+        return model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, context, batch.reference, batch.motion,
+                                  window_blocks=config.window_blocks, sink_distance=distance, first_block=first, causal=causal)
+
+    velocity, truth = velocity_of(model, batch.context), batch.latents
+    if kept is not None:
+        with torch.no_grad():
+            truth = torch.where(losses.face_cells(batch.weight), noise - velocity_of(kept.model, [kept.silent_prompt] * len(noise)), truth)
+    loss = losses.forcing_loss(velocity, truth, noise, batch.weight)
+    per_clip = (velocity.detach() - (noise - truth)).square().mean(dim=(1, 2, 3, 4))
     high = sigma.mean(1) > 0.7
     metrics = {name: float(per_clip[rows].mean()) for name, rows in (("high", high), ("low", ~high)) if rows.any()}
     return loss, metrics
@@ -334,9 +357,10 @@ def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextE
         only_text(model)
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
+    kept = Kept.load(config.keep, trainer.device) if config.keep else None
 
     def loss_of(draws: Draws):
         batch = reader.batch(draws, config.loop.batch).to(trainer.device)
-        return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws))
+        return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws), kept=kept)
 
     return trainer.run(loss_of, stop_after)
