@@ -174,7 +174,7 @@ class Sessions {
       session.owner,
       session.state,
       span(now - session.created_at),
-      session.lease ? span(session.lease.ends_at - now) : "–",
+      session.lease?.ends_at ? span(session.lease.ends_at - now) : "–",
       String(session.viewers),
     ];
     const watch = here
