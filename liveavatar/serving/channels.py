@@ -185,8 +185,8 @@ def _following(schedule: Schedule, after: str | None) -> Entry | None:
 
 
 def _pausing(schedule: Schedule, progress: Progress, now: float) -> bool:
-    """A pause that is longer than any is one that a clock set back has made."""
-    return 0 < progress.until - now <= schedule.gap_seconds
+    """A pause that is longer than any, by more than a second, is one that a clock set back has made."""
+    return 0 < progress.until - now <= schedule.gap_seconds + 1
 
 
 def _slots(entry: Entry, now: float) -> tuple[float | None, float | None]:
