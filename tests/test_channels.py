@@ -20,6 +20,7 @@ from api_server import PCM, bearer, problem, running, settings, tone, until
 from liveavatar.serving.access import ANYBODY
 from liveavatar.serving.channel_runner import LOOK_SECONDS, Crew, Runner
 from liveavatar.serving.channels import Entry, Filler, Progress, Schedule, Turn, begun, due, ended, upcoming
+from liveavatar.serving.outputs import Wanted
 from liveavatar.serving.problems import Capacity, Unprocessable
 from liveavatar.serving.settings import ServeConfig
 from test_drain import ROOT, first_word, wait
@@ -134,6 +135,33 @@ def test_a_session_that_cannot_be_opened_is_tried_again_with_growing_pauses():
     assert runner.troubles == {"session": "full"}
 
 
+def test_outputs_follow_what_is_wanted():
+    """Refused: again after a while; another address, or another output: at once; what stays as it was is left alone."""
+    now, told, main = [0.0], [], Wanted(kind="rtmp", name="main", url="rtmp://wrong/a")
+    right, hls = Wanted(kind="rtmp", name="main", url="rtmp://right/a"), Wanted(kind="hls", name="web")
+    wanted = {0.0: (main,), 40.0: (right,), 50.0: (right, hls), 60.0: (hls,)}
+
+    async def slept(seconds):
+        now[0] += seconds
+        if now[0] > 70:
+            raise asyncio.CancelledError
+
+    async def start(lease, output):
+        told.append((now[0], output.url or output.kind))
+        if output is main:
+            raise Unprocessable("no such host")
+        return SimpleNamespace(task=SimpleNamespace(done=lambda: False), wanted=output)
+
+    store = SimpleNamespace(now=lambda _: SimpleNamespace(outputs=wanted[max(at for at in wanted if at <= now[0])]), progress=lambda _: Progress())
+    outputs = SimpleNamespace(start=start, stop=lambda lease, output: told.append((now[0], "stop", output.wanted.name)))
+    crew = Crew(desk=SimpleNamespace(settings=ServeConfig()), outputs=outputs, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept)
+    runner = Runner(crew, "1")
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(runner._keep_outputs(None))
+    assert told == [(0.0, "rtmp://wrong/a"), (30.0, "rtmp://wrong/a"), (40.0, "rtmp://right/a"), (50.0, "hls"), (60.0, "stop", "main")]
+    assert runner.output("main") is None and runner.output("web").wanted == hls and not runner.troubles
+
+
 async def voice(text):
     """Text to speech of a test."""
     yield tone(0.3), 16_000
@@ -226,7 +254,7 @@ async def switched(server, home: str, session) -> None:
     await turns(server, home, entry="two")
     assert session.role.avatar == "trained_9" and session.id in server.studio.sessions and session.epoch <= 1
     [_ async for _ in until(session.events(session.happenings.last), "speak.finished", 1)]
-    assert session._pacer.ticks > ticks and session._pacer.reanchors == 0
+    assert session._pacer.ticks > ticks and not [event for event in session.happenings if event.name == "engine"]
     gone = await server.http.post(f"{home}:switch", json={"avatar_id": "nobody"})
     assert problem(gone) == (404, "not_found") and (await server.http.get(home)).json()["avatar_id"] == "trained_9"
 
@@ -282,6 +310,7 @@ def test_what_a_channel_may_be_and_whose_it_is(tmp_path):
                 while not (seen := (await http.get("/v1/channels/night", headers=acme)).json())["last_error"]:
                     await asyncio.sleep(0.05)
             assert seen["last_error"].startswith("lost: the sound cannot be read") and seen["state"] == "on_air"
+            assert server.studio.sessions[seen["session_id"]].resting == "degraded"  # dead air, as the alert understands it
             file.with_suffix(".away").rename(file)
             session = server.studio.sessions[seen["session_id"]]
             (said,) = [event.data async for event in until(session.events(), "speak.finished", 1)]

@@ -174,18 +174,19 @@ class Runner:
             if turn is not None:
                 await self._take(channel, turn)
                 continue
-            self._live.resting = True
+            self._live.resting = "schedule"
             await self._dress(channel.filler.prompt(self._crew.clock() - self._rested), channel)
             await self._crew.sleep(LOOK_SECONDS)
 
     async def _take(self, channel: Channel, turn: Turn) -> None:
-        """An entry's turn. If it cannot be said there is a pause before the next one's."""
-        self.entry, self._live.resting = turn.entry.name, False
+        """An entry's turn. If it cannot be said there is a pause before the next one's: dead air, of which operators are told."""
+        self.entry, seen, epoch = turn.entry.name, self._live.happenings.last, self._live.epoch
+        self._live.resting = "degraded" if self._failures["entry"] else None
         self.progress = begun(channel.schedule, self.progress, turn)
         await self._keep()
         try:
             await self._dress(turn.entry.prompt, channel)
-            await self._say(channel, turn.entry)
+            await self._say(channel, turn.entry, seen, epoch)
             self._failures["entry"] = 0
         except Problem as problem:
             if not self._over:
@@ -194,7 +195,7 @@ class Runner:
             self.entry, self._rested = None, self._crew.clock()
             self.progress = ended(channel.schedule, self.progress, self._crew.wall())
         if self._failures["entry"]:
-            self._live.resting = True
+            self._live.resting = "degraded"
             await self._pause("entry")
 
     async def _dress(self, prompt: str | None, channel: Channel) -> None:
@@ -203,13 +204,13 @@ class Runner:
         if prompt != self._live.role.prompt:
             await self._live.set_prompt(prompt)
 
-    async def _say(self, channel: Channel, entry: Entry) -> None:
-        """Returns when it was heard, or cut, or the session is over. Raises Problem where there was nothing to hear."""
+    async def _say(self, channel: Channel, entry: Entry, seen: int, epoch: int) -> None:
+        """Returns when it was heard, or cut since event `seen`, or the session is over. Raises Problem where there was nothing to hear."""
         self._crew.quotas.may_speak(channel.key)
         chunks, lease, live = await self._chunks(channel, entry), self.lease, self._live
         lease.need_running()
-        seen, segment = live.happenings.last, lease.segment(None)
-        lease.feeder.put(Utterance(self._crew.quotas.counted(channel.key, chunks), segment, live.epoch))
+        segment = lease.segment(None)
+        lease.feeder.put(Utterance(self._crew.quotas.counted(channel.key, chunks), segment, epoch))
         async with aclosing(live.events(seen)) as events:
             async for event in events:
                 if event.name == "epoch":
@@ -237,17 +238,18 @@ class Runner:
 
     async def _keep_outputs(self, lease: Lease) -> None:
         """As long as the session lasts: what the owner wants runs, what is not wanted any more ends."""
-        crew, again = self._crew, {}  # again: clock seconds, by output that was refused
+        crew, again = self._crew, dict[Wanted, float]()  # again: clock seconds before which it is not tried again
         outputs = self._outputs = dict[str, tuple[Wanted, Output]]()
         while True:
             wanted = {output.name: output for output in self.channel.outputs}
+            again = {output: at for output, at in again.items() if output in wanted.values()}
             for name, (had, output) in tuple(outputs.items()):
                 if wanted.get(name) != had or output.task.done():
                     crew.outputs.stop(lease, output)
                     del outputs[name]
             for name in wanted.keys() - outputs.keys():
-                if crew.clock() >= again.get(name, 0.0):
-                    again[name] = crew.clock() + crew.desk.settings.outputs.retry_limit_seconds
+                if crew.clock() >= again.get(wanted[name], 0.0):
+                    again[wanted[name]] = crew.clock() + crew.desk.settings.outputs.retry_limit_seconds
                     outputs |= await self._started(lease, wanted[name])
             await crew.sleep(LOOK_SECONDS)
 
@@ -255,9 +257,9 @@ class Runner:
         """By its name; nothing where it was refused."""
         try:
             output = await self._crew.outputs.start(lease, wanted)
-        except Problem as problem:
-            self.troubles[wanted.name] = str(problem)
-            log.warning("channel_output_refused", channel=self._id, output=wanted.name, reason=str(problem))
+        except (LiveAvatarError, OSError) as error:
+            self.troubles[wanted.name] = reason = error.strerror if isinstance(error, OSError) else str(error)
+            log.warning("channel_output_refused", channel=self._id, output=wanted.name, reason=reason)
             return {}
         self.troubles.pop(wanted.name, None)
         return {wanted.name: (wanted, output)}

@@ -66,16 +66,15 @@ export class Channels {
     if (channel.state === "off") return h("div", {class: "row"}, h("button", {type: "button", onclick: () => order("start")}, t("add_output")));
     const stop = twice(t("stop"), t("sure"), () => order("stop"));
     if (channel.state === "waiting") return h("div", {class: "row"}, stop);
-    const pick = (key, options) => {
-      const select = h("select", {"aria-label": t(key)}, h("option", {value: ""}, `${t(key)}: –`), options);
-      return {select, value: () => select.value || undefined};
-    };
-    const avatar = pick("avatar", this.app.avatars.list.map(({id}) => h("option", {value: id}, this.app.avatars.name(id))));
-    const entry = pick("says_next", channel.schedule.entries.map(({name}) => h("option", {value: name}, name)));
-    const prompt = h("input", {type: "text", maxLength: 2000, placeholder: t("prompt"), "aria-label": t("prompt")});
-    const change = () => order("switch", {avatar_id: avatar.value(), prompt: prompt.value || undefined, entry: entry.value()});
-    return h("form", {class: "row", onsubmit: event => event.preventDefault()}, avatar.select, prompt, entry.select,
-      twice(t("switch_it"), t("sure"), change), stop); // prettier-ignore
+    const field = (key, input) => h("label", {class: "field"}, h("span", {}, t(key)), input);
+    const choice = (names, label) => h("select", {}, h("option", {value: ""}, "–"), names.map(name => h("option", {value: name}, label(name))));
+    const avatar = choice(this.app.avatars.list.map(({id}) => id), id => this.app.avatars.name(id)),
+      entry = choice(channel.schedule.entries.map(({name}) => name), name => name),
+      prompt = h("input", {type: "text", maxLength: 2000}); // prettier-ignore
+    const said = input => input.value || undefined;
+    const change = () => order("switch", {avatar_id: said(avatar), prompt: said(prompt), entry: said(entry)});
+    const fields = [field("avatar", avatar), field("prompt", prompt), channel.schedule.entries.length ? field("says_next", entry) : null];
+    return h("form", {class: "line", onsubmit: event => event.preventDefault()}, fields, twice(t("switch_it"), t("sure"), change), stop);
   }
 
   async order(channel, verb, body) {
