@@ -127,7 +127,8 @@ def test_a_session_that_cannot_be_opened_is_tried_again_with_growing_pauses():
 
     studio = SimpleNamespace(draining=False, alive=True)
     channel = SimpleNamespace(id="1", name="night", owner="acme", key="k", avatar="default", mode="livestream", prompt="")
-    desk, store = SimpleNamespace(studio=studio, settings=ServeConfig(), open=refused), SimpleNamespace(now=lambda _: channel, progress=lambda _: Progress())
+    desk = SimpleNamespace(studio=studio, settings=ServeConfig(), open=refused)
+    store = SimpleNamespace(now=lambda _: channel, progress=lambda _: Progress())
     longest = SimpleNamespace(uniform=lambda low, high: high)
     runner = Runner(Crew(desk=desk, outputs=None, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept, rng=longest), "1")
     asyncio.run(asyncio.wait_for(runner.run(), 5))
@@ -154,7 +155,8 @@ def test_outputs_follow_what_is_wanted():
 
     store = SimpleNamespace(now=lambda _: SimpleNamespace(outputs=wanted[max(at for at in wanted if at <= now[0])]), progress=lambda _: Progress())
     outputs = SimpleNamespace(start=start, stop=lambda lease, output: told.append((now[0], "stop", output.wanted.name)))
-    crew = Crew(desk=SimpleNamespace(settings=ServeConfig()), outputs=outputs, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept)
+    desk = SimpleNamespace(settings=ServeConfig())
+    crew = Crew(desk=desk, outputs=outputs, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept)
     runner = Runner(crew, "1")
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(runner._keep_outputs(None))
@@ -177,8 +179,10 @@ async def turns(server, home: str, state: str = "on_air", **more) -> dict:
             await asyncio.sleep(0.05)
 
 
-WISH = {"name": "night", "prompt": "a studio", "filler": {"prompts": ["a calm face"]}, "outputs": [{"kind": "hls", "name": "web"}],
-        "schedule": {"entries": [{"name": "one", "text": "hello"}, {"name": "two", "text": "hello", "prompt": "a garden"}], "gap_seconds": 0.3}}  # fmt: skip
+WISH = {"name": "night", "prompt": "a studio", "filler": {"prompts": ["a calm face"]},
+        "outputs": [{"kind": "hls", "name": "web"}],
+        "schedule": {"entries": [{"name": "one", "text": "hello"}, {"name": "two", "text": "hello", "prompt": "a garden"}],
+                     "gap_seconds": 0.3}}  # fmt: skip
 
 
 def test_a_channel_is_on_air_until_it_is_told_to_end(tmp_path):
@@ -289,7 +293,8 @@ def test_what_a_channel_may_be_and_whose_it_is(tmp_path):
                 answer = await http.post("/v1/channels", json=wish)
                 assert problem(answer) == expected and "my-secret" not in answer.text, wish
             for headers in ({}, acme):  # the same name twice, in two houses
-                first, again = [await http.post("/v1/channels", json={"name": "night"}, headers={**headers, "Idempotency-Key": "k"}) for _ in range(2)]
+                once = {**headers, "Idempotency-Key": "k"}
+                first, again = [await http.post("/v1/channels", json={"name": "night"}, headers=once) for _ in range(2)]
                 assert first.status_code == 201 and again.headers["idempotent-replayed"] == "true"
                 assert problem(await http.post("/v1/channels", json={"name": "night"}, headers=headers)) == (409, "state")
             assert problem(await http.get("/v1/channels/night?owner=operator", headers=acme)) == (404, "not_found")
@@ -314,7 +319,8 @@ def test_what_a_channel_may_be_and_whose_it_is(tmp_path):
             file.with_suffix(".away").rename(file)
             session = server.studio.sessions[seen["session_id"]]
             (said,) = [event.data async for event in until(session.events(), "speak.finished", 1)]
-            assert said["position_ms"] == 500 and problem(await http.patch("/v1/channels/night", json={"mode": "conversation"}, headers=acme))[0] == 409
+            assert said["position_ms"] == 500
+            assert problem(await http.patch("/v1/channels/night", json={"mode": "conversation"}, headers=acme)) == (409, "state")
             assert problem(await http.get(f"/v1/sessions/{session.id}", headers=bearer(server.tenant("other")))) == (404, "not_found")
 
     asyncio.run(story())

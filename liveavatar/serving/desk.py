@@ -197,8 +197,10 @@ class Desk:
         limits, now = self.settings.sessions, self._clock()
         idle, length = (min(wished or most, most) for wished, most in ((wish.idle_seconds, limits.idle_seconds),
                                                                        (wish.length_seconds, limits.length_seconds)))  # fmt: skip
-        lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode, opened=now, seen=now,
-                      created=self._wall(), idle_seconds=math.inf if wish.endless else idle, length_seconds=math.inf if wish.endless else length)
+        if wish.endless:
+            idle = length = math.inf
+        lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode,
+                      opened=now, seen=now, created=self._wall(), idle_seconds=idle, length_seconds=length)  # fmt: skip
 
         def failed(error: Exception) -> None:
             problem = as_problem(error)
