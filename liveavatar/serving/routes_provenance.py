@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Path, Response, UploadFile
@@ -77,11 +78,13 @@ async def revoke_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView
 async def erase_consent(consent_id: ConsentId, who: Who, at: At) -> Response:
     """Revoke it, forget the person and erase the avatars made of the picture. Hashes stay in the log."""
     _need(who)
-    await asyncio.to_thread(at.consents.erase, _found(consent_id, who, at).id, who.key)
+    await asyncio.to_thread(at.consents.revoke, _found(consent_id, who, at).id, who.key, "erasure")
     await _end_sessions(consent_id, at)
     for avatar in at.store.with_consent(consent_id):
-        await asyncio.to_thread(at.store.erase, avatar.id)
-        at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
+        with contextlib.suppress(NotFound):  # erased by somebody else just now
+            await asyncio.to_thread(at.store.erase, avatar.id)
+            at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
+    await asyncio.to_thread(at.consents.erase, consent_id, who.key)  # last: until all is gone, its tenant can ask again
     return Response(status_code=204)
 
 

@@ -42,7 +42,10 @@ class Avatar:
 
 
 class AvatarStore:
-    """folder/ID/{avatar.json, portrait.png, thumbnail.webp}. An id from a client never becomes a path before it was looked up."""
+    """folder/ID/{avatar.json, portrait.png, thumbnail.webp}. An id from a client never becomes a path before it was looked up.
+
+    Calls may come from several threads: those that write block on the disk.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         self._folder, self._clock = private_folder(folder), clock
@@ -60,7 +63,11 @@ class AvatarStore:
 
     def list(self, sees: Callable[[str], bool]) -> list[Avatar]:
         """Those whose owner is seen, the embedded first."""
-        return [avatar for avatar in self._avatars.values() if avatar.owner == EVERYBODY or sees(avatar.owner)]
+        return [avatar for avatar in self._all() if avatar.owner == EVERYBODY or sees(avatar.owner)]
+
+    def _all(self) -> tuple[Avatar, ...]:
+        """A copy, which other threads do not change."""
+        return tuple(self._avatars.values())
 
     def get(self, avatar_id: str, sees: Callable[[str], bool] = lambda owner: True) -> Avatar:
         """Raises NotFound, also for what is somebody else's."""
@@ -94,13 +101,17 @@ class AvatarStore:
         """It is gone for good, with its pictures. Raises NotFound; Conflict for an embedded one. Blocks on the disk."""
         if self.get(avatar_id).owner == EVERYBODY:
             raise Conflict("the embedded avatars are always there")
+        try:
+            gone = (self._folder / avatar_id).rename(self._folder / f"{UNFINISHED}{avatar_id}")
+        except FileNotFoundError:
+            raise NotFound("somebody else erases this avatar") from None
+        flush_folder(self._folder)  # from here on no restart brings it back
         del self._avatars[avatar_id], self._files[avatar_id]
-        gone = (self._folder / avatar_id).rename(self._folder / f"{UNFINISHED}{avatar_id}")
         shutil.rmtree(gone)
 
     def with_consent(self, consent: str) -> list[Avatar]:
         """Those that live on this record."""
-        return [avatar for avatar in self._avatars.values() if avatar.consent == consent]
+        return [avatar for avatar in self._all() if avatar.consent == consent]
 
 
 def _embedded(name: str, path: Path) -> Avatar:
