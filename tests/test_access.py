@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 
 import jwt
@@ -108,13 +109,16 @@ def test_quotas_count_by_key_and_say_when_to_come_again():
         quotas.count("sessions", "a")
     assert caught.value.kind == "rate" and 1 <= int(caught.value.headers["Retry-After"]) <= 60
     quotas.count("sessions", "b")
-    quotas.may_speak("a")
-    quotas.spoke("a", 9.99)
-    quotas.may_speak("a")
-    quotas.spoke("a", 5.0)  # the last push may go over
-    with pytest.raises(RateLimited) as caught:
-        quotas.may_speak("a")
+    with pytest.raises(BufferFull), quotas.speech("a", 10.0):
+        raise BufferFull  # what was not taken does not count
+    for seconds in (9.99, 5.0):  # the last may go over
+        with quotas.speech("a", seconds):
+            pass
+    with pytest.raises(RateLimited) as caught, quotas.speech("a", 0.02):
+        raise AssertionError("it was taken")
     assert caught.value.kind == "quota" and int(caught.value.headers["Retry-After"]) > 60
+    with quotas.speech("a", 0):  # an end
+        pass
 
 
 def test_whoever_guesses_keys_is_kept_out_by_network():
@@ -209,3 +213,17 @@ def test_avatars_survive_a_restart_and_halves_do_not(tmp_path):
         with pytest.raises(NotFound):
             again.portrait(name)
     assert json.loads((tmp_path / kept.id / "avatar.json").read_text())["name"] == "Ada"
+
+
+def test_the_list_is_read_while_another_thread_adds_and_two_erase_one(tmp_path):
+    store = AvatarStore(tmp_path)
+
+    def sees(owner: str) -> bool:  # in the middle of a list
+        store.add(portrait(), name="late", owner="acme", consent="c", media="00")
+        return True
+
+    mine = store.add(portrait(), name="Ada", owner="acme", consent="c", media="00")
+    assert [avatar.id for avatar in store.list(sees)][-1] == mine.id and len(store.with_consent("c")) == 2
+    shutil.rmtree(tmp_path / mine.id)  # as far as the other one has come
+    with pytest.raises(NotFound):
+        store.erase(mine.id)

@@ -202,6 +202,36 @@ def test_idle_and_long_sessions_end_and_leave_nothing(tmp_path):
     asyncio.run(story())
 
 
+def test_sessions_that_end_while_others_are_looked_at_and_open_segments_hold_nothing(tmp_path):
+    """One ends while the desk waits for another's end; one that was spoken to and never told that this was all is idle, too (API-2)."""
+
+    async def story():
+        async with running(settings(tmp_path, sessions={"idle_seconds": 5.0})) as server:
+            desk, now = server.at.desk, [server.studio.clock()]
+            desk._clock = lambda: now[0]
+            first, second, spoken = [await server.opened() for _ in range(3)]
+            await server.http.post(f"/v1/sessions/{spoken}/audio?segment=0&end=false", content=tone(0.3).tobytes(), headers=PCM)
+            live, left = server.studio.sessions[first], server.studio.sessions[spoken]
+            close = live.close
+
+            async def meanwhile(reason):
+                await desk.close(desk._leases[second])
+                await close(reason)
+
+            live.close = meanwhile
+            async with asyncio.timeout(20):
+                while left.speech.waiting or not left.speech.total:
+                    await asyncio.sleep(0.02)
+            assert left.speech.segments  # still open
+            now[0] = server.studio.clock() + 5.1
+            await desk.tick()
+            assert await reasons(server, first, second, spoken) == ["idle", "closed", "idle"]
+            counted = server.at.metrics.exposition().decode()
+            assert all(f'sessions_ended_total{{reason="{reason}"}} {n}.0' in counted for reason, n in (("idle", 2), ("closed", 1)))
+
+    asyncio.run(story())
+
+
 async def reasons(server, *sessions: str) -> list[str | None]:
     return [(await server.http.get(f"/v1/sessions/{session}")).json()["reason"] for session in sessions]
 

@@ -10,7 +10,7 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import InvalidStatus
 
-from api_server import bearer, on_port, running, settings
+from api_server import bearer, on_port, problem, running, settings
 from liveavatar.serving.access import VIEW
 from liveavatar.serving.conversations import Conversations, Parts
 from liveavatar.serving.minds import Companion
@@ -73,6 +73,30 @@ def test_a_viewer_talks_with_the_avatar_and_not_through_it(tmp_path):
     turns, repeated, left = asyncio.run(go())
     assert [(turn["role"], turn["cut"]) for turn in turns] == [("user", False), ("assistant", False)] * 2
     assert turns[0]["text"] == "hello" and "not told me your name" in turns[3]["text"] and repeated == [960, 480] and not left
+
+
+def test_what_a_conversation_says_counts(tmp_path):
+    """API-3: every sound that enters a session does, whoever sends it; and the sound of a turn that is understood."""
+    conversations = Conversations(Parts(mind=Companion(), voice=Tone(), recogniser=Reader()), ears=Loud)
+
+    async def go():
+        async with running(settings(tmp_path, {"audio_seconds_per_day": 0.1}), conversations=conversations) as server:
+            session = await server.opened()
+            url, live = f"/v1/sessions/{session}/conversation", server.at.session(session)
+            await server.http.post(url)
+            assert (await server.http.post(f"{url}/turns", json={"text": "hi"})).status_code == 202
+            async with asyncio.timeout(15):
+                while not [event for event in live.happenings if event.name == "talk.answer"]:
+                    await asyncio.sleep(0.02)
+            refused = await server.http.post(f"{url}/turns", json={"text": "and now?"})
+            assert problem(refused) == (429, "quota")
+            await conversations.microphone(lambda session: None)(live)(np.full(960, 9000, np.int16), 48_000)
+            async with asyncio.timeout(15):
+                while not (failed := [event.data["reason"] for event in live.happenings if event.name == "talk.failed"]):
+                    await asyncio.sleep(0.02)
+            assert "for today is used up" in failed[0]
+
+    asyncio.run(go())
 
 
 def test_realtime_clients_are_let_in_as_everybody_else(tmp_path):

@@ -12,6 +12,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -33,7 +34,8 @@ from liveavatar.telemetry import now as monotonic
 
 FEED_SAMPLES = SAMPLE_RATE // 2  # handed to the engine at a time
 PER_TICK = SAMPLE_RATE // FPS  # 16 kHz samples to a picture
-ENDS = {"draining": "drain", "the server stops": "drain", "idle": "idle", "length": "length"}  # reason -> label of sessions_ended_total
+ENDS = {"draining": "drain", "the server stops": "drain",  # reason -> label of sessions_ended_total; any other: closed
+        **{reason: reason for reason in ("drain", "idle", "length", "consent", "failed")}}  # fmt: skip
 STATES = ("creating", "ready", "idle", "speaking", "closing", "closed", "failed")
 
 
@@ -76,6 +78,7 @@ class LiveSession:
         self.epoch, self.state, self.reason, self.stale_pushes = 0, "creating", "", 0
         self.opened_at = self.used_at = clock()  # used: somebody watched or spoke
         self.speech = Speech(config.sessions.audio_seconds)
+        self.spend: Callable[[float], AbstractContextManager] = nullcontext  # round the taking of so many seconds of sound: Desk counts them
         self.playout = Playout(still, mode=self.mode, ahead=self._ahead)
         self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
@@ -112,7 +115,7 @@ class LiveSession:
         """Mono PCM [n], float or int16, at `rate` Hz, faster than it is spoken if you like; never waits for the GPU.
 
         segment: the run of speech it belongs to (None: the open one); end: that run is whole. epoch: of an older one
-        it is dropped and counted, a newer one interrupts first. Raises BufferFull, Conflict (closed), InputError.
+        it is dropped and counted, a newer one interrupts first. Raises BufferFull, RateLimited (quota), Conflict (closed), InputError.
         """
         self._check()
         if epoch is not None and epoch < self.epoch:
@@ -121,7 +124,8 @@ class LiveSession:
             return
         if epoch is not None and epoch > self.epoch:
             await self.interrupt(epoch, reason="audio")
-        self.speech.push(pcm, rate, segment, end)
+        with self.spend(len(pcm) / max(1, rate)):
+            self.speech.push(pcm, rate, segment, end)
         self.used_at = self.clock()
         if self._asked is None and self.playout.epoch == self.epoch and not self._speaking:
             self._asked = self.clock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from liveavatar.serving.problems import RateLimited
 from liveavatar.serving.settings import AccessConfig
@@ -51,8 +53,12 @@ class Quotas:
         if not self._fixed.test(self._audio, "audio", key):
             raise self._refusal(self._fixed, self._audio, "audio", key, kind="quota", detail="the audio of this key for today is used up")
 
-    def spoke(self, key: str, seconds: float) -> None:
-        """So much audio was taken; the last push of a day may go over."""
+    @contextmanager
+    def speech(self, key: str, seconds: float) -> Iterator[None]:
+        """Round the taking of so much audio, which counts unless that raises; the last of a day may go over. What has no sound (an end) passes."""
+        if seconds > 0:
+            self.may_speak(key)
+        yield
         self._fixed.hit(self._audio, "audio", key, cost=math.ceil(seconds / AUDIO_UNIT))
 
     def failed(self, address: str) -> None:

@@ -169,35 +169,25 @@ async def push_recording(
     lease = at.desk.running(who, session_id, PUBLISH)
     if segment is None and not end:
         raise Invalid("a piece of a segment names it: give segment")
-    at.quotas.may_speak(who.key)
-    pcm, rate = await read_speech(request, rate)
-    seconds = len(pcm) / rate
+    at.quotas.may_speak(lease.key)
+    pcm, rate = await read_speech(request, rate, at.recordings)
     lease.need_running()
-    accepted = _fed(lease, pieces(pcm, rate), epoch, segment, end, seconds)
-    at.quotas.spoke(who.key, seconds)
-    return accepted
+    return _fed(lease, pieces(pcm, rate), epoch, segment, end, len(pcm) / rate)
 
 
 @router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413))
 async def say(session_id: SessionId, wish: SayWish, who: Who, at: At) -> Accepted:
     """Text, spoken with the server's voice."""
     lease = at.desk.running(who, session_id, PUBLISH)
-    return spoken(lease, wish.text, wish.epoch, wish.segment, who, at)
+    return spoken(lease, wish, at)
 
 
-def spoken(lease: Lease, text: str, epoch: int | None, segment: int | None, who: Principal, at: Services) -> Accepted:
+def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
     """Queue text for the voice. Raises Unprocessable without a voice, BufferFull, RateLimited."""
     if at.speak is None:
         raise Unprocessable("this server has no voice: see speech.voice", kind="voice")
-    at.quotas.may_speak(who.key)
-    return _fed(lease, _counted(at.speak(text), who, at), epoch, segment, True, None)
-
-
-async def _counted(chunks, who: Principal, at: Services):
-    """Synthesised sound counts like any other."""
-    async for pcm, rate in chunks:
-        at.quotas.spoke(who.key, len(pcm) / rate)
-        yield pcm, rate
+    at.quotas.may_speak(lease.key)
+    return _fed(lease, at.speak(wish.text), wish.epoch, wish.segment, True, None)
 
 
 def _fed(lease: Lease, chunks, epoch: int | None, segment: int | None, end: bool, seconds: float | None) -> Accepted:

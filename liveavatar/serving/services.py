@@ -28,8 +28,8 @@ from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
+from liveavatar.serving.uploads import Recordings
 from liveavatar.serving.webhooks import Webhooks
-from liveavatar.serving.webrtc import Heard
 from liveavatar.serving.whep import Viewers
 
 Speak = Callable[[str], AsyncGenerator[tuple[np.ndarray, int], None]]  # text -> (mono PCM, Hz), as it is made
@@ -43,7 +43,7 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
     speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
-    one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
+    recordings: decodes speech files. one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
     settings: ServeConfig
@@ -64,6 +64,7 @@ class Services:
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
     conversations: Conversations | None = None
+    recordings: Recordings = field(default_factory=Recordings)
     one_video: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     def session(self, session_id: str) -> LiveSession:
@@ -80,17 +81,6 @@ class Services:
         self.desk.lease(who, session_id, scope)
         if request.method == "POST" and scope == VIEW:
             self.quotas.count("offers", who.key)
-
-    def microphone(self, session: LiveSession) -> Heard:
-        """A viewer's microphone is what the avatar says, and counts like any other speech; over the quota it is not heard."""
-        key = self.desk.lease(OPERATOR, session.id).key
-
-        async def heard(pcm: np.ndarray, rate: int) -> None:
-            self.quotas.may_speak(key)
-            await session.push_audio(pcm, rate)
-            self.quotas.spoke(key, len(pcm) / rate)
-
-        return heard
 
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""

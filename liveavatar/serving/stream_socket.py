@@ -221,10 +221,8 @@ class Connection:
         self.who.need(PUBLISH)
         frame = unpack(data)
         pcm, rate = self.sound.read(frame)
-        self.at.quotas.may_speak(self.who.key)
         await self.lease.session.push_audio(pcm, rate, segment=self.lease.segment(frame.segment),
                                            epoch=self.lease.epoch(frame.epoch), end=frame.end)
-        self.at.quotas.spoke(self.who.key, len(pcm) / rate)
 
     async def _obey(self, order: Order) -> None:
         match order:
@@ -242,4 +240,4 @@ class Connection:
             case SayOrder():
                 self.who.need(PUBLISH)
                 self.lease.need_running()
-                spoken(self.lease, order.text, order.epoch, order.segment, self.who, self.at)
+                spoken(self.lease, order, self.at)

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from liveavatar.core import LiveAvatarError
+from liveavatar.core import SAMPLE_RATE, LiveAvatarError
 from liveavatar.serving.conversation import Conversation, Exchange, Hush, Order, Speak, Think
 from liveavatar.serving.ears import Began, Ears, Ended, Recogniser
 from liveavatar.serving.happenings import Event
@@ -95,7 +95,8 @@ class Talk:
         while True:
             pcm, text = await self._spoken.get(), ""
             try:
-                text = await self.recogniser.recognise(pcm)
+                with self.avatar.spend(len(pcm) / SAMPLE_RATE):
+                    text = await self.recogniser.recognise(pcm)
             except LiveAvatarError as error:
                 self.tell("talk.failed", {"reason": str(error)})
             await self._inbox.put(partial(self.conversation.said, text))
