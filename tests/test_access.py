@@ -3,7 +3,9 @@
 import asyncio
 import json
 import shutil
+import threading
 import time
+from types import SimpleNamespace
 
 import jwt
 import pytest
@@ -16,7 +18,7 @@ from liveavatar.serving.problems import BufferFull, Conflict, Forbidden, NotFoun
 from liveavatar.serving.quotas import FAILURES, MessageRate, Quotas
 from liveavatar.serving.settings import AccessConfig
 from liveavatar.serving.store import AvatarStore
-from api_server import portrait
+from api_server import bearer, portrait, running, settings
 
 
 def who(access: Access, text: str) -> Principal:
@@ -227,3 +229,19 @@ def test_the_list_is_read_while_another_thread_adds_and_two_erase_one(tmp_path):
     shutil.rmtree(tmp_path / mine.id)  # as far as the other one has come
     with pytest.raises(NotFound):
         store.erase(mine.id)
+
+
+def test_a_key_is_made_beside_the_event_loop(tmp_path):
+    """Its hash takes as long as a picture may be late."""
+    where = []
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            hasher, access = server.at.access._hasher, server.at.access
+            access._hasher = SimpleNamespace(hash=lambda text: where.append(threading.current_thread()) or hasher.hash(text), verify=hasher.verify)
+            made = await server.http.post("/v1/keys", json={"owner": "acme"})
+            assert made.status_code == 201 and where[0] is not threading.main_thread()
+            assert (await server.http.delete(f"/v1/keys/{made.json()['prefix']}")).status_code == 204
+            assert (await server.http.get("/v1/server", headers=bearer(made.json()["key"]))).status_code == 401
+
+    asyncio.run(story())

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 
 import jwt
+import pytest
 
 from api_server import PCM, STATEMENT, bearer, portrait, problem, running, settings, tone, until
 from liveavatar.config import load
@@ -236,7 +237,10 @@ async def reasons(server, *sessions: str) -> list[str | None]:
     return [(await server.http.get(f"/v1/sessions/{session}")).json()["reason"] for session in sessions]
 
 
-def test_slots_are_reserved_before_anything_is_built(tmp_path):
+def test_slots_are_reserved_before_anything_is_built(tmp_path, monkeypatch):
+    def no_disk(path):
+        raise OSError("disk full")
+
     async def story():
         async with running(settings(tmp_path, {"sessions": 2})) as server:
             answers = await asyncio.gather(*(server.http.post("/v1/sessions", json={}) for _ in range(5)))
@@ -248,6 +252,10 @@ def test_slots_are_reserved_before_anything_is_built(tmp_path):
             await server.http.delete(f"/v1/sessions/{next(a for a in answers if a.status_code == 201).json()['id']}")
             lost = await server.http.post("/v1/sessions", json={"avatar_id": "nobody"})
             assert problem(lost) == (404, "not_found") and server.at.desk._held(server.key[3:15]) == 1  # a failed build leaves nothing
+            monkeypatch.setattr("liveavatar.serving.outputs.private_folder", no_disk)
+            with pytest.raises(OSError):
+                await server.http.post("/v1/sessions", json={"outputs": [{"kind": "hls"}]})
+            assert server.at.desk._held(server.key[3:15]) == 1
             server.at.desk.refuse()
             assert problem(await server.http.post("/v1/sessions", json={})) == (503, "draining")
             assert (await server.http.get("/readyz")).status_code == 503

@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from api_server import PCM, STATEMENT, bearer, changed, portrait, problem, running, settings, tone, until
-from liveavatar.serving import eventlog, signing
+from liveavatar.serving import eventlog, quotas, routes_avatars, signing
 from liveavatar.serving.watermark import Watermark
 
 
@@ -41,6 +41,39 @@ def test_a_face_lives_as_long_as_its_consent(tmp_path):
         names = ("avatar.added", "session.opened", "session.ended", "avatar.erased")
         assert told == [("server.started", None), *((name, avatar) for name in names)]
         assert eventlog.check(tmp_path / "audit.jsonl") is None
+
+    asyncio.run(story())
+
+
+def test_uploads_of_a_day_and_avatars_of_a_tenant_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(quotas, "UPLOADED", 50_000)
+    monkeypatch.setattr(routes_avatars, "MOST", 1)
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}}  # 28 kB
+            assert (await server.http.post("/v1/avatars", **face)).status_code == 201
+            assert problem(await server.http.post("/v1/avatars", **face)) == (429, "quota")  # one is enough
+            assert "uploads" in (await server.http.post("/v1/consents", files={"media": portrait()}, data=STATEMENT)).json()["detail"]
+            assert (await server.http.get("/v1/avatars")).status_code == 200
+            assert (await server.http.post("/v1/avatars", **face, headers=bearer(server.tenant("acme")))).status_code == 201
+
+    asyncio.run(story())
+
+
+def test_a_page_that_looks_at_one_session_sees_no_other_face(tmp_path):
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            face = {"data": {"synthetic": "true"}}
+            shown, hidden = [(await server.http.post("/v1/avatars", files={"portrait": portrait(seed=n)}, **face)).json()["id"] for n in (1, 2)]
+            session = await server.opened(avatar_id=shown)
+            for scopes, known in ((["view"], {shown}), (["control"], {shown, hidden})):
+                token = bearer((await server.http.post(f"/v1/sessions/{session}/tokens", json={"scopes": scopes})).json()["token"])
+                listed = (await server.http.get("/v1/avatars", headers=token)).json()["avatars"]
+                assert {avatar["id"] for avatar in listed if not avatar["embedded"]} == known and len(listed) > len(known)
+                for avatar in (shown, hidden):
+                    answer = await server.http.get(f"/v1/avatars/{avatar}/portrait", headers=token)
+                    assert answer.status_code == (200 if avatar in known else 404)
 
     asyncio.run(story())
 
@@ -91,6 +124,9 @@ def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
             assert (recording["session"], recording["owner"], recording["signed"], recording["whole"]) == (session, "operator", True, True)
             assert [segment["segment"] for segment in recording["segments"]] == [3]
             assert (await http.get("/v1/recordings", headers=bearer(server.tenant("acme")))).json() == {"recordings": []}
+            (tmp_path / "recordings" / f"{'0' * 32}.json").symlink_to(tmp_path / "gone")  # erased while the list is made
+            assert len((await http.get("/v1/recordings")).json()["recordings"]) == 1
+            (tmp_path / "recordings" / f"{'0' * 32}.json").unlink()
             file = await http.get(recording["links"]["file"])
             assert file.headers["content-type"] == "video/mp4" and hashlib.sha256(file.content).hexdigest() == recording["sha256"]
             (tmp_path / "got.mp4").write_bytes(file.content)

@@ -112,6 +112,8 @@ def test_operators_have_a_door_of_their_own(tmp_path):
                 assert b"liveavatar_sessions" in (await client.get("/metrics")).content
                 assert (await server.http.get("/metrics")).status_code == 404
                 assert (await client.get("/v1/sessions")).status_code == 404
+                page = await client.post("/drain", headers={"Origin": "http://evil.example"})
+                assert page.status_code == 403 and (await client.get("/readyz")).status_code == 200
                 assert (await client.post("/drain")).status_code == 202 and (await client.get("/readyz")).status_code == 503
             admin.should_exit = True
             await serving

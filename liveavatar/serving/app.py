@@ -116,6 +116,7 @@ def admin_app(app: FastAPI) -> FastAPI:
     """Metrics, probes and drain of the same server, for a socket that only operators reach."""
     admin = FastAPI(title="LiveAvatar operations", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     admin.state.services = app.state.services
+    answers.install(admin)
     for router in (routes_server.probes, routes_server.metrics, routes_server.operations):
         admin.include_router(router)
     return admin

@@ -18,7 +18,7 @@ from liveavatar.serving.answers import as_problem
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.happenings import Event
 from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
@@ -65,7 +65,7 @@ class Ended:
 class Lease:
     """A session that somebody has. opened, seen: clock seconds. created: Unix seconds.
 
-    holders: of what keeps it from being idle (an agent's room). sockets: streams that are open; these hold it with what they
+    holders: of what keeps it from being idle (an agent's room). sockets: that are open; streams hold it with what they
     say, as a client that hangs says nothing. segments: number of the next one. tasks: end with it.
     """
 
@@ -111,6 +111,11 @@ class Lease:
         """Raise Conflict for a session that takes nothing any more."""
         if self.over:
             raise Conflict(f"the session is {self.session.state}")
+
+    def need_room(self, most: int) -> None:
+        """Raise RateLimited where so many streams are open already."""
+        if self.sockets >= most:
+            raise RateLimited("too many streams of this session", kind="quota")
 
 
 class Desk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -13,7 +14,7 @@ from liveavatar.serving.access import CONTROL, PUBLISH, VIEW, Principal
 from liveavatar.serving.desk import Lease, Wish
 from liveavatar.serving.feeder import Utterance
 from liveavatar.serving.outputs import wanted
-from liveavatar.serving.problems import Invalid, Problem, Unprocessable
+from liveavatar.serving.problems import Invalid, Unprocessable
 from liveavatar.serving.recorded import pieces, read_speech
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import (
@@ -70,12 +71,11 @@ async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
                                          idle_seconds=wish.limits.idle_seconds, length_seconds=wish.limits.length_seconds))  # fmt: skip
     if wish.webhook is not None:
         at.webhooks.follow(lease.session, wish.webhook.url, wish.webhook.secret.get_secret_value())
-    try:
+    async with AsyncExitStack() as undo:  # whatever goes wrong: the client does not know the session's id
+        undo.push_async_callback(at.desk.close, lease, "failed")
         for output in outputs:
             await at.outputs.start(lease, output)
-    except Problem:
-        await at.desk.close(lease, "failed")
-        raise
+        undo.pop_all()
     return lease
 
 

@@ -112,15 +112,16 @@ def realtime_router(backend: Backend) -> APIRouter:
             check_page(socket.scope, socket.headers, at.settings.listen, at.settings.access.required)
             who = await admit(at.access, at.quotas, _key(socket), address(socket.scope))
             lease = at.desk.running(who, session_id, PUBLISH)
+            lease.need_room(at.settings.access.viewers)
         except LiveAvatarError as error:
             problem = as_problem(error)
             return await socket.close(GONE + problem.status, problem.kind)
-        await socket.accept(REALTIME if REALTIME in socket.scope["subprotocols"] else None)
-        lease.holders += 1
+        lease.holders, lease.sockets = lease.holders + 1, lease.sockets + 1
         try:
+            await socket.accept(REALTIME if REALTIME in socket.scope["subprotocols"] else None)
             await bridge(socket, lease.session, backend)
         finally:
-            lease.holders -= 1
+            lease.holders, lease.sockets = lease.holders - 1, lease.sockets - 1
             at.desk.touch(lease)
 
     return routes

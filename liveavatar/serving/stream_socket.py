@@ -95,8 +95,7 @@ async def stream(socket: WebSocket, session_id: str) -> None:
             who, said = await _asker_by_message(socket, at)
             after = said if said is not None else after
         lease = at.desk.lease(who, session_id, VIEW, PUBLISH, CONTROL)
-        if lease.sockets >= at.settings.access.viewers:
-            raise RateLimited("too many streams of this session", kind="quota")
+        lease.need_room(at.settings.access.viewers)
     except LiveAvatarError as error:
         return await _refuse(socket, as_problem(error))
     except WebSocketDisconnect:
