@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from liveavatar.serving.errands import Errands
+from liveavatar.serving.background import Background
 from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
 from liveavatar.serving.ssrf import Unresolved, check_url, request
 
@@ -117,7 +117,7 @@ class Webhooks:
     """
 
     def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None):
-        self._private, self._count, self._errands = private, count, Errands()
+        self._private, self._count, self._deliveries = private, count, Background()
 
     async def check(self, url: str) -> None:
         """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
@@ -135,12 +135,12 @@ class Webhooks:
     def follow(self, session, url: str, secret: str) -> None:
         """Post this session's events from its first one on."""
         hook = Webhook(Target(session.id, url, secret), self._post, count=self._count)
-        self._errands.start(_fill(hook, session))
-        self._errands.start(hook.run())
+        for work in (_fill(hook, session), hook.run()):
+            self._deliveries.spawn(work)
 
     async def close(self, seconds: float) -> None:
         """Give what waits so many seconds, then forget it."""
-        await self._errands.end(seconds)
+        await self._deliveries.close(seconds)
 
 
 async def _fill(hook: Webhook, session) -> None:

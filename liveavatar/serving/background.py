@@ -1,4 +1,4 @@
-"""Tasks that nobody waits for until the server ends."""
+"""Tasks that go on behind whoever began them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import asyncio
 from collections.abc import Coroutine
 
 
-class Errands:
-    """Holds what it starts until that is done: the event loop alone would let it be collected."""
+class Background:
+    """Holds its tasks until they are done: the event loop by itself forgets one that nobody waits for."""
 
     def __init__(self):
-        self._tasks = set[asyncio.Task]()
+        self._tasks: set[asyncio.Task] = set()
 
-    def start(self, work: Coroutine) -> asyncio.Task:
-        """Begin at once."""
+    def spawn(self, work: Coroutine) -> asyncio.Task:
+        """Begin it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def end(self, seconds: float) -> None:
-        """Give all of them so many seconds, then cancel what is left. May be called often."""
+    async def close(self, seconds: float) -> None:
+        """Give what still runs so many seconds, then cancel it."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
