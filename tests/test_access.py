@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from liveavatar.serving.access import SCOPES, Access, Principal
 from liveavatar.serving.durable import replace_file
+from liveavatar.serving.feeder import WAITING, WAITING_BYTES, Feeder, Utterance
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.problems import BufferFull, Conflict, Forbidden, NotFound, RateLimited, Unauthorized
 from liveavatar.serving.quotas import FAILURES, MessageRate, Quotas
@@ -170,6 +171,16 @@ def test_a_repeated_request_gets_the_first_answer():
         assert len(made) == 4
 
     asyncio.run(story())
+
+
+def test_what_waits_to_be_spoken_is_bounded_in_number_and_in_bytes():
+    """Edge "audio in" of section 4: refuse, never drop (BP-1)."""
+    for size, most in ((0, WAITING), (WAITING_BYTES // 3, 3), (2 * WAITING_BYTES, 1)):
+        feeder = Feeder(None, failed=lambda error: None)
+        for n in range(most):
+            feeder.put(Utterance(None, n, 0, size=size))
+        with pytest.raises(BufferFull):
+            feeder.put(Utterance(None, most, 0, size=size))
 
 
 def test_two_at_once_make_one():

@@ -13,6 +13,7 @@ import pytest
 from api_server import PCM, STATEMENT, bearer, portrait, problem, running, settings, tone, until
 from liveavatar.config import load
 from liveavatar.serving.access import ANYBODY, SCOPES
+from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.settings import ListenConfig, ServeConfig
 from liveavatar.serving.voices import VoiceFailed
@@ -57,6 +58,10 @@ OPERATIONS = {
     "POST /v1/sessions/{session_id}/whep": (("view",), {"content": "v=0", "headers": {"content-type": "application/sdp"}}),
     "PATCH /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
     "DELETE /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
+    "POST /v1/sessions/{session_id}/conversation": (STEER, {}),
+    "GET /v1/sessions/{session_id}/conversation": (LOOK, {}),
+    "POST /v1/sessions/{session_id}/conversation/turns": (SPEAK, {"json": {"text": "hello"}}),
+    "DELETE /v1/sessions/{session_id}/conversation": (STEER, {}),
     "GET /v1/chain !": (RUN, {}),
     "GET /v1/audit !": (RUN, {}),
     "POST /v1/sessions/{session_id}/preview": (STEER, {}),
@@ -116,7 +121,7 @@ def test_who_may_what(tmp_path):
     """Every route against no token, wrong ones, each missing scope, other tenants and other sessions (18.2, API-5)."""
 
     async def story():
-        async with running(settings(tmp_path, {"requests_per_minute": 10**6}), speak=voice) as server:
+        async with running(settings(tmp_path, {"requests_per_minute": 10**6}), speak=voice, conversations=Conversations(None)) as server:
             assert operations(server.app) == {operation.removesuffix(" !") for operation in OPERATIONS}
             acme, other = server.tenant("acme"), server.tenant("other")
             ids, second = await things(server, acme), await server.opened(acme)
@@ -360,6 +365,8 @@ def test_a_repeated_post_opens_one_session(tmp_path):
             assert first.json() == second.json() and second.headers["idempotent-replayed"] == "true" and len(server.studio.sessions) == 1
             again = await server.http.post("/v1/sessions", json={}, headers={"Idempotency-Key": "k1"})
             assert problem(again) == (409, "idempotency")
+            viewer = bearer(server.tenant("operator", ["view"]))  # the first answer is not for everybody of the tenant
+            assert problem(await server.http.post("/v1/sessions", json=asked["json"], headers=asked["headers"] | viewer)) == (403, "scope")
             face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}, "headers": {"Idempotency-Key": "k1"}}
             made = [await server.http.post("/v1/avatars", **face) for _ in range(2)]
             assert made[0].json()["id"] == made[1].json()["id"] and len(server.at.store.list(lambda owner: True)) == 6

@@ -59,10 +59,12 @@ class Principal:
         if not any(map(self.may, scopes)):
             raise Forbidden(f"this needs the scope {' or '.join(scopes)}")
 
-    def need_key(self) -> None:
-        """Raise Forbidden for the token of one session."""
+    def need_key(self, *scopes: str) -> None:
+        """Raise Forbidden for the token of one session, and for a key without one of `scopes` (none: any key)."""
         if self.session is not None:
             raise Forbidden("this needs a server key: a session's token reaches that session alone")
+        if scopes:
+            self.need(*scopes)
 
     def sees(self, owner: str, session: str | None = None) -> bool:
         """Whether something of `owner`'s, in `session`, exists for this one."""

@@ -14,19 +14,20 @@ import numpy as np
 from liveavatar.core import SAMPLE_RATE
 from liveavatar.serving.problems import BufferFull
 
-WAITING = 8  # utterances; beyond: buffer_full
+WAITING, WAITING_BYTES = 8, 80_000_000  # utterances, and sound of theirs that is there already; beyond: buffer_full
 PIECE_SECONDS = 0.5  # pushed at once
 AGAIN_SECONDS = 0.1  # after the session was full
 
 
 @dataclass(slots=True)
 class Utterance:
-    """One segment to come. chunks: (int16 or float32 [n] mono, Hz). epoch: in which it was asked for."""
+    """One segment to come. chunks: (int16 or float32 [n] mono, Hz). epoch: in which it was asked for. size: bytes that it holds."""
 
     chunks: AsyncGenerator[tuple[np.ndarray, int]]
     segment: int | None
     epoch: int
     end: bool = True
+    size: int = 0
 
 
 class Feeder:
@@ -44,8 +45,8 @@ class Feeder:
 
     def put(self, utterance: Utterance) -> None:
         """Append. Raises BufferFull."""
-        if len(self._waiting) >= WAITING:
-            raise BufferFull(f"{WAITING} utterances are waiting already")
+        if len(self._waiting) >= WAITING or self._waiting and sum(other.size for other in self._waiting) + utterance.size > WAITING_BYTES:
+            raise BufferFull(f"{len(self._waiting)} utterances are waiting already")
         self._waiting.append(utterance)
         self._something.set()
 

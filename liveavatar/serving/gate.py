@@ -113,8 +113,7 @@ class Gate:
             return None
         principal = await admit(self._access, self._quotas, credential(headers), address(scope))
         if path == METRICS:
-            principal.need_key()
-            principal.need(ADMIN)
+            principal.need_key(ADMIN)
         return principal
 
     def _most(self, path: str) -> int:

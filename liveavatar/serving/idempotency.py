@@ -65,7 +65,7 @@ class Idempotency:
 
 
 def _digest(asked: bytes) -> bytes:
-    """Of megabytes it takes longer than a picture may be late: not for the event loop."""
+    """Of the 10 MB of a picture it takes 6 ms, and more without SHA instructions: not on the event loop, which keeps the media clocks."""
     return hashlib.sha256(asked).digest()
 
 

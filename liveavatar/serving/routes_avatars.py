@@ -40,8 +40,7 @@ async def add_avatar(
     once: OnceKey = None,
 ) -> Response:  # fmt: skip
     """Register a face. Needs `consent_id`, or `synthetic` for a face that is nobody's."""
-    who.need_key()
-    who.need(CONTROL)
+    who.need_key(CONTROL)
     data = await portrait.read()
 
     async def make() -> Response:
@@ -109,8 +108,7 @@ async def get_thumbnail(avatar_id: AvatarId, who: Who, at: At) -> Response:
 async def erase_avatar(avatar_id: AvatarId, who: Who, at: At) -> Response:
     """Erase a face and everything made of it. Sessions that show it end."""
     avatar = _seen(avatar_id, who, at)
-    who.need_key()
-    who.need(CONTROL)
+    who.need_key(CONTROL)
     if avatar.owner != EVERYBODY:
         for lease in at.desk.using(avatar.id):
             await at.desk.close(lease)

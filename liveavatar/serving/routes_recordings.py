@@ -55,8 +55,7 @@ async def _found(recording_id: str, who: Principal, at: Services) -> RecordingVi
 @router.get("", response_model=RecordingList, responses=problems(403))
 async def list_recordings(who: Who, at: At) -> RecordingList:
     """The asker's finished recordings, the newest first."""
-    who.need_key()
-    who.need(VIEW, CONTROL)
+    who.need_key(VIEW, CONTROL)
     return RecordingList(recordings=[found for found in await asyncio.to_thread(_all, at) if who.sees(found.owner or "")])
 
 

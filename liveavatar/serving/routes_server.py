@@ -92,7 +92,7 @@ def features(at: Services) -> list[str]:
 @router.post("/keys", status_code=201, response_model=NewKey, responses=problems(400, 403, 413))
 async def add_key(wish: KeyWish, who: Who, at: At) -> NewKey:
     """A new server key, shown this once. Scope admin."""
-    _operator(who)
+    who.need_key(ADMIN)
     key, text = await asyncio.to_thread(at.access.create_key, wish.owner, wish.scopes, wish.name)
     at.audit.note("key.created", {"prefix": key.prefix, "owner": key.owner, "scopes": list(key.scopes), "by": who.key})
     return NewKey(prefix=key.prefix, owner=key.owner, scopes=list(key.scopes), name=key.name, created_at=key.created, key=text)
@@ -101,7 +101,7 @@ async def add_key(wish: KeyWish, who: Who, at: At) -> NewKey:
 @router.get("/keys", response_model=KeyList, responses=problems(403))
 async def list_keys(who: Who, at: At) -> KeyList:
     """All server keys, without what opens anything. Scope admin."""
-    _operator(who)
+    who.need_key(ADMIN)
     return KeyList(keys=[KeyView(prefix=key.prefix, owner=key.owner, scopes=list(key.scopes), name=key.name, created_at=key.created)
                          for key in at.access.keys(who)])  # fmt: skip
 
@@ -109,12 +109,7 @@ async def list_keys(who: Who, at: At) -> KeyList:
 @router.delete("/keys/{prefix}", status_code=204, responses=problems(403, 404))
 async def revoke_key(prefix: Prefix, who: Who, at: At) -> Response:
     """It opens nothing any more, nor do tokens made with it. Scope admin."""
-    _operator(who)
+    who.need_key(ADMIN)
     await asyncio.to_thread(at.access.revoke_key, who, prefix)
     at.audit.note("key.revoked", {"prefix": prefix, "by": who.key})
     return Response(status_code=204)
-
-
-def _operator(who) -> None:
-    who.need_key()
-    who.need(ADMIN)

@@ -46,6 +46,7 @@ def view(lease: Lease, desk) -> SessionView:
 @router.post("", status_code=201, response_model=SessionView, responses=problems(400, 403, 404, 409, 413, 503))
 async def open_session(wish: SessionWish, who: Who, at: At, once: OnceKey = None) -> Response:
     """Open a session. Its id stands in Location; `Idempotency-Key` makes a repeated request harmless."""
+    who.need_key(CONTROL)
 
     async def make() -> Response:
         lease = await _opened(wish, who, at)
@@ -61,7 +62,6 @@ def _content(wish: SessionWish) -> bytes:
 
 
 async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
-    who.need(CONTROL)
     outputs = [wanted(output) for output in wish.outputs]
     if wish.webhook is not None:
         await at.webhooks.check(wish.webhook.url)
@@ -172,7 +172,9 @@ async def push_recording(
     at.quotas.may_speak(lease.key)
     pcm, rate = await read_speech(request, rate, at.recordings)
     lease.need_running()
-    return _fed(lease, pieces(pcm, rate), epoch, segment, end, len(pcm) / rate)
+    epoch, segment = lease.epoch(epoch), lease.segment(segment)
+    lease.feeder.put(Utterance(pieces(pcm, rate), segment, epoch, end, pcm.nbytes))
+    return Accepted(epoch=epoch, segment=segment, seconds=len(pcm) / rate)
 
 
 @router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413))
@@ -187,10 +189,6 @@ def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
     if at.speak is None:
         raise Unprocessable("this server has no voice: see speech.voice", kind="voice")
     at.quotas.may_speak(lease.key)
-    return _fed(lease, at.speak(wish.text), wish.epoch, wish.segment, True, None)
-
-
-def _fed(lease: Lease, chunks, epoch: int | None, segment: int | None, end: bool, seconds: float | None) -> Accepted:
-    epoch, segment = lease.epoch(epoch), lease.segment(segment)
-    lease.feeder.put(Utterance(chunks, segment, epoch, end))
-    return Accepted(epoch=epoch, segment=segment, seconds=seconds)
+    epoch, segment = lease.epoch(wish.epoch), lease.segment(wish.segment)
+    lease.feeder.put(Utterance(at.speak(wish.text), segment, epoch))
+    return Accepted(epoch=epoch, segment=segment, seconds=None)

@@ -32,8 +32,7 @@ router = APIRouter(prefix="/v1", tags=["provenance"], dependencies=[BEARER])
              openapi_extra={"requestBody": {"required": True, "description": KINDS, "content": {"application/octet-stream": {"schema": BINARY}}}})  # fmt: skip
 async def detect(request: Request, who: Who, at: At) -> MarkView:
     """Look for this server's invisible mark in the first pictures of a video."""
-    who.need_key()
-    who.need(VIEW, CONTROL)
+    who.need_key(VIEW, CONTROL)
     if at.mark_key is None:
         raise Unprocessable("this server marks nothing: see provenance.watermark", kind="watermark")
     with tempfile.TemporaryFile() as file:  # not in memory: many may wait
