@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import re
+import threading
 
 import av
 import numpy as np
@@ -135,6 +136,32 @@ def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
             with av.open(str(tmp_path / "got.mp4")) as container:
                 assert len(list(container.decode(video=0))) >= 12
             assert (await http.delete(recording["links"]["self"])).status_code == 204 and not list((tmp_path / "recordings").iterdir())
+
+    asyncio.run(story())
+
+
+def test_recordings_are_decoded_two_at_a_time(tmp_path, monkeypatch):
+    """However many come: each may take a gigabyte and a core (18.3)."""
+    begun, go = [], threading.Event()
+
+    def decode(data, limits):
+        begun.append(data)
+        assert go.wait(20)
+        return tone(0.1)
+
+    monkeypatch.setattr("liveavatar.serving.uploads.recording", decode)
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            audio = f"/v1/sessions/{await server.opened()}/audio"
+            posts = [asyncio.create_task(server.http.post(audio, content=b"RIFF", headers={"content-type": "audio/wav"})) for _ in range(4)]
+            async with asyncio.timeout(20):
+                while len(begun) < 2:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)  # for a third one
+            early = len(begun)
+            go.set()
+            assert early == 2 and [answer.status_code for answer in await asyncio.gather(*posts)] == [202] * 4
 
     asyncio.run(story())
 
