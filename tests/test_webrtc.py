@@ -367,6 +367,18 @@ def test_a_peer_that_vanished_is_closed_and_one_that_only_listens_is_not():
     asyncio.run(body())
 
 
+def test_nobody_stays_longer_for_not_having_been_asked():
+    async def body():
+        viewer = a_viewer()
+        viewer._patience, viewer.state, viewer._sign = Patience(ping=60.0, silent=0.2), "connected", viewer._clock()
+        viewer.session.add_sink(viewer)
+        viewer._keep(viewer._watch())
+        await until(lambda: viewer.state == "closed")
+        await viewer.aclose()
+
+    asyncio.run(body())
+
+
 def test_who_never_connects_is_forgotten():
     async def body():
         now = [0.0]

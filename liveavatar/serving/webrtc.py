@@ -333,11 +333,11 @@ class Viewer:
             self._channel.send(json.dumps(message))
 
     async def _watch(self) -> None:
-        """Asks for a sign of life, reads the peer's reports, and closes it when there is none: aiortc alone would take
-        30 s to notice. A peer without a data channel shows by its reports that it lives."""
-        while self._clock() - self._sign < (self._patience.connect if self.state == "new" else self._patience.silent):
+        """Asks for a sign of life, reads the peer's reports, and closes it when there is none: a tab that is closed says no
+        goodbye, and aiortc alone would take 30 s to notice. A peer without a data channel shows by its reports that it lives."""
+        while (left := self._sign + (self._patience.connect if self.state == "new" else self._patience.silent) - self._clock()) > 0:
             self._say({"type": "ping", "t": self._clock()})
-            await asyncio.sleep(self._patience.ping)
+            await asyncio.sleep(min(self._patience.ping, left))
             await self._read_reports()
         self.close("silent")
 
