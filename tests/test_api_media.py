@@ -104,6 +104,8 @@ def test_outputs_start_and_end_and_show_no_key(tmp_path):
             assert "my-secret" not in (await server.http.get(home)).text
             for _ in range(2):
                 assert (await server.http.delete(made.headers["location"])).status_code == 204
+            await server.http.delete(home.removesuffix("/outputs"))
+            assert (await server.http.delete(hls["links"]["self"])).status_code == 204, "its session has ended it"
 
     asyncio.run(story())
 
@@ -119,6 +121,8 @@ def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
             [done] = [event.data async for event in until(server.studio.sessions[session].events(), "speak.finished", 1)]
             assert (await http.delete(made.headers["location"])).status_code == 204
             async with asyncio.timeout(30):
+                while any("_notes" in str(task.get_coro()) for task in asyncio.all_tasks()):  # it goes with the recording, not the session
+                    await asyncio.sleep(0.1)
                 while not (found := (await http.get("/v1/recordings")).json()["recordings"]):
                     await asyncio.sleep(0.1)
             [recording] = found

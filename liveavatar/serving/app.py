@@ -75,7 +75,7 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
         heard = at.conversations.microphone(whep.puppet)
     if settings.realtime is not None:
         app.include_router(routes_talk.realtime_router(Backend(url=settings.realtime.url, key=key_of(settings.realtime.key_file))))
-    app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=heard), dependencies=[BEARER])
+    app.include_router(whep.router(at.session, at.authorise, at.viewers, heard=heard), dependencies=[BEARER])
     if CONSOLE.is_dir():
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)
