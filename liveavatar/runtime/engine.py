@@ -228,12 +228,17 @@ class Session:
 
 
 class Engine:
-    """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose()."""
+    """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose().
+
+    finish_after: only so many denoising steps of every block that is admitted from now on (None: all); None or `fewer_steps`.
+    """
 
     def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
         self.config, self.source, self.chain, self.clock, self.trace = config, source, chain, clock, trace
         self.geometry = source.geometry
-        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1)
+        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1,
+                                   longest=float(source.geometry.block_seconds))
+        self.finish_after: int | None = None
         self.sessions: dict[str, Session] = {}
         self.failure: LiveAvatarError | None = None
         self._outbox: deque[tuple[Message, asyncio.Future]] = deque()
@@ -265,6 +270,13 @@ class Engine:
         for task in engine._tasks:
             task.add_done_callback(engine._ended)
         return engine
+
+    @property
+    def fewer_steps(self) -> int | None:
+        """Steps of a block without its last one; None where leaving that out makes nothing faster, or steps move in a register."""
+        last, runtime = sum(map(placement.steps_of, self.config.stages)) - 1, self.config.runtime
+        shared = any(f"step{last}" in stage and len(stage) > 1 for stage in self.config.stages)
+        return last if last > 0 and shared and not runtime.shift_register and runtime.batch == 1 else None
 
     # ------------------------------------------------------------ sessions
 
@@ -376,8 +388,8 @@ class Engine:
         if decision.late:
             session.timeline.idle()
         session.asked = now
-        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.seconds)
-        messages = session.timeline.admit(now)
+        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.typical)
+        messages = session.timeline.admit(now, self.finish_after)
         self.trace.admitted(messages, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again
         for message in messages:
