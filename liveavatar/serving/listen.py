@@ -63,7 +63,8 @@ async def serve(app: FastAPI, settings: ServeConfig, *, opened: Callable[[str], 
     main, admin = server(app, settings), admin_server(app, settings)
     running = asyncio.create_task(main.serve([listening]))
     beside = asyncio.create_task(admin.serve()) if admin else None
-    starting = asyncio.create_task(_start(at.desk, main))
+    starting = asyncio.create_task(at.desk.studio.start())
+    starting.add_done_callback(lambda task: _end_if_failed(task, main))
     with _signals(at.desk, main):
         opened(_url(settings, listening))
         await running
@@ -86,12 +87,9 @@ def admin_server(app: FastAPI, settings: ServeConfig) -> Server | None:
                                  proxy_headers=False, lifespan="off"))  # fmt: skip
 
 
-async def _start(desk: Desk, main: Server) -> None:
-    try:
-        await desk.studio.start()
-    except BaseException:
+def _end_if_failed(starting: asyncio.Task, main: Server) -> None:
+    if not starting.cancelled() and starting.exception() is not None:
         main.should_exit = True
-        raise
 
 
 def _url(settings: ServeConfig, listening: socket.socket) -> str:
