@@ -207,6 +207,7 @@ class Connection:
         return self.mistakes >= MISTAKES
 
     async def _take(self, data: bytes | None, text: str | None) -> None:
+        self.lease.need_running()
         if data is not None:
             return await self._speech(data)
         if len(text) > TEXT_BYTES:
@@ -241,5 +242,4 @@ class Connection:
                 await changed(self.lease, order.prompt, order.avatar_id, self.who, self.at)
             case SayOrder():
                 self.who.need(PUBLISH)
-                self.lease.need_running()
                 spoken(self.lease, order.text, order.epoch, order.segment, self.who, self.at)
