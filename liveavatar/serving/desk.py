@@ -232,7 +232,6 @@ class Desk:
             task.cancel()
         lease.session, lease.feeder = Ended(lease.session), None
         lease.tasks.clear()
-        self.studio.metrics.session_ended(reason)
         facts = {"session": lease.id, "owner": lease.owner, "avatar": lease.wish.avatar, "reason": lease.reason,
                  "seconds": round(self._clock() - lease.opened, 1)}  # fmt: skip
         log.info("session_ended", **facts)
