@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import threading
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +16,8 @@ from liveavatar.core import ConfigError, InputError, PlacementError, RankFailure
 from liveavatar.evaluation import gate_runs
 from liveavatar.runtime import engine as engine_module
 from liveavatar.runtime.engine import Engine
-from liveavatar.runtime.placement import cut
+from liveavatar.runtime.placement import cut, fewer_steps
 from liveavatar.runtime.stage_roles import build_stage
-from liveavatar.telemetry import NoTrace
 
 CHAIN = Config().chain
 AHEAD = 1320 / 16000  # seconds the log-mel front end looks ahead
@@ -233,8 +231,7 @@ def test_a_block_may_leave_its_last_step_out(tiny_folder):
 ])
 def test_where_a_step_less_makes_something_faster(stages, runtime, steps):
     settings = Config(stages=stages or (CHAIN,), runtime=RuntimeConfig(**runtime))
-    source = SimpleNamespace(geometry=core.Geometry(height=64, width=64))
-    assert Engine(settings, source, None, lambda: 0.0, NoTrace()).fewer_steps == steps
+    assert fewer_steps(settings) == steps
 
 
 def test_push_audio_waits_and_the_chain_holds_no_more_than_its_credits(tiny_folder, portrait):

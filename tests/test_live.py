@@ -171,7 +171,16 @@ def test_a_session_nobody_watches_costs_no_blocks_until_it_speaks(portrait):
     async def run():
         async with studio(sessions=SessionsConfig(park_seconds=0.2)) as s:
             live = await s.open(role(portrait))
+            for viewer in (viewers := [Viewer(), Viewer()]):
+                live.add_sink(viewer)
+            await until(lambda: len(viewers[1].ticks) > 10)
+            assert not live._engine.parked
+            for viewer in viewers:
+                live.remove_sink(viewer)
+            left = live.used_at
             await until(lambda: live._engine.parked)
+            live.remove_sink(viewers[0])  # a connection that is closed twice: the lease counts from the last viewer (API-2)
+            assert live.used_at == left
             await asyncio.sleep(0.6)
             before = live.gauges.blocks
             await asyncio.sleep(0.7)

@@ -230,7 +230,7 @@ class Session:
 class Engine:
     """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose().
 
-    finish_after: only so many denoising steps of every block that is admitted from now on (None: all); None or `fewer_steps`.
+    finish_after: only so many denoising steps of every block that is admitted from now on: None (all) or placement.fewer_steps.
     """
 
     def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
@@ -270,13 +270,6 @@ class Engine:
         for task in engine._tasks:
             task.add_done_callback(engine._ended)
         return engine
-
-    @property
-    def fewer_steps(self) -> int | None:
-        """Steps of a block without its last one; None where leaving that out makes nothing faster, or steps move in a register."""
-        last, runtime = sum(map(placement.steps_of, self.config.stages)) - 1, self.config.runtime
-        shared = any(f"step{last}" in stage and len(stage) > 1 for stage in self.config.stages)
-        return last if last > 0 and shared and not runtime.shift_register and runtime.batch == 1 else None
 
     # ------------------------------------------------------------ sessions
 

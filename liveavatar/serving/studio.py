@@ -14,7 +14,7 @@ import torch
 from liveavatar import __version__
 from liveavatar.core import LiveAvatarError, RankFailure
 from liveavatar.runtime.engine import Engine, Session, resolve
-from liveavatar.runtime.placement import cut
+from liveavatar.runtime.placement import cut, fewer_steps
 from liveavatar.runtime.scheduler import PipeTime
 from liveavatar.serving.ladder import FEWER_STEPS, IDLE_LOOP, LOWER_FPS, SMALLER, Ladder
 from liveavatar.serving.live import LiveSession, Role
@@ -63,7 +63,7 @@ class Studio:
         self.engine = await self._launch(self.config)
         await self._warm()
         if self.config.sessions.degrade:
-            self._ladder = Ladder(((FEWER_STEPS,) if self.engine.fewer_steps else ()) + (LOWER_FPS, SMALLER, IDLE_LOOP))
+            self._ladder = Ladder(((FEWER_STEPS,) if fewer_steps(self.engine.config) else ()) + (LOWER_FPS, SMALLER, IDLE_LOOP))
         self._alive(True)
         self._watching = asyncio.create_task(self._watch())
 
@@ -133,8 +133,8 @@ class Studio:
             engine_session = await self._opened(role)  # last: whatever fails before leaves no place in the chain taken
         finally:
             self._reserved -= 1
-        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock, metrics=self.metrics,
-                              mark=mark)  # fmt: skip
+        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mark=mark, mode=mode, metrics=self.metrics,
+                              clock=self.clock)  # fmt: skip
         self.sessions[session.id] = session
         session.start(engine_session)
         self.metrics.session_created(session.mode, self.config.engine_kind, self.clock() - began)
@@ -182,7 +182,7 @@ class Studio:
                 session.degrade(rung)
 
     def _shorten(self) -> None:
-        self.engine.finish_after = self.engine.fewer_steps if self._ladder.rung.step >= FEWER_STEPS.step else None
+        self.engine.finish_after = fewer_steps(self.engine.config) if self._ladder.rung.step >= FEWER_STEPS.step else None
 
     async def _revive(self) -> None:
         """Start the chain again, with growing pauses; where that keeps failing, on one rank less."""
