@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liveavatar.core import SAMPLE_RATE
 from liveavatar.serving.problems import BufferFull
 
 WAITING = 8  # utterances; beyond: buffer_full
@@ -63,7 +64,7 @@ class Feeder:
                 self._failed(error)
 
     async def _feed(self, utterance: Utterance) -> None:
-        rate, last = 16_000, np.zeros(0, np.int16)
+        rate, last = SAMPLE_RATE, np.zeros(0, np.int16)
         async for chunk, rate in self._made(utterance):
             step = max(1, round(PIECE_SECONDS * rate))
             for start in range(0, len(chunk), step):

@@ -404,7 +404,7 @@ class LiveSession:
             "reanchors": self._pacer.reanchors if self._pacer else 0, "interrupts": g.interrupts, "viewers": len(self.broadcast.sinks),
             "playout": vars(self.playout.counts).copy(), "stale_pushes": self.stale_pushes, "first_frame_seconds": g.first_frame_seconds,
             "edges": {"audio_in": {"depth": self.speech.waiting, "capacity": self.speech.limit},
-                      "playout": {"depth": len(self.playout) / FPS, "capacity": None},
+                      "playout": {"depth": len(self.playout) / FPS, "capacity": 2 * float(engine.timeline.geometry.block_seconds) if engine else None},
                       "engine": {"depth": engine.timeline.in_flight if engine else 0, "capacity": None}},
             "av_offset_seconds": 0.0, "av_drift_seconds": 0.0,  # by construction: a tick is one picture and its own sound
             "audio_buffered_seconds": self.speech.waiting, "realtime_factor": self.factor.value,
