@@ -11,6 +11,7 @@ import jwt
 import pytest
 
 from api_server import PCM, STATEMENT, bearer, portrait, problem, running, settings, tone, until
+from test_metrics import values
 from liveavatar.config import load
 from liveavatar.serving.access import ANYBODY, SCOPES
 from liveavatar.serving.conversations import Conversations
@@ -204,6 +205,8 @@ def test_idle_and_long_sessions_end_and_leave_nothing(tmp_path):
             now[0] += 30
             await desk.tick()
             assert await reasons(server, held) == ["length"] and not server.studio.sessions and not desk.leases(ANYBODY)
+            ended = {name: count for name, count in values(server.studio.metrics).items() if "sessions_ended_total" in name and count}
+            assert sorted(ended.values()) == [2, 2] and all('"idle"' in name or '"length"' in name for name in ended)  # each once
 
     asyncio.run(story())
 

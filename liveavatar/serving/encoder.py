@@ -40,13 +40,13 @@ class VideoEncoder:
     """Pictures -> H.264, constrained baseline, no B frames, one packet per picture and at once (Annex B).
 
     width, height: of the pictures that go in, pixels; `width`, `height` of the encoder are those that come out
-    (media.scale times larger). `name`: libx264 or h264_nvenc. `extradata`: SPS and PPS, which also stand in front of
+    (media.scale times larger, `shrink` times smaller). `name`: libx264 or h264_nvenc. `extradata`: SPS and PPS, which also stand in front of
     each IDR, as does an SEI that says who made the pictures: a machine (WM-2). Raises ConfigError for odd sizes and for an
     encoder that was asked for and does not work here.
     """
 
-    def __init__(self, width: int, height: int, config: MediaConfig):
-        self.width, self.height = width * config.scale, height * config.scale
+    def __init__(self, width: int, height: int, config: MediaConfig, *, shrink: int = 1):
+        self.shrink, self.width, self.height = shrink, width * config.scale // shrink, height * config.scale // shrink
         if self.width % 2 or self.height % 2:
             raise ConfigError(f"video size {self.width}x{self.height}: H.264 needs even sides; media.scale=2 makes them even")
         self.name, self.extradata, self._context = _opened(self.width, self.height, config)

@@ -22,7 +22,6 @@ SOUND_RATE = 48_000  # Hz, of all sound that leaves
 TICK_SAMPLES = SOUND_RATE // FPS  # of sound to one picture: 1,920
 TICK_SECONDS = Fraction(1, FPS)
 VIDEO_RATE = 90_000  # Hz, of the time stamps of encoded pictures
-KINDS = ("speech", "idle", "filler")
 H264, OPUS, AAC = CODECS = ("h264", "opus", "aac")
 
 

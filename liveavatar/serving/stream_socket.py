@@ -206,6 +206,7 @@ class Connection:
         return self.mistakes >= MISTAKES
 
     async def _take(self, data: bytes | None, text: str | None) -> None:
+        self.lease.need_running()
         if data is not None:
             return await self._speech(data)
         if len(text) > TEXT_BYTES:
@@ -238,5 +239,4 @@ class Connection:
                 await changed(self.lease, order.prompt, order.avatar_id, self.who, self.at)
             case SayOrder():
                 self.who.need(PUBLISH)
-                self.lease.need_running()
                 spoken(self.lease, order, self.at)
