@@ -196,7 +196,7 @@ def test_a_full_avatar_is_waited_for():
         waited.append(seconds)
 
     asyncio.run(say_to(avatar := Full(), (np.zeros(20_000, np.int16), 16_000), segment=4, end=True, sleep=sleep))
-    assert avatar.taken == [(8000, 4, False), (8000, 4, False), (4000, 4, True)] and waited == [0.5] * 6
+    assert avatar.taken == [(8000, 4, False), (8000, 4, False), (4000, 4, True)] and waited == [0.1] * 6
 
 
 # ---------------------------------------------------------------- minds
