@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import threading
 import time
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -111,6 +112,33 @@ def test_local_voices_speak(name, rate):
         collect(voice.speak(" ... "))
     with pytest.raises(ConfigError, match="speaker"):
         voice_named(name, speaker="../../etc/passwd")
+
+
+def test_the_local_voice_makes_one_piece_at_a_time_also_after_a_barge_in():
+    pytest.importorskip("hibari")
+    voice, lock, at_once = voice_named("hibari"), threading.Lock(), []
+
+    class Slow:
+        sample_rate = 24_000
+
+        def stream(self, text, seed):
+            for _ in range(2):
+                free = lock.acquire(blocking=False)
+                at_once.append(not free)
+                time.sleep(0.05)
+                if free:
+                    lock.release()
+                yield np.zeros(2400, np.float32)
+
+    voice._model = Slow()
+
+    async def go():
+        cut = asyncio.create_task(anext(voice.speak("one")))
+        await asyncio.sleep(0.01)
+        cut.cancel()
+        return [piece async for piece in voice.speak("two")]
+
+    assert len(asyncio.run(go())) == 2 and at_once == [False] * 3
 
 
 def test_what_is_no_voice_is_refused():

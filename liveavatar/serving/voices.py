@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import wave
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -104,16 +105,12 @@ class HibariVoice:
         except FileNotFoundError as error:
             raise ConfigError(f"speech.speaker={speaker}: {error} is not here; only heart comes with the package") from None
         self._model("Ready.")  # the first sentence pays for lexicon and tagger: 0.5 s
-        self._one = asyncio.Lock()  # the model is one object: one sentence at a time
+        self._thread = ThreadPoolExecutor(1, "hibari")  # the model is one object: one piece at a time, also after one that nobody waits for
 
     async def speak(self, text: str) -> AsyncIterator[Sound]:
         """See Voice. Raises Unprocessable."""
-        pieces = self._model.stream(speakable(text), seed=0)
-        while True:
-            async with self._one:
-                pcm = await asyncio.to_thread(next, pieces, None)
-            if pcm is None:
-                return
+        pieces, loop = self._model.stream(speakable(text), seed=0), asyncio.get_running_loop()
+        while (pcm := await loop.run_in_executor(self._thread, next, pieces, None)) is not None:
             yield np.rint(np.clip(pcm, -1, 1) * 32767).astype(np.int16), self._model.sample_rate
 
 
