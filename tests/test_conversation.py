@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +94,7 @@ def test_a_noise_does_not_cost_what_a_slow_mind_has_said_so_far():
     clock.now += 2.0
     c.started(turn + 1)
     c.finished(turn + 1, 1, 1000, interrupted=False)
-    assert c.history[-1] == Said("assistant", "One. Two. Three.") and c.exchange.answer == "One. Two. Three." and c.exchange.latency["over"] == 2.6
+    assert c.history[-1] == Said("assistant", "One. Two. Three.") and c.exchange.answer == "One. Two. Three." and c.exchange.latency["over"] == pytest.approx(2.6)
 
 
 def test_a_question_in_two_breaths_is_one_question():

@@ -127,10 +127,11 @@ class Ledger:
 
 
 class RealtimeBridge:
-    """One client, one backend, one avatar. `run` until either side ends."""
+    """One client, one backend, one avatar. `run` until either side ends. spoke: counts seconds of speech, may raise RateLimited."""
 
-    def __init__(self, avatar: LiveSession, client: Wire, backend: Wire, *, sleep: Callable[[float], Awaitable] = asyncio.sleep):
-        self.avatar, self.client, self.backend = avatar, client, backend
+    def __init__(self, avatar: LiveSession, client: Wire, backend: Wire, *, spoke: Callable[[float], None] = lambda seconds: None,
+                 sleep: Callable[[float], Awaitable] = asyncio.sleep):  # fmt: skip
+        self.avatar, self.client, self.backend, self._spoke = avatar, client, backend, spoke
         self.ledger, self._sleep = Ledger(), sleep
         self._format, self._interrupts = "audio/pcm", True  # as the session says
         self._rate = RATE
@@ -223,6 +224,7 @@ class RealtimeBridge:
         while True:
             item, pcm, end = await self._speech.get()
             if not item.over and not self.ledger.response(item.response).dead:
+                self._spoke(len(pcm) / self._rate)
                 await say_to(self.avatar, (pcm, self._rate), segment=item.segment, end=end, sleep=self._sleep)
 
     async def _clear(self) -> None:
@@ -397,15 +399,18 @@ class ClientSocket:
             return
 
 
-async def bridge(socket, avatar: LiveSession, backend: Backend) -> None:
-    """Serve one accepted Starlette WebSocket until either side ends; closes it with the reason. The caller has checked who it is."""
+async def bridge(socket, avatar: LiveSession, backend: Backend, spoke: Callable[[float], None] = lambda seconds: None) -> None:
+    """Serve one accepted Starlette WebSocket until either side ends; closes it with the reason. The caller has checked who it is.
+
+    spoke: see RealtimeBridge.
+    """
     from starlette.websockets import WebSocketDisconnect
 
     code = 1000
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client left first: there is nobody to tell
         try:
             async with await BackendSocket.open(backend) as upstream:
-                await RealtimeBridge(avatar, ClientSocket(socket), upstream).run()
+                await RealtimeBridge(avatar, ClientSocket(socket), upstream, spoke=spoke).run()
         except LiveAvatarError as error:
             code, kind = 1011, getattr(error, "kind", "internal")
             await socket.send_json({"type": "error", "error": {"type": "server_error", "code": kind, "message": str(error)}})

@@ -24,6 +24,7 @@ from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
+from liveavatar.serving.puppet import Puppet
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
@@ -81,14 +82,25 @@ class Services:
         if request.method == "POST" and scope == VIEW:
             self.quotas.count("offers", who.key)
 
+    def counts(self, key: str) -> Callable[[float], None]:
+        """Takes seconds of speech from what a server key has left of today's. Raises RateLimited where that is nothing."""
+
+        def spoke(seconds: float) -> None:
+            self.quotas.may_speak(key)
+            self.quotas.spoke(key, seconds)
+
+        return spoke
+
     def microphone(self, session: LiveSession) -> Heard:
         """A viewer's microphone is what the avatar says, and counts like any other speech; over the quota it is not heard."""
-        key = self.desk.lease(OPERATOR, session.id).key
+        spoke, puppet = self.counts(self.desk.lease(OPERATOR, session.id).key), Puppet()
 
         async def heard(pcm: np.ndarray, rate: int) -> None:
-            self.quotas.may_speak(key)
-            await session.push_audio(pcm, rate)
-            self.quotas.spoke(key, len(pcm) / rate)
+            said, over = puppet.hear(pcm, rate, session.speech.waiting if session.speech.position_ms else None)
+            if len(said):
+                spoke(len(said) / rate)
+            if len(said) or over:
+                await session.push_audio(said, rate, end=over)
 
         return heard
 

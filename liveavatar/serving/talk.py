@@ -34,7 +34,7 @@ Tell = Callable[[str, dict], None]
 
 
 class Talk:
-    """See the module. Made with a session that runs; `async with` starts and ends it, the session stays open.
+    """See the module. Made with a session that runs; `run` holds it, or `async with` starts and ends it. The session stays open.
 
     tell: (name, data) of what happens: talk.state{state}, talk.question{turn, text}, talk.answer{turn, text, cut},
     talk.latency{turn, ...seconds}, talk.failed{reason}.
@@ -61,11 +61,12 @@ class Talk:
     async def __aexit__(self, *exception) -> None:
         await _end(self._tasks + self._work)
 
-    async def wait(self) -> None:
-        """Until the conversation is over: with the avatar's session, or with an error of ours, which is raised."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+    async def run(self) -> None:
+        """Hold the conversation until the avatar's session is over. An error of ours is raised."""
+        async with self:
+            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
 
     # ------------------------------------------------------------ the user
 
@@ -134,6 +135,9 @@ class Talk:
     async def _stop(self) -> None:
         work, self._work = self._work, []
         await _end(work)
+        for task in work:
+            if not task.cancelled():
+                task.result()  # an error of ours ends the conversation
 
     async def _hush(self, order: Hush) -> list[Order]:
         await self._stop()
