@@ -67,7 +67,11 @@ export class Stage {
     $("start").lastElementChild.textContent = t("starting");
     try {
       const prompt = $("prompt").value.trim();
-      await this.watch(await this.app.api.post("/v1/sessions", {avatar_id: this.app.avatars.chosen, ...(prompt && {prompt})}));
+      const session = await this.app.api.post("/v1/sessions", {avatar_id: this.app.avatars.chosen, ...(prompt && {prompt})});
+      await this.watch(session).catch(async error => {
+        await this.app.api.delete(`/v1/sessions/${session.id}`).catch(() => null); // nobody sees it: it would hold its place for a minute
+        throw error;
+      });
     } finally {
       $("start").disabled = false;
       $("start").lastElementChild.textContent = t("start");
@@ -95,7 +99,12 @@ export class Stage {
     });
     this.show("connecting");
     this.listen(session.id);
-    await this.player.open({speaks: this.app.may("publish")});
+    try {
+      await this.player.open({speaks: this.app.may("publish")});
+    } catch (error) {
+      await this.leave();
+      throw error;
+    }
     this.app.tell("session", session);
     this.draw();
   }
@@ -147,8 +156,8 @@ export class Stage {
     if (message.type === "session.created") this.show(message.session.state);
     if (message.type === "state") this.show(message.state);
     if (message.type === "talk.state") this.show(message.state);
-    if (message.type === "talk.question") this.said("user", message.text);
-    if (message.type === "talk.answer") this.said("assistant", message.text + (message.cut ? " …" : ""));
+    if (message.type === "talk.question") this.said("user", message.turn, message.text);
+    if (message.type === "talk.answer") this.said("assistant", message.turn, message.text + (message.cut ? " …" : ""));
     if (message.type === "speak.finished") {
       this.turn.heard = message.position_ms / 1000;
       this.draw();
@@ -161,8 +170,11 @@ export class Stage {
     }
   }
 
-  said(role, text) {
-    $("talk_lines").append(h("li", {class: role}, text));
+  // An answer that a noise broke off is told again when it is whole: one line a turn.
+  said(role, turn, text) {
+    const last = $("talk_lines").lastChild;
+    if (last?.className === role && last.dataset.turn === String(turn)) last.remove();
+    $("talk_lines").append(h("li", {class: role, "data-turn": turn}, text));
     while ($("talk_lines").children.length > TALK_LINES) $("talk_lines").firstChild.remove();
     $("talk_lines").lastChild.scrollIntoView({block: "nearest"});
   }

@@ -36,7 +36,7 @@ const WORDS = {
   offset: ["A/V offset", "音画偏移"], glass: ["Server to eye", "端到端延迟"],
   file_sent: ["{name}: {seconds} s of speech queued.", "{name}：已排入 {seconds} 秒语音。"],
   ended: ["The session ended: {reason}.", "会话已结束：{reason}。"], sound_blocked: ["Click the picture to hear it.", "点击画面以播放声音。"],
-  ready: ["Ready", "就绪"], not_ready: ["Not ready", "未就绪"], draining: ["Draining", "正在排空"],
+  unreachable: ["The server does not answer.", "服务器无响应。"], ready: ["Ready", "就绪"], not_ready: ["Not ready", "未就绪"], draining: ["Draining", "正在排空"],
   tab_chain: ["Chain", "链路"], tab_health: ["History", "历史"], tab_sessions: ["Sessions", "会话"], tab_outputs: ["Destinations", "推流与录制"],
   tab_provenance: ["Provenance", "来源验证"], tab_log: ["Log", "日志"], tab_server: ["Server", "服务器"],
   version: ["Version", "版本"], engine: ["Engine", "引擎"], you: ["You are", "当前身份"], may: ["You may", "权限"], features: ["It can also", "附加能力"],
