@@ -11,7 +11,7 @@ const TALK_LINES = 30;
 
 export class Stage {
   constructor(app) {
-    Object.assign(this, {app, player: null, socket: null, seen: 0, turn: {}, measured: {}, talking: false});
+    Object.assign(this, {app, player: null, socket: null, seen: 0, turn: {}, measured: {}, talking: false, changing: null});
     this.wire();
     app.on("avatar", () => this.avatarChosen());
     app.on("language", () => this.draw());
@@ -50,7 +50,9 @@ export class Stage {
     $("text").addEventListener("keydown", event => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("say").requestSubmit();
     });
-    $("talk_on").addEventListener("change", () => app.try(() => this.converse($("talk_on").checked)));
+    $("talk_on").addEventListener("change", () => {
+      this.changing = app.try(() => this.converse($("talk_on").checked));
+    });
     document.addEventListener("keydown", event => {
       if (event.key === "Escape" && this.player && !document.querySelector("dialog[open]")) app.try(() => this.interrupt());
     });
@@ -204,6 +206,7 @@ export class Stage {
   async say() {
     const text = $("text").value.trim();
     if (!text || !this.player) return;
+    await this.changing; // what is written right after the switch is meant for the other side of it
     this.player.ask();
     await this.app.api.post(this.talking ? `${this.home}/conversation/turns` : `${this.home}/say`, {text});
     $("text").value = "";
