@@ -190,6 +190,17 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await holds(page, "[...document.querySelectorAll('#panel_health b')].some(b => b.textContent !== '–')")
     await shot(page, "history")
 
+    assert await page.evaluate("""async () => {
+        const {fill, h} = await import("/dom.js"), place = document.body.appendChild(h("table"));
+        const row = name => h("tr", {title: name}, h("td", {}, h("button", {}, "End")));
+        fill(place, row("a"), row("b"));
+        place.querySelectorAll("button")[1].focus();
+        fill(place, row("new"), row("a"), row("b"));
+        const held = document.activeElement.closest("tr")?.title;
+        place.remove();
+        return held;
+    }""") == "b", "a table that is drawn anew keeps the focus of who uses a keyboard"
+
     await page.click("#tab_outputs")
     await page.click("#panel_outputs button[type=submit]")
     await page.wait_for_selector("#panel_outputs td >> text=live")
@@ -204,7 +215,7 @@ async def visit_tabs(page, server, folder: Path) -> None:
 
     await add_a_face(page)
     await page.click("#tab_sessions")
-    await page.wait_for_selector("#panel_sessions td >> text=/speaking|idle/")
+    await page.wait_for_selector("#panel_sessions td >> text=/speaking|idle/i")
     await shot(page, "sessions")
     await page.click("#tab_log")
     await page.wait_for_selector("#panel_log b >> text=speak.started")

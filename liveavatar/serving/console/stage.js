@@ -278,6 +278,9 @@ export class Stage {
     $("poster").hidden = live || !$("poster").src;
     $("end").disabled = $("apply").disabled = !live || !this.app.may("control");
     $("say_note").textContent = t(why);
+    $("say_note").dataset.why = why;
+    $("text").placeholder = t(this.talking ? "ask_hint" : "text_hint");
+    $("speak_it").textContent = t(this.talking ? "ask_it" : "speak_it");
     $("text").disabled = live && why !== "ctrl_enter";
     $("speak_it").disabled = why !== "ctrl_enter" || !$("text").value.trim();
     $("sound").disabled = $("interrupt").disabled = !live || !may;
