@@ -265,6 +265,11 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(running_br
                     await page.tap(f"#tab_{tab}")
                     assert await page.evaluate("document.documentElement.scrollWidth <= 390"), tab
                 await shot(page, "phone_dark")
+                await page.tap("button.add")
+                spare = "document.getElementById('upload').getBoundingClientRect().right - document.querySelector('#upload form').getBoundingClientRect().right"
+                assert await page.evaluate(spare) > 20, "the form stays within its dialog"
+                await shot(page, "phone_upload")
+                await page.tap("#upload button[type=button]")
                 unnamed = await page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, [role=img], video, meter")]
                     .filter(e => e.checkVisibility() && !(e.innerText || e.ariaLabel || e.title || e.labels?.length)).map(e => e.outerHTML)""")
                 return refused, wrong, unnamed

@@ -148,7 +148,7 @@ export class Outputs {
       bytes(output.bytes),
       String(output.reconnects),
       String(output.failures),
-      output.last_error ?? "–",
+      output.last_error ? h("span", {class: "long"}, output.last_error) : "–",
     ];
     return h(
       "tr",
