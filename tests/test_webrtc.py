@@ -337,7 +337,7 @@ def test_a_slow_listener_loses_the_oldest_sound():
         pieces = []
 
         async def heard(pcm, rate):
-            pieces.append(int(pcm[0]))
+            pieces.append(int(pcm[0]) if len(pcm) else None)
             await asyncio.sleep(0)
 
         microphone = webrtc.Microphone(None, heard)
@@ -345,7 +345,37 @@ def test_a_slow_listener_loses_the_oldest_sound():
             microphone._keep(np.full(320, n, np.int16))
         microphone._read = lambda: asyncio.sleep(0, microphone._keep(None))
         await microphone.run()
-        assert pieces[0] == 8 and pieces[-1] == webrtc.HEARD_FRAMES + 6 and microphone.drops == 8
+        assert pieces[0] == 8 and pieces[-2:] == [webrtc.HEARD_FRAMES + 6, None] and microphone.drops == 8
+
+    asyncio.run(body())
+
+
+def test_who_listens_is_told_when_a_microphone_is_switched_off_and_when_its_viewer_goes(monkeypatch):
+    monkeypatch.setattr(webrtc, "MUTED_SECONDS", 0.05)
+
+    async def body():
+        pieces, on = [], asyncio.Event()
+
+        class Switched(Tone):
+            async def recv(self):
+                await on.wait()
+                return await super().recv()
+
+        async def heard(pcm, rate):
+            pieces.append(len(pcm) > 0)
+            if pieces[-3:] == [True] * 3:
+                on.clear()
+
+        running = asyncio.create_task(webrtc.Microphone(Switched(), heard).run())
+        for times in (1, 2):
+            on.set()
+            await until(lambda: pieces and not pieces[-1] and not on.is_set())
+            assert pieces.count(False) == times, "once each time"
+        on.set()
+        await until(lambda: pieces[-1])
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert not pieces[-1] and pieces.count(False) == 3
 
     asyncio.run(body())
 

@@ -69,13 +69,13 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
               routes_chain, stream_socket)  # fmt: skip
     for router in (routes_server.probes, *(module.router for module in routes), livekit_compat.router()):
         app.include_router(router)
-    heard = whep.puppet
+    microphone = at.microphone
     if at.conversations is not None:
         app.include_router(routes_talk.router(at.conversations))
-        heard = at.conversations.microphone(whep.puppet)
+        microphone = at.conversations.microphone(at.microphone)
     if settings.realtime is not None:
         app.include_router(routes_talk.realtime_router(Backend(url=settings.realtime.url, key=key_of(settings.realtime.key_file))))
-    app.include_router(whep.router(at.session, at.authorise, at.viewers, heard=heard), dependencies=[BEARER])
+    app.include_router(whep.router(at.session, at.authorise, at.viewers, heard=microphone), dependencies=[BEARER])
     if CONSOLE.is_dir():
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)

@@ -24,12 +24,14 @@ from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
+from liveavatar.serving.puppet import Puppet
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.uploads import Recordings
 from liveavatar.serving.webhooks import Webhooks
+from liveavatar.serving.webrtc import Heard
 from liveavatar.serving.whep import Viewers
 
 Speak = Callable[[str], AsyncGenerator[tuple[np.ndarray, int], None]]  # text -> (mono PCM, Hz), as it is made
@@ -81,6 +83,17 @@ class Services:
         self.desk.lease(who, session_id, scope)
         if request.method == "POST" and scope == VIEW:
             self.quotas.count("offers", who.key)
+
+    def microphone(self, session: LiveSession) -> Heard:
+        """A viewer's microphone is what the avatar says."""
+        puppet = Puppet()
+
+        async def heard(pcm: np.ndarray, rate: int) -> None:
+            said, over = puppet.hear(pcm, rate, session.speech.waiting if session.speech.position_ms else None)
+            if len(said) or over:
+                await session.push_audio(said, rate, end=over)
+
+        return heard
 
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""

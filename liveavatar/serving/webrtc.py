@@ -35,12 +35,14 @@ from liveavatar.serving.offers import CANDIDATES, Fragment, Offer
 from liveavatar.serving.problems import Capacity, Problem, Unprocessable
 from liveavatar.telemetry import now as monotonic
 
-Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz
+Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz; n is 0 when nothing comes any more
 
 EDGE_SECONDS = 0.2  # what waits for a viewer: five pictures, 200 ms of sound (serving.md 4)
 PICTURE_HOLD = 0.02  # seconds, see PacketTrack._hold
 HEARD_RATE = 16_000  # Hz, of what a microphone brings
 HEARD_FRAMES = 50  # of 20 ms that wait for whoever listens; then the oldest goes
+MUTED_SECONDS = 0.6  # without a packet, and the microphone is switched off; longer than the 0.4 s between two of a silent one (DTX)
+NOTHING = np.zeros(0, np.int16)
 CLOSE_SECONDS = 5.0  # for goodbyes
 MESSAGE_BYTES = 4096  # of a peer's message on its data channel
 UNSENT_BYTES = 16 * MESSAGE_BYTES  # of ours that wait for a peer who takes none; beyond it we say nothing
@@ -146,18 +148,30 @@ class PacketTrack(MediaStreamTrack):
 
 
 class Microphone:
-    """A peer's sound, 16 kHz mono, for `heard`; a listener that is slow loses the oldest."""
+    """A peer's sound, 16 kHz mono, for `heard`, and NOTHING whenever it stops; a listener that is slow loses the oldest."""
 
     def __init__(self, track: MediaStreamTrack, heard: Heard):
-        self.drops = 0
+        self.drops, self._flows = 0, False
         self._track, self._heard, self._frames = track, heard, asyncio.Queue(HEARD_FRAMES)
 
     async def run(self) -> None:
         """Until the track ends."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._read())
-            while (pcm := await self._frames.get()) is not None:
-                await self._hand(pcm)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read())
+                while (pcm := await self._next()) is not None:
+                    await self._hand(pcm)
+        finally:
+            await self._hand(NOTHING)
+
+    async def _next(self) -> np.ndarray | None:
+        try:
+            async with asyncio.timeout(MUTED_SECONDS if self._flows else None):
+                pcm = await self._frames.get()
+        except TimeoutError:
+            pcm = NOTHING
+        self._flows = pcm is not NOTHING
+        return pcm
 
     async def _read(self) -> None:
         resampler = av.AudioResampler(format="s16", layout="mono", rate=HEARD_RATE)
