@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python bench/serve.py --sessions 1 2 4 --seconds 20 [--engine testcard] [--set engine.runtime.batch=4] [--compare OLD.json]
 
-One studio (liveavatar.serving.studio), as the server runs it; its own admission is set aside, so that overload is seen. Every
+One studio (liveavatar.serving.studio), as the server runs it; its admission and its ladder are set aside, so that overload is seen. Every
 session has a viewer that takes H.264 and Opus and is spoken through: three seconds of sound at once, as a voice that is faster
 than real time gives them, then two of silence. Of the time after --settle: underrun is the share of ticks without a fresh
 picture, turn the time from pushed sound to its first picture, late how far ticks were behind their clock. "holds" is an
@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = replace(configs.load(args.config, args.overrides, ServeConfig), engine_kind=args.engine)
     room = max(config.engine.runtime.sessions, max(args.sessions))
-    config = replace(config, engine=replace(config.engine, runtime=replace(config.engine.runtime, sessions=room)))
+    config = replace(config, engine=replace(config.engine, runtime=replace(config.engine.runtime, sessions=room)),
+                     sessions=replace(config.sessions, degrade=False))
     load = os.getloadavg()[0]
     admits, rows = asyncio.run(run(config, args.sessions, args.seconds, args.settle))
     show(admits, rows, earlier(args.compare, ("sessions",)))

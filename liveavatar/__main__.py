@@ -142,6 +142,8 @@ def generate(
     launcher: Launcher = None,
     length: Annotated[Optional[float], typer.Option(min=0.04, callback=_finite, metavar="SECONDS", help="Use only this much of the speech.")] = None,
     trace: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Also write when everything happened, for `liveavatar evaluate trace FILE`.")] = None,
+    watermark: Annotated[bool, typer.Option("--watermark/--no-watermark", help="Mark every picture, invisibly, as made by a machine: `liveavatar verify` finds it.")] = True,
+    key: Annotated[Optional[Path], typer.Option("--key", "-k", metavar="FILE", help="The watermark's key. Default: var/watermark.key, made at first use.")] = None,
 ) -> None:
     """Make an mp4 of a portrait speaking a recording, written as it is made. Ctrl-C leaves a file that plays."""
     from liveavatar.runtime.launchers import run_rank, torchrun_role
@@ -154,7 +156,9 @@ def generate(
     from liveavatar import generate as main_job
     from liveavatar.conditioning.media import recording_seconds
 
-    job = main_job.Job(image=image or main_job.PORTRAIT, audio=str(main_job.SPEECH) if audio is None else audio, out=out, length=length)
+    portrait = image or main_job.PORTRAIT
+    job = main_job.Job(image=portrait, audio=str(main_job.SPEECH) if audio is None else audio, out=out, length=length,
+                       marker=provenance.file_marker(portrait, key) if watermark else None)  # fmt: skip
     seconds = recording_seconds(job.audio)
     with display.JobDisplay(seconds if length is None or seconds is None else min(length, seconds)) as bar:
         try:

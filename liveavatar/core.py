@@ -193,6 +193,7 @@ class Audio(Message):
     features: torch.Tensor | None = None  # head: only for parity runs: [L,Ca,12] in place of the front end's
     sink_distance: int | None = None  # head: only for parity runs: rel in place of the policy's
     observe: bool = False  # head: every step reports its latents of this block (previews)
+    finish_after: int | None = None  # head: only so many of the steps (SamplerConfig.finish_after, of this block alone); None: all
 
 
 @dataclass
@@ -206,6 +207,7 @@ class Block(Message):
     latents: torch.Tensor | None = None  # condition: noise [16,3,h,w]; each step: less noisy
     features: torch.Tensor | None = None  # condition: audio features [L,Ca,12]
     observe: bool = False  # condition: as the Audio said
+    finish_after: int | None = None  # condition: as the Audio said
 
 
 # ---------------------------------------------------------------- messages up to the head

@@ -30,12 +30,16 @@ PORTRAIT, SPEECH = ASSETS / "portrait.png", ASSETS / "speech.wav"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What goes in and where it comes out. audio: a file, or "-" for raw PCM on stdin (int16, mono, 16 kHz)."""
+    """What goes in and where it comes out. audio: a file, or "-" for raw PCM on stdin (int16, mono, 16 kHz).
+
+    marker: (height, width) -> what is done to every picture of the file, uint8 [H, W, 3] -> the same; None: nothing.
+    """
 
     image: Path = PORTRAIT
     audio: str = str(SPEECH)
     out: Path = Path("out.mp4")
     length: float | None = None  # seconds of audio to use at most; None: all
+    marker: Callable[[int, int], Callable[[np.ndarray], np.ndarray]] | None = None
 
 
 @dataclass
@@ -120,7 +124,7 @@ async def _run(config, job, picture, chunks, done, report) -> None:
         session = await engine.open(picture, prompt=config.prompt, seed=config.seed)
         tasks = [
             asyncio.create_task(_feed(session, chunks)),
-            asyncio.create_task(_record(session, job.out, done, report, engine.trace)),
+            asyncio.create_task(_record(session, job, done, report, engine.trace)),
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -141,12 +145,12 @@ async def _feed(session, chunks: Iterator[np.ndarray]) -> None:
     await session.end_audio()
 
 
-async def _record(session, path: Path, done: Done, report: Callable[[Done], None], trace) -> None:
+async def _record(session, job: Job, done: Done, report: Callable[[Done], None], trace) -> None:
     """Encode what the session makes; one thread holds the muxer, so writes keep their order and never race the close."""
-    loop, writer = asyncio.get_running_loop(), None
+    loop, writer, mark = asyncio.get_running_loop(), None, None
 
     def write(out) -> None:  # all on the thread: a cancelled wait (Ctrl-C) still writes, counts and reports this block
-        writer.write(out.pictures, out.pcm)
+        writer.write(out.pictures if mark is None else np.stack([mark(picture) for picture in np.asarray(out.pictures)]), out.pcm)
         trace.sent(session.name, out.epoch, out.index, float(out.pts), out.pictures)
         done.pictures += len(out.pictures)
         done.last = now()
@@ -158,8 +162,9 @@ async def _record(session, path: Path, done: Done, report: Callable[[Done], None
                 if writer is None:
                     _, height, width, _ = out.pictures.shape
                     done.first, done.height, done.width = now(), height, width
-                    _set_aside(path)
-                    writer = VideoWriter(path, width, height, fps=FPS, sample_rate=SAMPLE_RATE)
+                    mark = job.marker and job.marker(height, width)
+                    _set_aside(job.out)
+                    writer = VideoWriter(job.out, width, height, fps=FPS, sample_rate=SAMPLE_RATE)
                 await loop.run_in_executor(thread, write, out)
         finally:
             if writer is not None:

@@ -28,9 +28,9 @@ STATEMENT = {"subject": "Ada", "method": "self", "scope": "conversation"}  # of 
 
 
 def settings(folder: Path, access: dict | None = None, sessions: dict | None = None, **more) -> ServeConfig:
-    """Of a test card server whose files lie in `folder`."""
+    """Of a test card server whose files lie in `folder`. It keeps its door open when the machine is busy with other tests."""
     return ServeConfig(engine_kind="testcard", storage=StorageConfig(folder=str(folder)), access=AccessConfig(**(access or {})),
-                       sessions=SessionsConfig(**(sessions or {})), **{"listen": ListenConfig(port=0), **more})  # fmt: skip
+                       sessions=SessionsConfig(**{"degrade": False, **(sessions or {})}), **{"listen": ListenConfig(port=0), **more})  # fmt: skip
 
 
 @dataclass

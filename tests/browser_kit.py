@@ -155,7 +155,7 @@ def application(card, settings: ServeConfig = ServeConfig(), viewers=None) -> Fa
     async def page():
         return HTMLResponse(PAGE)
 
-    app.include_router(router(lambda name: card, authorise, settings, viewers=viewers))
+    app.include_router(router(lambda name: card, authorise, viewers))
     return app
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
+from datetime import UTC, datetime, timedelta
 from itertools import count
+from pathlib import Path
 
 import av
 import numpy as np
@@ -78,3 +82,31 @@ def events(path: str) -> tuple[list[float], list[float]]:
                     heard.append(t)
                     last = t
     return bright, heard
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def tls_server(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
+    """An authority of our own, its certificate as a PEM file, and what a server called `name` speaks TLS with."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def certificate(subject: str, key, extension, path: Path) -> Path:
+        today, named = datetime.now(UTC), lambda text: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+        builder = x509.CertificateBuilder(named("Authority"), named(subject), key.public_key(), x509.random_serial_number(),
+                                          today - timedelta(days=1), today + timedelta(days=1))  # fmt: skip
+        path.write_bytes(builder.add_extension(extension, critical=True).sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        return path
+
+    root, leaf = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority = certificate("Authority", root, x509.BasicConstraints(ca=True, path_length=0), folder / "authority.pem")
+    chain = certificate(name, leaf, x509.SubjectAlternativeName([x509.DNSName(name)]), folder / "chain.pem")
+    (folder / "key.pem").write_bytes(leaf.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(chain, folder / "key.pem")
+    return authority, context

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import shutil
+import threading
 import time
+from types import SimpleNamespace
 
 import jwt
 import pytest
@@ -10,12 +13,13 @@ from starlette.responses import JSONResponse
 
 from liveavatar.serving.access import SCOPES, Access, Principal
 from liveavatar.serving.durable import replace_file
+from liveavatar.serving.feeder import WAITING, WAITING_BYTES, Feeder, Utterance
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.problems import BufferFull, Conflict, Forbidden, NotFound, RateLimited, Unauthorized
 from liveavatar.serving.quotas import FAILURES, MessageRate, Quotas
 from liveavatar.serving.settings import AccessConfig
 from liveavatar.serving.store import AvatarStore
-from api_server import portrait
+from api_server import bearer, portrait, running, settings
 
 
 def who(access: Access, text: str) -> Principal:
@@ -108,13 +112,16 @@ def test_quotas_count_by_key_and_say_when_to_come_again():
         quotas.count("sessions", "a")
     assert caught.value.kind == "rate" and 1 <= int(caught.value.headers["Retry-After"]) <= 60
     quotas.count("sessions", "b")
-    quotas.may_speak("a")
-    quotas.spoke("a", 9.99)
-    quotas.may_speak("a")
-    quotas.spoke("a", 5.0)  # the last push may go over
-    with pytest.raises(RateLimited) as caught:
-        quotas.may_speak("a")
+    with pytest.raises(BufferFull), quotas.speech("a", 10.0):
+        raise BufferFull  # what was not taken does not count
+    for seconds in (9.99, 5.0):  # the last may go over
+        with quotas.speech("a", seconds):
+            pass
+    with pytest.raises(RateLimited) as caught, quotas.speech("a", 0.02):
+        raise AssertionError("it was taken")
     assert caught.value.kind == "quota" and int(caught.value.headers["Retry-After"]) > 60
+    with quotas.speech("a", 0):  # an end
+        pass
 
 
 def test_whoever_guesses_keys_is_kept_out_by_network():
@@ -166,6 +173,16 @@ def test_a_repeated_request_gets_the_first_answer():
     asyncio.run(story())
 
 
+def test_what_waits_to_be_spoken_is_bounded_in_number_and_in_bytes():
+    """Edge "audio in" of section 4: refuse, never drop (BP-1)."""
+    for size, most in ((0, WAITING), (WAITING_BYTES // 3, 3), (2 * WAITING_BYTES, 1)):
+        feeder = Feeder(None, failed=lambda error: None)
+        for n in range(most):
+            feeder.put(Utterance(None, n, 0, size=size))
+        with pytest.raises(BufferFull):
+            feeder.put(Utterance(None, most, 0, size=size))
+
+
 def test_two_at_once_make_one():
     async def story():
         kept, go = Idempotency(), asyncio.Event()
@@ -209,3 +226,33 @@ def test_avatars_survive_a_restart_and_halves_do_not(tmp_path):
         with pytest.raises(NotFound):
             again.portrait(name)
     assert json.loads((tmp_path / kept.id / "avatar.json").read_text())["name"] == "Ada"
+
+
+def test_the_list_is_read_while_another_thread_adds_and_two_erase_one(tmp_path):
+    store = AvatarStore(tmp_path)
+
+    def sees(owner: str) -> bool:  # in the middle of a list
+        store.add(portrait(), name="late", owner="acme", consent="c", media="00")
+        return True
+
+    mine = store.add(portrait(), name="Ada", owner="acme", consent="c", media="00")
+    assert [avatar.id for avatar in store.list(sees)][-1] == mine.id and len(store.with_consent("c")) == 2
+    shutil.rmtree(tmp_path / mine.id)  # as far as the other one has come
+    with pytest.raises(NotFound):
+        store.erase(mine.id)
+
+
+def test_a_key_is_made_beside_the_event_loop(tmp_path):
+    """Its hash takes as long as a picture may be late."""
+    where = []
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            hasher, access = server.at.access._hasher, server.at.access
+            access._hasher = SimpleNamespace(hash=lambda text: where.append(threading.current_thread()) or hasher.hash(text), verify=hasher.verify)
+            made = await server.http.post("/v1/keys", json={"owner": "acme"})
+            assert made.status_code == 201 and where[0] is not threading.main_thread()
+            assert (await server.http.delete(f"/v1/keys/{made.json()['prefix']}")).status_code == 204
+            assert (await server.http.get("/v1/server", headers=bearer(made.json()["key"]))).status_code == 401
+
+    asyncio.run(story())

@@ -8,10 +8,13 @@ import weakref
 from pathlib import Path
 
 import jwt
+import pytest
 
 from api_server import PCM, STATEMENT, bearer, portrait, problem, running, settings, tone, until
+from test_metrics import values
 from liveavatar.config import load
 from liveavatar.serving.access import ANYBODY, SCOPES
+from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.settings import ListenConfig, ServeConfig
 from liveavatar.serving.voices import VoiceFailed
@@ -67,6 +70,10 @@ OPERATIONS = {
     "POST /v1/channels/{channel}/sounds !": (STEER, {"content": bytes(320), "headers": PCM}),
     "DELETE /v1/channels/{channel}/sounds/{sound_id} !": (STEER, {}),
     "GET /v1/channels/{channel}/outputs/{output}/hls/{name} !": (("view",), {}),
+    "POST /v1/sessions/{session_id}/conversation": (STEER, {}),
+    "GET /v1/sessions/{session_id}/conversation": (LOOK, {}),
+    "POST /v1/sessions/{session_id}/conversation/turns": (SPEAK, {"json": {"text": "hello"}}),
+    "DELETE /v1/sessions/{session_id}/conversation": (STEER, {}),
     "GET /v1/chain !": (RUN, {}),
     "GET /v1/audit !": (RUN, {}),
     "POST /v1/sessions/{session_id}/preview": (STEER, {}),
@@ -127,7 +134,7 @@ def test_who_may_what(tmp_path):
     """Every route against no token, wrong ones, each missing scope, other tenants and other sessions (18.2, API-5)."""
 
     async def story():
-        async with running(settings(tmp_path, {"requests_per_minute": 10**6}), speak=voice) as server:
+        async with running(settings(tmp_path, {"requests_per_minute": 10**6}), speak=voice, conversations=Conversations(None)) as server:
             assert operations(server.app) == {operation.removesuffix(" !") for operation in OPERATIONS}
             acme, other = server.tenant("acme"), server.tenant("other")
             ids, second = await things(server, acme), await server.opened(acme)
@@ -210,6 +217,38 @@ def test_idle_and_long_sessions_end_and_leave_nothing(tmp_path):
             now[0] += 30
             await desk.tick()
             assert await reasons(server, held) == ["length"] and not server.studio.sessions and not desk.leases(ANYBODY)
+            ended = {name: count for name, count in values(server.studio.metrics).items() if "sessions_ended_total" in name and count}
+            assert sorted(ended.values()) == [2, 2] and all('"idle"' in name or '"length"' in name for name in ended)  # each once
+
+    asyncio.run(story())
+
+
+def test_sessions_that_end_while_others_are_looked_at_and_open_segments_hold_nothing(tmp_path):
+    """One ends while the desk waits for another's end; one that was spoken to and never told that this was all is idle, too (API-2)."""
+
+    async def story():
+        async with running(settings(tmp_path, sessions={"idle_seconds": 5.0})) as server:
+            desk, now = server.at.desk, [server.studio.clock()]
+            desk._clock = lambda: now[0]
+            first, second, spoken = [await server.opened() for _ in range(3)]
+            await server.http.post(f"/v1/sessions/{spoken}/audio?segment=0&end=false", content=tone(0.3).tobytes(), headers=PCM)
+            live, left = server.studio.sessions[first], server.studio.sessions[spoken]
+            close = live.close
+
+            async def meanwhile(reason):
+                await desk.close(desk._leases[second])
+                await close(reason)
+
+            live.close = meanwhile
+            async with asyncio.timeout(20):
+                while left.speech.waiting or not left.speech.total:
+                    await asyncio.sleep(0.02)
+            assert left.speech.segments  # still open
+            now[0] = server.studio.clock() + 5.1
+            await desk.tick()
+            assert await reasons(server, first, second, spoken) == ["idle", "closed", "idle"]
+            counted = server.at.metrics.exposition().decode()
+            assert all(f'sessions_ended_total{{reason="{reason}"}} {n}.0' in counted for reason, n in (("idle", 2), ("closed", 1)))
 
     asyncio.run(story())
 
@@ -218,7 +257,10 @@ async def reasons(server, *sessions: str) -> list[str | None]:
     return [(await server.http.get(f"/v1/sessions/{session}")).json()["reason"] for session in sessions]
 
 
-def test_slots_are_reserved_before_anything_is_built(tmp_path):
+def test_slots_are_reserved_before_anything_is_built(tmp_path, monkeypatch):
+    def no_disk(path):
+        raise OSError("disk full")
+
     async def story():
         async with running(settings(tmp_path, {"sessions": 2})) as server:
             answers = await asyncio.gather(*(server.http.post("/v1/sessions", json={}) for _ in range(5)))
@@ -230,6 +272,10 @@ def test_slots_are_reserved_before_anything_is_built(tmp_path):
             await server.http.delete(f"/v1/sessions/{next(a for a in answers if a.status_code == 201).json()['id']}")
             lost = await server.http.post("/v1/sessions", json={"avatar_id": "nobody"})
             assert problem(lost) == (404, "not_found") and server.at.desk._held(server.key[3:15]) == 1  # a failed build leaves nothing
+            monkeypatch.setattr("liveavatar.serving.outputs.private_folder", no_disk)
+            with pytest.raises(OSError):
+                await server.http.post("/v1/sessions", json={"outputs": [{"kind": "hls"}]})
+            assert server.at.desk._held(server.key[3:15]) == 1
             server.at.desk.refuse()
             assert problem(await server.http.post("/v1/sessions", json={})) == (503, "draining")
             assert (await server.http.get("/readyz")).status_code == 503
@@ -334,6 +380,8 @@ def test_a_repeated_post_opens_one_session(tmp_path):
             assert first.json() == second.json() and second.headers["idempotent-replayed"] == "true" and len(server.studio.sessions) == 1
             again = await server.http.post("/v1/sessions", json={}, headers={"Idempotency-Key": "k1"})
             assert problem(again) == (409, "idempotency")
+            viewer = bearer(server.tenant("operator", ["view"]))  # the first answer is not for everybody of the tenant
+            assert problem(await server.http.post("/v1/sessions", json=asked["json"], headers=asked["headers"] | viewer)) == (403, "scope")
             face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}, "headers": {"Idempotency-Key": "k1"}}
             made = [await server.http.post("/v1/avatars", **face) for _ in range(2)]
             assert made[0].json()["id"] == made[1].json()["id"] and len(server.at.store.list(lambda owner: True)) == 6

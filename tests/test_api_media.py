@@ -4,12 +4,13 @@ import asyncio
 import hashlib
 import io
 import re
+import threading
 
 import av
 import numpy as np
 
 from api_server import PCM, STATEMENT, bearer, changed, portrait, problem, running, settings, tone, until
-from liveavatar.serving import eventlog, signing
+from liveavatar.serving import eventlog, quotas, routes_avatars, signing
 from liveavatar.serving.watermark import Watermark
 
 
@@ -45,6 +46,39 @@ def test_a_face_lives_as_long_as_its_consent(tmp_path):
     asyncio.run(story())
 
 
+def test_uploads_of_a_day_and_avatars_of_a_tenant_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(quotas, "UPLOADED", 50_000)
+    monkeypatch.setattr(routes_avatars, "MOST", 1)
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}}  # 28 kB
+            assert (await server.http.post("/v1/avatars", **face)).status_code == 201
+            assert problem(await server.http.post("/v1/avatars", **face)) == (429, "quota")  # one is enough
+            assert "uploads" in (await server.http.post("/v1/consents", files={"media": portrait()}, data=STATEMENT)).json()["detail"]
+            assert (await server.http.get("/v1/avatars")).status_code == 200
+            assert (await server.http.post("/v1/avatars", **face, headers=bearer(server.tenant("acme")))).status_code == 201
+
+    asyncio.run(story())
+
+
+def test_a_page_that_looks_at_one_session_sees_no_other_face(tmp_path):
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            face = {"data": {"synthetic": "true"}}
+            shown, hidden = [(await server.http.post("/v1/avatars", files={"portrait": portrait(seed=n)}, **face)).json()["id"] for n in (1, 2)]
+            session = await server.opened(avatar_id=shown)
+            for scopes, known in ((["view"], {shown}), (["control"], {shown, hidden})):
+                token = bearer((await server.http.post(f"/v1/sessions/{session}/tokens", json={"scopes": scopes})).json()["token"])
+                listed = (await server.http.get("/v1/avatars", headers=token)).json()["avatars"]
+                assert {avatar["id"] for avatar in listed if not avatar["embedded"]} == known and len(listed) > len(known)
+                for avatar in (shown, hidden):
+                    answer = await server.http.get(f"/v1/avatars/{avatar}/portrait", headers=token)
+                    assert answer.status_code == (200 if avatar in known else 404)
+
+    asyncio.run(story())
+
+
 def test_outputs_start_and_end_and_show_no_key(tmp_path):
     async def story():
         config = changed(settings(tmp_path), outputs={"private": ("127.0.0.0/8",), "retry_limit_seconds": 0.2})
@@ -70,6 +104,8 @@ def test_outputs_start_and_end_and_show_no_key(tmp_path):
             assert "my-secret" not in (await server.http.get(home)).text
             for _ in range(2):
                 assert (await server.http.delete(made.headers["location"])).status_code == 204
+            await server.http.delete(home.removesuffix("/outputs"))
+            assert (await server.http.delete(hls["links"]["self"])).status_code == 204, "its session has ended it"
 
     asyncio.run(story())
 
@@ -85,12 +121,17 @@ def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
             [done] = [event.data async for event in until(server.studio.sessions[session].events(), "speak.finished", 1)]
             assert (await http.delete(made.headers["location"])).status_code == 204
             async with asyncio.timeout(30):
+                while any("_notes" in str(task.get_coro()) for task in asyncio.all_tasks()):  # it goes with the recording, not the session
+                    await asyncio.sleep(0.1)
                 while not (found := (await http.get("/v1/recordings")).json()["recordings"]):
                     await asyncio.sleep(0.1)
             [recording] = found
             assert (recording["session"], recording["owner"], recording["signed"], recording["whole"]) == (session, "operator", True, True)
             assert [segment["segment"] for segment in recording["segments"]] == [3]
             assert (await http.get("/v1/recordings", headers=bearer(server.tenant("acme")))).json() == {"recordings": []}
+            (tmp_path / "recordings" / f"{'0' * 32}.json").symlink_to(tmp_path / "gone")  # erased while the list is made
+            assert len((await http.get("/v1/recordings")).json()["recordings"]) == 1
+            (tmp_path / "recordings" / f"{'0' * 32}.json").unlink()
             file = await http.get(recording["links"]["file"])
             assert file.headers["content-type"] == "video/mp4" and hashlib.sha256(file.content).hexdigest() == recording["sha256"]
             (tmp_path / "got.mp4").write_bytes(file.content)
@@ -99,6 +140,32 @@ def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
             with av.open(str(tmp_path / "got.mp4")) as container:
                 assert len(list(container.decode(video=0))) >= 12
             assert (await http.delete(recording["links"]["self"])).status_code == 204 and not list((tmp_path / "recordings").iterdir())
+
+    asyncio.run(story())
+
+
+def test_recordings_are_decoded_two_at_a_time(tmp_path, monkeypatch):
+    """However many come: each may take a gigabyte and a core (18.3)."""
+    begun, go = [], threading.Event()
+
+    def decode(data, limits):
+        begun.append(data)
+        assert go.wait(20)
+        return tone(0.1)
+
+    monkeypatch.setattr("liveavatar.serving.uploads.recording", decode)
+
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            audio = f"/v1/sessions/{await server.opened()}/audio"
+            posts = [asyncio.create_task(server.http.post(audio, content=b"RIFF", headers={"content-type": "audio/wav"})) for _ in range(4)]
+            async with asyncio.timeout(20):
+                while len(begun) < 2:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)  # for a third one
+            early = len(begun)
+            go.set()
+            assert early == 2 and [answer.status_code for answer in await asyncio.gather(*posts)] == [202] * 4
 
     asyncio.run(story())
 

@@ -30,16 +30,21 @@ async def watching(browser, url: str, **options):
 
 
 def test_chromium_plays_the_card_and_gives_its_microphone():
-    """One stay of a browser: a viewer, a late joiner with a microphone, both leave."""
+    """One stay of a browser: a tab that is closed again, a viewer, a late joiner with a microphone, both leave."""
 
     async def body():
         async with playing(Card()) as card, serving(application(card)) as url, chromium() as browser:
+            tab, _ = await watching(browser, url)
+            (gone,) = card.sinks
+            await tab.close()  # without a goodbye, as Chromium does it: 9 to 10 s
+            noticed = asyncio.ensure_future(until(lambda: gone.state == "closed", 13))
             page, wrong = await watching(browser, url)
             await page.wait_for_function("seen.shown > 100 && seen.flashes.length > 2 && seen.beeps.length > 2 && seen.playout.length > 2")
             late, late_wrong = await watching(browser, url, microphone=True)
             await until(lambda: len(card.heard) > 50)
             seen, joined = await page.evaluate("measured()"), await late.evaluate("measured()")
             statuses = [await page.evaluate("leave()"), await late.evaluate("leave()")]
+            await noticed
             await until(lambda: card.sinks == [])
             return card, seen, joined, wrong + late_wrong, statuses
 

@@ -22,7 +22,6 @@ from liveavatar.serving.minds import Companion
 
 CONSOLE = Path(__file__).parent.parent / "liveavatar/serving/console"
 WAIT_MS = 30_000  # the machine may be busy
-browser_only = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="Chromium is not installed (apt install chromium)")
 
 
 def spoken(seconds: float) -> bytes:
@@ -91,13 +90,25 @@ async def shot(page, name: str) -> None:
         await page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
-@browser_only
-def test_a_person_speaks_through_the_avatar_and_an_operator_watches(tmp_path):
+@pytest.fixture(scope="module")
+def running_browser():
+    """(runner of coroutines, Chromium): one for the file, as it takes longer to start than many a test."""
+    if not Path(CHROMIUM).exists():
+        pytest.skip("Chromium is not installed (apt install chromium)")
+    with asyncio.Runner() as runner:
+        opened = chromium()
+        yield runner, runner.run(opened.__aenter__())
+        runner.run(opened.__aexit__(None, None, None))
+
+
+def test_a_person_speaks_through_the_avatar_and_an_operator_watches(running_browser, tmp_path):
     """Key, start, text, sound file, microphone, interruption, then every tab, the other language, and the end; on a desk."""
+
+    runner, browser = running_browser
 
     async def body():
         parts = {"speak": voice, "conversations": conversations()}
-        async with on_port(settings(tmp_path), **parts) as (server, port), chromium() as browser, visitor(browser, f"http://{port}") as (page, wrong):
+        async with on_port(settings(tmp_path), **parts) as (server, port), visitor(browser, f"http://{port}") as (page, wrong):
             await enter(page, server.key)
             assert server.key not in await page.content() and await page.input_value("#key") == ""
             await page.click("#start")
@@ -139,18 +150,22 @@ def test_a_person_speaks_through_the_avatar_and_an_operator_watches(tmp_path):
             assert await page.evaluate("sessionStorage.length") == 0
             return wrong, figures
 
-    wrong, figures = asyncio.run(asyncio.wait_for(body(), 150))
+    wrong, figures = runner.run(asyncio.wait_for(body(), 150))
     assert wrong == []
     assert int(figures["first"].split()[0]) < 10_000 and int(figures["silence"].split()[0]) < 3000, figures
 
 
 def conversations() -> Conversations:
-    """Of the companion that needs no model, with a voice that is a tone. Nobody listens to the microphone here."""
+    """Of the companion that needs no model, with a voice that is a short tone. Nobody listens to the microphone here."""
 
-    class Tone:
-        speak = staticmethod(voice)
+    class Parrot:
+        async def speak(self, text):
+            yield tone(0.4), 16_000
 
-    return Conversations(Parts(mind=Companion(), voice=Tone(), recogniser=None))
+        async def recognise(self, pcm):
+            return ""
+
+    return Conversations(Parts(mind=Companion(), voice=Parrot(), recogniser=Parrot()))
 
 
 async def talk(page) -> None:
@@ -175,6 +190,17 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await holds(page, "[...document.querySelectorAll('#panel_health b')].some(b => b.textContent !== '–')")
     await shot(page, "history")
 
+    assert await page.evaluate("""async () => {
+        const {fill, h} = await import("/dom.js"), place = document.body.appendChild(h("table"));
+        const row = name => h("tr", {title: name}, h("td", {}, h("button", {}, "End")));
+        fill(place, row("a"), row("b"));
+        place.querySelectorAll("button")[1].focus();
+        fill(place, row("new"), row("a"), row("b"));
+        const held = document.activeElement.closest("tr")?.title;
+        place.remove();
+        return held;
+    }""") == "b", "a table that is drawn anew keeps the focus of who uses a keyboard"
+
     await page.click("#tab_outputs")
     await page.click("#panel_outputs button[type=submit]")
     await page.wait_for_selector("#panel_outputs td >> text=live")
@@ -190,7 +216,7 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await channel_on_air(page, server)
     await add_a_face(page)
     await page.click("#tab_sessions")
-    await page.wait_for_selector("#panel_sessions td >> text=/speaking|idle/")
+    await page.wait_for_selector("#panel_sessions td >> text=/speaking|idle/i")
     await shot(page, "sessions")
     await page.click("#tab_log")
     await page.wait_for_selector("#panel_log b >> text=speak.started")
@@ -234,12 +260,13 @@ async def add_a_face(page) -> None:
     await shot(page, "provenance")
 
 
-@browser_only
-def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(tmp_path):
+def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(running_browser, tmp_path):
     """Nothing is wider than the phone; what the key or the server does not give is disabled and says why; a wrong key is told."""
 
+    runner, browser = running_browser
+
     async def body():
-        async with on_port(settings(tmp_path)) as (server, port), chromium() as browser:
+        async with on_port(settings(tmp_path)) as (server, port):
             phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "is_mobile": True, "has_touch": True}
             async with visitor(browser, f"http://{port}", **phone) as (page, wrong):
                 await page.fill("#key", "la_000000000000_wrong")
@@ -255,11 +282,16 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(tmp_path):
                     await page.tap(f"#tab_{tab}")
                     assert await page.evaluate("document.documentElement.scrollWidth <= 390"), tab
                 await shot(page, "phone_dark")
+                await page.tap("button.add")
+                spare = "document.getElementById('upload').getBoundingClientRect().right - document.querySelector('#upload form').getBoundingClientRect().right"
+                assert await page.evaluate(spare) > 20, "the form stays within its dialog"
+                await shot(page, "phone_upload")
+                await page.tap("#upload button[type=button]")
                 unnamed = await page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, [role=img], video, meter")]
                     .filter(e => e.checkVisibility() && !(e.innerText || e.ariaLabel || e.title || e.labels?.length)).map(e => e.outerHTML)""")
                 return refused, wrong, unnamed
 
-    refused, wrong, unnamed = asyncio.run(asyncio.wait_for(body(), 120))
+    refused, wrong, unnamed = runner.run(asyncio.wait_for(body(), 120))
     assert len(refused) == 1 and "401" in refused[0]
     assert wrong == [] and unnamed == []
 
@@ -272,5 +304,5 @@ def test_the_page_takes_nothing_from_elsewhere_and_says_everything_twice():
     assert not re.search(r"\son\w+=|\sstyle=|<script(?![^>]*src=)", files["index.html"])
     words = dict(re.findall(r'(\w+): \[("(?:[^"\\]|\\.)*", "(?:[^"\\]|\\.)*")\]', files["words.js"]))
     used = set(re.findall(r'data-t(?:-label|-placeholder)?="(\w+)"', files["index.html"])) | set(re.findall(r'\bt\("(\w+)"', whole))
-    assert used <= set(words) and len(words) > 100
+    assert used <= set(words) == set(re.findall(r"(\w+): \[", files["words.js"])) and len(words) > 100
     assert max(text.count("\n") for text in files.values()) < 450

@@ -1,5 +1,8 @@
 """The state machine of a conversation: known dialogues, then any order of inputs."""
 
+from itertools import pairwise
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +77,24 @@ def test_a_noise_makes_it_say_the_cut_sentence_again():
     c.started(turn + 1)
     c.finished(turn + 1, 0, 1000, interrupted=False)
     assert c.history == [Said("user", "hello"), Said("assistant", "One two. Three four.")]
+
+
+def test_a_noise_does_not_cost_what_a_slow_mind_has_said_so_far():
+    c = Conversation(clock := Clock())
+    turn = asked(c).turn
+    for number, text in enumerate(("One.", "Two.", "Three.")):
+        c.sentence(turn, text)
+        c.voiced(turn, number, 1000.0, done=True)
+    c.started(turn)
+    c.finished(turn, 0, 1000, interrupted=False)
+    c.began()  # the mind would have had more to say
+    c.finished(turn, 1, 400, interrupted=True)
+    assert c.exchange.answer == "One." and "over" in c.exchange.times
+    assert c.said("") == [Speak(turn + 1, 0, "Two."), Speak(turn + 1, 1, "Three.")] and "over" not in c.exchange.times  # of the same exchange
+    clock.now += 2.0
+    c.started(turn + 1)
+    c.finished(turn + 1, 1, 1000, interrupted=False)
+    assert c.history[-1] == Said("assistant", "One. Two. Three.") and c.exchange.answer == "One. Two. Three." and c.exchange.latency["over"] == pytest.approx(2.6)
 
 
 def test_a_question_in_two_breaths_is_one_question():
@@ -154,5 +175,5 @@ def test_any_order_of_inputs_keeps_the_promises(inputs):
             if isinstance(order, Think):  # only when the user is silent, and with a question
                 assert not open_mouths and order.history[-1].role == "user" and order.turn == c.turn > turn
         roles = [said.role for said in c.history]
-        assert all(a != b for a, b in zip(roles, roles[1:], strict=False))
+        assert all(a != b for a, b in pairwise(roles))
         assert all(said.text for said in c.history)

@@ -98,6 +98,15 @@ def test_a_second_signal_ends_it_now(tmp_path):
     asyncio.run(story())
 
 
+def test_a_taken_port_is_said_before_anything_starts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = settings(tmp_path, listen=ListenConfig(port=0, admin_port=taken.getsockname()[1]))
+        studio = Studio(config)
+        with pytest.raises(OSError, match="in use"):
+            asyncio.run(listen.serve(create_app(studio, config), config))
+        assert studio.engine is None
+
+
 def test_operators_have_a_door_of_their_own(tmp_path):
     """With listen.admin_port, metrics, probes and drain are there, without keys, and /metrics is nowhere else (18.1)."""
 
@@ -112,6 +121,8 @@ def test_operators_have_a_door_of_their_own(tmp_path):
                 assert b"liveavatar_sessions" in (await client.get("/metrics")).content
                 assert (await server.http.get("/metrics")).status_code == 404
                 assert (await client.get("/v1/sessions")).status_code == 404
+                page = await client.post("/drain", headers={"Origin": "http://evil.example"})
+                assert page.status_code == 403 and (await client.get("/readyz")).status_code == 200
                 assert (await client.post("/drain")).status_code == 202 and (await client.get("/readyz")).status_code == 503
             admin.should_exit = True
             await serving

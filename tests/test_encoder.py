@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from liveavatar.core import ConfigError
+from liveavatar.serving import encoder as encoder_module
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.packets import TICK_SAMPLES, Tick
 from liveavatar.serving.settings import MediaConfig
@@ -104,6 +105,26 @@ def test_bits_stay_within_the_bitrate():
     ticks = [Tick(index=i, epoch=0, kind="idle", picture=noise[i % 5], sound=silence) for i in range(75)]
     bits = 8 * sum(len(p.data) for tick in ticks for p in encoder.encode(tick, 0.0))
     assert bits / 3 < 1.2 * 400_000
+
+
+def test_a_gpu_is_tried_once_and_one_that_is_full_is_no_failure(monkeypatch):
+    """To find that there is no NVENC holds every session up; where there is, it may open a few at a time."""
+    tried, real = [], encoder_module._context
+
+    def context(name, *rest):
+        tried.append(name)
+        if name == "h264_nvenc" and tried.count(name) not in works:
+            raise av.FFmpegError(1, "no capable devices found")
+        return real("libx264", *rest)
+
+    monkeypatch.setattr(encoder_module, "_context", context)
+    works = ()
+    assert [VideoEncoder(66, 34, MediaConfig()).name for _ in range(3)] == ["libx264"] * 3 and tried.count("h264_nvenc") == 1
+    works = (2, 3)  # the proof and the first session
+    assert [VideoEncoder(68, 34, MediaConfig()).name for _ in range(2)] == ["h264_nvenc", "libx264"]
+    works = (5,)
+    with pytest.raises(ConfigError, match="no capable devices"):
+        VideoEncoder(70, 34, MediaConfig(encoder="h264_nvenc"))
 
 
 def test_what_cannot_be_encoded_is_refused():

@@ -16,8 +16,10 @@ from liveavatar.core import ConfigError, InputError, PlacementError, RankFailure
 from liveavatar.evaluation import gate_runs
 from liveavatar.runtime import engine as engine_module
 from liveavatar.runtime.engine import Engine
-from liveavatar.runtime.placement import cut
+from liveavatar.runtime.placement import cut, fewer_steps
+from liveavatar.runtime.stage_roles import build_stage
 
+CHAIN = Config().chain
 AHEAD = 1320 / 16000  # seconds the log-mel front end looks ahead
 
 
@@ -190,6 +192,46 @@ def test_refresh_happens_at_its_block_and_zero_is_never(tiny_folder, portrait):
 
 
 # ---------------------------------------------------------------- bounds
+
+
+def test_a_block_may_leave_its_last_step_out(tiny_folder):
+    """BP-2: block by block, the same bytes as a chain that was built without that step; the step begins its history anew."""
+    def heard(finish_in_config, wanted):
+        settings = dataclasses.replace(config(tiny_folder), sampler=SamplerConfig(finish_after=finish_in_config))
+        roles, up = build_stage(settings, settings.chain, "cpu"), []
+
+        def put(message, place=0):
+            for made in roles[place](message):
+                if isinstance(made, core.UPWARD):
+                    up.append(made)
+                else:
+                    put(made, place + 1)
+
+        put(core.Open("a", seed=1, prompt="p", picture=torch.full((3, 64, 64), 90, dtype=torch.uint8)))
+        pcm = torch.from_numpy(speech(4.0))
+        for index, finish in enumerate(wanted):
+            start, stop = (0 if index == 0 else 7680 * index + 2000), 7680 * (index + 1) + 2000
+            put(core.Audio("a", index=index, start=start, pcm=pcm[start:stop], observe=True, finish_after=finish))
+        return up, roles
+
+    cut, _ = heard(3, [None] * 3)
+    (short, _), (again, roles) = heard(None, [3] * 3), heard(None, [3, 3, None, None])
+    def pictures(up):
+        return [m.pictures for m in up if isinstance(m, core.Frames)]
+
+    assert all(torch.equal(a, b) for a, b in zip(pictures(cut), pictures(short), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pictures(cut)[:2], pictures(again)[:2])) and not torch.equal(pictures(cut)[2], pictures(again)[2])
+    assert [role.caches["a"].written for role in roles if hasattr(role, "caches")] == [4, 4, 4, 2]
+    assert [m.index for m in again if isinstance(m, core.CleanLatent)] == [0]
+    assert [m.step for m in again if isinstance(m, core.Latents)] == [0, 1, 2, 3] * 4  # whoever looks in sees every step, idle ones too
+
+
+@pytest.mark.parametrize("stages, runtime, steps", [
+    (None, {}, 3), ((CHAIN[:3], CHAIN[3:]), {}, 3), ((*((name,) for name in CHAIN),), {}, None), (None, {"shift_register": True}, None),
+])
+def test_where_a_step_less_makes_something_faster(stages, runtime, steps):
+    settings = Config(stages=stages or (CHAIN,), runtime=RuntimeConfig(**runtime))
+    assert fewer_steps(settings) == steps
 
 
 def test_push_audio_waits_and_the_chain_holds_no_more_than_its_credits(tiny_folder, portrait):

@@ -97,6 +97,18 @@ def test_two_processes_make_the_same_bytes(tiny, files, result):
     assert (files / "two.mp4").read_bytes() == result[2].read_bytes()
 
 
+def test_every_picture_of_the_file_is_marked_where_that_is_asked_for(tiny, files):
+    sizes = []
+
+    def marker(height, width):
+        sizes.append((height, width))
+        return lambda picture: np.zeros_like(picture)  # a mark nobody can miss
+
+    main_job.generate(tiny, job(files, "marked.mp4", length=0.6, marker=marker))
+    pictures = read(files / "marked.mp4")[0]
+    assert sizes == [(TINY_SIZE, TINY_SIZE)] and len(pictures) == 15 and pictures.max() < 3
+
+
 def test_length_and_seed(tiny, files, result):
     from dataclasses import replace
 

@@ -8,7 +8,7 @@ import pytest
 
 from liveavatar.config import Config, RuntimeConfig
 from liveavatar.core import InputError
-from liveavatar.serving import testcard
+from liveavatar.serving import ladder, testcard
 from liveavatar.serving.live import Role
 from liveavatar.serving.packets import H264, OPUS, Tick
 from liveavatar.serving.problems import BufferFull, Capacity, Conflict
@@ -158,10 +158,11 @@ def test_full_closed_and_refused(portrait):
                 await live.push_audio(tone(0.1), 24_000)
             again = await s.open(role(portrait))
             assert again.id != live.id and list(s.sessions) == [again.id]
-            await s.drain(0.0)
+            s.draining = True
             with pytest.raises(Capacity) as refused:
                 await s.open(role(portrait))
-            assert refused.value.kind == "draining" and not s.sessions and again.reason == "draining"
+            await s.aclose()
+            assert refused.value.kind == "draining" and not s.sessions and again.reason == "drain"
 
     asyncio.run(run())
 
@@ -170,7 +171,16 @@ def test_a_session_nobody_watches_costs_no_blocks_until_it_speaks(portrait):
     async def run():
         async with studio(sessions=SessionsConfig(park_seconds=0.2)) as s:
             live = await s.open(role(portrait))
+            for viewer in (viewers := [Viewer(), Viewer()]):
+                live.add_sink(viewer)
+            await until(lambda: len(viewers[1].ticks) > 10)
+            assert not live._engine.parked
+            for viewer in viewers:
+                live.remove_sink(viewer)
+            left = live.used_at
             await until(lambda: live._engine.parked)
+            live.remove_sink(viewers[0])  # a connection that is closed twice: the lease counts from the last viewer (API-2)
+            assert live.used_at == left
             await asyncio.sleep(0.6)
             before = live.gauges.blocks
             await asyncio.sleep(0.7)
@@ -179,6 +189,77 @@ def test_a_session_nobody_watches_costs_no_blocks_until_it_speaks(portrait):
             await until(lambda: "speak.finished" in names(live))
 
     asyncio.run(run())
+
+
+def test_a_session_that_fails_gives_its_place_in_the_chain_back(portrait):
+    async def run():
+        async with studio(room=1) as s:
+            live = await s.open(role(portrait))
+            live._engine.fail(InputError("the chain refuses its new portrait"))
+            await until(lambda: live.state == "failed" and not s.engine.sessions)
+            await s.open(role(portrait))
+
+    asyncio.run(run())
+
+
+def test_opening_that_fails_leaves_no_place_taken(portrait):
+    async def run():
+        async with studio(room=1) as s:
+            s._marker = lambda *_: {}["no key"]
+            with pytest.raises(KeyError):
+                await s.open(role(portrait))
+            s._marker = lambda *_: lambda picture: picture
+            await s.open(role(portrait))
+
+    asyncio.run(run())
+
+
+def test_an_interruption_or_a_beginning_is_no_overload(portrait):
+    async def run():
+        async with studio() as s:
+            s.engine.chain.block_seconds = 0.35  # a third of a second without pictures, each time
+            live = await s.open(role(portrait))
+            live.add_sink(Viewer())
+            for _ in range(4):
+                await asyncio.sleep(0.5)
+                await live.interrupt()
+            assert live.gauges.kinds["filler"] > 20 and live.factor.value > 0.96
+
+    asyncio.run(run())
+
+
+def test_a_server_that_is_too_slow_leaves_things_out_and_gives_them_back(portrait, monkeypatch):
+    """BP-2: fewer pictures, then none of who is silent, each told and shown; speech still comes, nobody else is let in."""
+    for name, value in {"WINDOW": 25, "PERSIST_SECONDS": 0.6, "CALM_SECONDS": 0.8}.items():
+        monkeypatch.setattr(ladder, name, value)
+
+    def steps(live) -> list[int]:
+        return [event.data["step"] for event in live.happenings if event.name == "degraded"]
+
+    async def run():
+        async with studio() as s:
+            live = await s.open(role(portrait))
+            live.add_sink(viewer := Viewer(H264, "raw"))
+            await until(lambda: live.playout.can_loop)
+            s.engine.chain.block_seconds = 0.8  # of 0.48 s of pictures
+            await until(lambda: live.rung is ladder.IDLE_LOOP and live.broadcast.filler == "degraded", 15)
+            shown, stats = len(viewer.items), live.stats()
+            with pytest.raises(Capacity, match="too slow already"):
+                await s.open(role(portrait))
+            await live.push_audio(tone(0.4), 24_000, segment=3, end=True)
+            await until(lambda: "speak.finished" in names(live))
+            s.engine.chain.block_seconds = 0.0
+            await until(lambda: live.rung is ladder.GROUND, 15)
+            await s.open(role(portrait))
+            return live, viewer.items[shown:], steps(live), stats
+
+    live, items, told, stats = asyncio.run(run())
+    assert told[:3] == [2, 3, 5] and told[-1] == 0 and (stats["degradation_step"], stats["left_out"]) == (5, ladder.IDLE_LOOP.what)
+    ticks, pictures = [t.index for t in items if isinstance(t, Tick)], [p.pts // 3600 for p in items if not isinstance(p, Tick)]
+    assert ticks == list(range(ticks[0], ticks[0] + len(ticks)))  # no tick is lost, and of those of the first second every second picture
+    assert [n for n in pictures if n < ticks[0] + 20] == [n for n in ticks[:20] if n % 2 == 0]
+    moving = [t for t in items if isinstance(t, Tick)][:12]
+    assert any(not np.array_equal(a.picture, b.picture) for a, b in zip(moving, moving[1:]))  # an idle loop moves
 
 
 def test_fifty_sessions_leave_nothing_behind(portrait):

@@ -88,7 +88,7 @@ def test_a_chain_that_dies_shows(portrait, tmp_path):
         during = values(metrics)
         gate.set()
         await until(lambda: studio.restarts == 1 and viewer.ticks[-1].kind != "filler")
-        await live.close("draining")
+        await live.close("drain")
         return during, sum(tick.kind == "filler" for tick in viewer.ticks)
 
     seen, (during, filler) = watched(lose, tmp_path)

@@ -15,6 +15,7 @@ from pipecat.pipeline.worker import PipelineParams
 from pipecat.tests.utils import SleepFrame, run_test
 
 from liveavatar.serving.live import Role
+from liveavatar.serving.packets import Mark, Tick
 from liveavatar.serving.pipecat_service import InProcess, LiveAvatarVideoService
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
@@ -101,6 +102,53 @@ def test_the_end_of_the_pipeline_waits_for_the_last_word_and_no_picture_leaves_t
     assert not kinds(down, OutputImageRawFrame)  # nobody said that the transport is ready
     assert 14 <= len(kinds(down, TTSAudioRawFrame)) <= 17 and isinstance(down[-1], TTSStoppedFrame)
     assert not studio.sessions
+
+
+def test_a_server_that_breaks_down_leaves_nobody_waiting():
+    pytest.importorskip("aiortc")
+    from websockets.asyncio.client import connect
+    from websockets.asyncio.server import serve
+
+    from liveavatar.serving.remote import AHEAD_SECONDS, RemoteAvatar, RemoteFailed
+
+    async def go():
+        async def breaks(socket):
+            await socket.send('{"type": "stats", "edges": {"audio_in": {"depth": %f}}}' % (2 * AHEAD_SECONDS))
+            await socket.recv()
+            socket.transport.abort()
+
+        async with serve(breaks, "127.0.0.1", 0) as server:
+            avatar = RemoteAvatar("http://nowhere", "key")
+            avatar._socket = await connect(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            listening = asyncio.create_task(avatar._listen())
+            while not avatar._ahead:
+                await asyncio.sleep(0.01)
+            waiting = asyncio.create_task(avatar.say(np.zeros(160, np.int16), 16_000, 1, False))  # the server has enough: it waits
+            await asyncio.sleep(0.01)
+            await avatar._socket.send("break down")
+            with pytest.raises(RemoteFailed):
+                await waiting
+            assert [tick async for tick in avatar.ticks()] == []
+            await listening
+
+    asyncio.run(asyncio.wait_for(go(), 10))
+
+
+def test_what_a_stalled_pipeline_did_not_take_does_not_cost_the_end_of_a_segment():
+    """The oldest ticks go; the marks they carried move on, else TTSStoppedFrame would be held for ever (PC-2)."""
+
+    async def go():
+        edge = InProcess(None)._edge
+        for n in range(30):  # 0.4 s fit in
+            marks = {3: (Mark("started", 1),), 9: (Mark("finished", 1),), 25: (Mark("started", 2),)}.get(n, ())
+            edge.put(Tick(n, 0, "idle", np.zeros((2, 2, 3), np.uint8), np.zeros(1920, np.int16), marks=marks))
+        edge.close()
+        got = []
+        while (tick := await edge.get()) is not None:
+            got += [(tick.index, mark.name, mark.segment) for mark in tick.marks]
+        return got, edge.drops
+
+    assert asyncio.run(go()) == ([(20, "started", 1), (20, "finished", 1), (25, "started", 2)], 20)
 
 
 def test_an_avatar_on_another_machine_is_the_same_service(tmp_path):

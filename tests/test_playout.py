@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liveavatar.serving.packets import TICK_SAMPLES
-from liveavatar.serving.playout import FADE_SAMPLES, HOLD_TICKS, LATE_SECONDS, Ladder, Pacer, Playout, Slot, bounce
+from liveavatar.serving.playout import FADE_SAMPLES, HOLD_TICKS, LATE_SECONDS, Pacer, Playout, Slot, bounce
 
 STILL = np.full((4, 4, 3), 7, np.uint8)
 
@@ -94,18 +94,6 @@ def test_a_late_block_in_the_midst_of_speech(mode):
     spoken = [h for h in heard if h]
     assert spoken == [1000 + n for n in range(29 if mode == "livestream" else 24)]  # each sample once and in order; the last 5 ahead again
     assert playout.counts.skipped == (HOLD_TICKS if mode == "livestream" else 0)
-
-
-def test_the_ladder_goes_up_at_once_and_down_when_all_was_well_for_a_while():
-    ladder = Ladder()
-    assert not any(ladder.tick(0) for _ in range(500)) and ladder.step == 0
-    assert [ladder.tick(2) for _ in range(4)] == [False] * 3 + [True] and ladder.step == 2
-    assert [ladder.tick(5) for _ in range(26)] == [False] * 25 + [True] and ladder.step == 5
-    came = [ladder.tick(0) for _ in range(125)]
-    assert came == [False] * 124 + [True] and ladder.step == 0
-    for n in range(1000):  # one picture in a hundred is nobody's degradation
-        ladder.tick(2 if n % 100 == 0 else 0)
-    assert ladder.step == 0
 
 
 @given(st.integers(2, 60), st.integers(0, 1000))

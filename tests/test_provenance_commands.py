@@ -1,13 +1,17 @@
 """`liveavatar verify FILE`: one line on the mark, one on the manifest, and the exit status."""
 
+import zlib
+
 import numpy as np
 import pytest
 import typer
 from test_watermark import KEY, PAYLOAD, clip, marked
 from typer.testing import CliRunner
 
+from liveavatar.__main__ import app
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.core import LiveAvatarError
+from liveavatar.generate import PORTRAIT, Done
 from liveavatar.serving.audit import FILE
 from liveavatar.serving.eventlog import EventLog
 from liveavatar.serving.provenance_commands import audit_commands, verify
@@ -53,6 +57,22 @@ def test_another_video_and_another_key(run, tmp_path):
     mark, manifest = result.output.splitlines()
     assert mark.startswith("watermark: not found with this key (correlation ") and mark.endswith("5 pictures)")
     assert manifest == "C2PA: no manifest"
+
+
+def test_files_are_marked_unless_somebody_says_no(run, tmp_path, monkeypatch):
+    """`generate` marks what it writes, with the portrait's checksum and the key that `verify` reads (WM-1)."""
+    jobs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("liveavatar.generate.generate", lambda settings, job, report: jobs.append(job) or Done())
+    monkeypatch.setattr("liveavatar.display.show_outcome", lambda done, out: None)
+    for words in ([], ["--key", "own.key"], ["--no-watermark"]):
+        (tmp_path / "own.key").write_bytes(KEY)
+        assert CliRunner().invoke(app, ["generate", *words]).exit_code == 0
+    assert jobs[2].marker is None and len((tmp_path / "var" / "watermark.key").read_bytes()) == 32
+    mark = jobs[1].marker(128, 128)
+    written(tmp_path / "made.mp4", [mark(picture) for picture in clip(128, 128, 12)])
+    assert f"found, payload 0x{zlib.crc32(PORTRAIT.read_bytes()):08x}" in run(tmp_path / "made.mp4", "--key", tmp_path / "own.key").output
+    assert run(tmp_path / "made.mp4", "--key", tmp_path / "var" / "watermark.key").exit_code == 1
 
 
 def test_what_cannot_be_read_and_a_missing_key(run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import av
 
 from liveavatar.core import LiveAvatarError
-from liveavatar.serving.recorder import Recorder, expire, recover
+from liveavatar.serving.recorder import BOX, Recorder, expire, recover
 from liveavatar.serving.settings import OutputsConfig, StorageConfig
 from onair import SIZE, Station, events
 
@@ -91,6 +92,24 @@ def test_a_kill_at_any_moment_costs_at_most_the_open_group(tmp_path):
         assert expire(snapshot.parent, path.stat().st_mtime + 1) == [path.name] and not list(snapshot.parent.iterdir())
 
     asyncio.run(scene())
+
+
+def test_what_a_crash_left_is_finished_although_one_cannot_be(tmp_path):
+    """A full disk at start neither hides the other recordings nor ends the housekeeping; an owner may erase while it looks."""
+    boxes = BOX.pack(16, b"ftyp") + bytes(8) + BOX.pack(16, b"mdat") + bytes(8)
+    for name in "abc":
+        (tmp_path / f"{name}.mp4.part").write_bytes(boxes)
+
+    def sign(path, title):
+        if title == "a.mp4":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    events = recover(tmp_path, sign)
+    assert [(event, facts["file"]) for event, facts in events] == [("recording_failed", "a.mp4"), *(("recording_finished", f"{n}.mp4") for n in "bc")]
+    assert (tmp_path / "a.mp4.part").exists(), "it waits for the next start"
+    (tmp_path / "b.mp4").unlink()
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "gone")  # as a file that goes between being found and being looked at
+    assert expire(tmp_path, (tmp_path / "c.mp4").stat().st_mtime + 1) == ["c.mp4"]
 
 
 def test_files_follow_each_other_without_a_gap(tmp_path):

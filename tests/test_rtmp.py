@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from liveavatar.serving.egress import Destination
 from liveavatar.serving.settings import OutputsConfig
 from liveavatar.serving.targets import Target
 from liveavatar.telemetry import now
-from onair import Station
+from onair import Station, free_port, tls_server
 
 MODULE = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
 pytestmark = pytest.mark.skipif(
@@ -25,12 +25,6 @@ pytestmark = pytest.mark.skipif(
     reason="nginx with its RTMP module or ffprobe is missing: apt-get install nginx-light libnginx-mod-rtmp ffmpeg",
 )
 KEY = "s3cret-key"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextmanager
@@ -123,3 +117,72 @@ async def on_air(folder):
         await asyncio.wait_for(running, 5)
     assert KEY not in repr(seen) + repr(out.status) + repr(out.target)
     assert out.status.url == f"rtmp://127.0.0.1:{port}/live/***"
+
+
+@asynccontextmanager
+async def behind_tls(context, port: int, flows: asyncio.Event):
+    """A server with TLS before `port`, which reads nothing while `flows` is cleared; yields its own port."""
+
+    async def pump(reader, writer):
+        with suppress(ConnectionError):
+            while await flows.wait() and (data := await reader.read(65_536)):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def carry(reader, writer):
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+    async with await asyncio.start_server(carry, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def test_rtmps_reaches_whom_its_certificate_names_and_nobody_else(tmp_path, monkeypatch):
+    """18.4: refused without the authority and for another name; a stall behind TLS shows as without it; nothing stays behind."""
+    authority, context = tls_server(tmp_path, "live.test")
+
+    async def here(url):
+        return "127.0.0.1"
+
+    async def scene():
+        station, port, flows = Station(size=256, noise=100, bitrate=1_500_000), free_port(), asyncio.Event()
+        flows.set()
+        with nginx(tmp_path / "a", port):
+            async with behind_tls(context, port, flows) as secure:
+                config = OutputsConfig(stall_seconds=1.0, retry_seconds=0.2)
+                outs = [Destination(name, Target(kind="rtmp", url=f"rtmps://{name}.test:{secure}/live/{name}"), 256, 256, config, check=here,
+                                    ask_keyframe=station.ask_keyframe) for name in ("live", "other")]  # fmt: skip
+                live, other = outs
+                station.sinks += outs
+                running = [asyncio.create_task(out.run()) for out in outs]
+                await station.play(lambda: live.status.failures and other.status.failures)
+                assert "certificate verify failed: unable to get local issuer" in live.status.last_error
+                monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+                await station.play(lambda: live.status.state == "live" and "mismatch" in other.status.last_error)
+                other.close()
+                viewer = asyncio.create_task(packets_seen(f"rtmp://127.0.0.1:{port}/live/live", 1.0))
+                await station.play(viewer.done)
+                assert viewer.result()[0], "pictures come out of the server"
+                flows.clear()
+                stalled = now()
+                await station.play(lambda: live.status.state == "waiting")
+                assert now() - stalled < 1.0 + 3 and "no progress" in live.status.last_error
+                flows.set()
+                await station.play(lambda: live.status.state == "live")
+                helpers = children(live.writer.pid)
+                live.close()
+                await asyncio.wait_for(asyncio.gather(*running), 5)
+                async with asyncio.timeout(2):
+                    while helpers and any(map(alive, helpers)):
+                        await asyncio.sleep(0.01)
+                assert helpers
+
+    asyncio.run(scene())
+
+
+def alive(pid: int) -> bool:
+    """Neither gone nor waiting to be noticed as gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

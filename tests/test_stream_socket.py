@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from api_server import bearer, changed, on_port, settings, tone
+from api_server import bearer, changed, on_port, running, settings, tone
 from liveavatar.serving.access import ANYBODY
-from liveavatar.serving.problems import Invalid, Problem
+from liveavatar.serving.problems import Conflict, Invalid, Problem
 from liveavatar.serving.stream_frames import END, HEADER, MESSAGE_BYTES, OPUS, PCM, START, SoundReader, pack, unpack
-from liveavatar.serving.stream_socket import MISTAKES, Outbox
+from liveavatar.serving.stream_socket import MISTAKES, Connection, Outbox
 
 
 def url(port: str, session: str, query: str = "") -> str:
@@ -54,6 +54,19 @@ def opus(pcm: np.ndarray) -> list[bytes]:
         frame.sample_rate, frame.pts = 48_000, start
         packets += encoder.encode(frame)
     return [bytes(packet) for packet in packets + encoder.encode(None)]
+
+
+def test_what_comes_after_the_end_is_a_conflict_and_no_crash(tmp_path):
+    async def story():
+        async with running(settings(tmp_path)) as server:
+            lease = server.at.desk.lease(ANYBODY, await server.opened())
+            connection = Connection(None, lease, ANYBODY, server.at)
+            await server.at.desk.close(lease)
+            for data, text in ((pack(0, 1, b"\0\0"), None), (None, '{"type": "interrupt"}'), (None, '{"type": "update", "prompt": "x"}')):
+                with pytest.raises(Conflict, match="the session is closed"):
+                    await connection._take(data, text)
+
+    asyncio.run(story())
 
 
 # ---------------------------------------------------------------- on a real port

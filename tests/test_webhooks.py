@@ -7,7 +7,7 @@ from aiohttp import web
 
 from api_server import changed, running, settings, tone
 from liveavatar.serving.problems import Forbidden
-from liveavatar.serving.webhooks import FIRST_WAIT, TRIES, WAIT_FACTOR, WAITING, DeliveryFailed, Target, Webhook, signature
+from liveavatar.serving.webhooks import FIRST_WAIT, TRIES, WAIT_FACTOR, WAITING, DeliveryFailed, Target, Webhook, Webhooks, signature
 
 SECRET = "a secret of the client"
 
@@ -83,6 +83,13 @@ def test_five_tries_with_growing_pauses():
     assert len(tried) == TRIES == 5 and counted == ["retried"] * 4 + ["failed"]
     for n, wait in enumerate(waits):
         assert 0.5 <= wait / (FIRST_WAIT * WAIT_FACTOR**n) <= 1.5
+
+
+def test_a_name_that_is_not_found_for_now_is_tried_again():
+    async def post(url, body, headers):
+        await Webhooks()._post("https://nobody.invalid/hook", body, headers)  # what the system's resolver says of it
+
+    assert deliver(post)[1] == ["retried"] * 4 + ["failed"]
 
 
 def test_an_address_that_is_not_allowed_any_more_is_not_tried_again():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import json
 import os
 import re
 import threading
@@ -142,7 +143,7 @@ def test_a_slow_viewer_holds_200_ms_loses_pictures_first_and_asks_for_a_keyframe
             viewer.put(sound(2 * tick)), viewer.put(sound(2 * tick + 1))
         pictures, sounds = waiting(viewer)
         assert len(pictures) <= 5 and len(sounds) == 10 and sounds[-1] == pytest.approx(0.98)
-        assert viewer._session.asked >= 1
+        assert viewer.session.asked >= 1
         viewer.put(picture(26)), viewer.put(picture(27, key=True)), viewer.put(picture(28))
         assert waiting(viewer)[0] == pytest.approx([27 / 25, 28 / 25])
 
@@ -159,10 +160,10 @@ def test_after_an_interruption_nothing_of_the_past_leaves():
         assert (await track.recv()).pts == 0
         held = asyncio.ensure_future(track.recv())  # sound(1) is out of the edge, held back for 20 ms
         await asyncio.sleep(0)
-        asked = viewer._session.asked
+        asked = viewer.session.asked
         viewer.flush(1)
         viewer.put(picture(1)), viewer.put(sound(2))
-        assert waiting(viewer) == ([], []) and viewer._session.asked > asked, "the gap in the pictures needs a keyframe"
+        assert waiting(viewer) == ([], []) and viewer.session.asked > asked, "the gap in the pictures needs a keyframe"
         viewer.put(picture(2, epoch=1)), viewer.put(picture(3, key=True, epoch=1)), viewer.put(sound(6, epoch=1))
         assert waiting(viewer)[0] == [0.12] and (await held).pts == 6 * 960
         viewer.edges[OPUS].close()
@@ -181,10 +182,10 @@ def test_a_picture_that_was_held_back_and_will_not_leave_is_a_gap():
         taking = asyncio.ensure_future(track.recv())
         await asyncio.sleep(0)
         assert track.held.pts == 0 and waiting(viewer)[0] == []
-        asked = viewer._session.asked
+        asked = viewer.session.asked
         viewer.flush(1)
         viewer.put(picture(1, epoch=1)), viewer.put(picture(2, key=True, epoch=1))
-        assert viewer._session.asked == asked + 1 and (await taking).pts == 2 * 3600
+        assert viewer.session.asked == asked + 1 and (await taking).pts == 2 * 3600
 
     asyncio.run(body())
 
@@ -336,7 +337,7 @@ def test_a_slow_listener_loses_the_oldest_sound():
         pieces = []
 
         async def heard(pcm, rate):
-            pieces.append(int(pcm[0]))
+            pieces.append(int(pcm[0]) if len(pcm) else None)
             await asyncio.sleep(0)
 
         microphone = webrtc.Microphone(None, heard)
@@ -344,7 +345,37 @@ def test_a_slow_listener_loses_the_oldest_sound():
             microphone._keep(np.full(320, n, np.int16))
         microphone._read = lambda: asyncio.sleep(0, microphone._keep(None))
         await microphone.run()
-        assert pieces[0] == 8 and pieces[-1] == webrtc.HEARD_FRAMES + 6 and microphone.drops == 8
+        assert pieces[0] == 8 and pieces[-2:] == [webrtc.HEARD_FRAMES + 6, None] and microphone.drops == 8
+
+    asyncio.run(body())
+
+
+def test_who_listens_is_told_when_a_microphone_is_switched_off_and_when_its_viewer_goes(monkeypatch):
+    monkeypatch.setattr(webrtc, "MUTED_SECONDS", 0.05)
+
+    async def body():
+        pieces, on = [], asyncio.Event()
+
+        class Switched(Tone):
+            async def recv(self):
+                await on.wait()
+                return await super().recv()
+
+        async def heard(pcm, rate):
+            pieces.append(len(pcm) > 0)
+            if pieces[-3:] == [True] * 3:
+                on.clear()
+
+        running = asyncio.create_task(webrtc.Microphone(Switched(), heard).run())
+        for times in (1, 2):
+            on.set()
+            await until(lambda: pieces and not pieces[-1] and not on.is_set())
+            assert pieces.count(False) == times, "once each time"
+        on.set()
+        await until(lambda: pieces[-1])
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert not pieces[-1] and pieces.count(False) == 3
 
     asyncio.run(body())
 
@@ -366,6 +397,18 @@ def test_a_peer_that_vanished_is_closed_and_one_that_only_listens_is_not():
     asyncio.run(body())
 
 
+def test_nobody_stays_longer_for_not_having_been_asked():
+    async def body():
+        viewer = a_viewer()
+        viewer._patience, viewer.state, viewer._sign = Patience(ping=60.0, silent=0.2), "connected", viewer._clock()
+        viewer.session.add_sink(viewer)
+        viewer._keep(viewer._watch())
+        await until(lambda: viewer.state == "closed")
+        await viewer.aclose()
+
+    asyncio.run(body())
+
+
 def test_who_never_connects_is_forgotten():
     async def body():
         now = [0.0]
@@ -376,6 +419,46 @@ def test_who_never_connects_is_forgotten():
         assert viewer.state == "new"
         now[0] = 20.1
         await until(lambda: viewer.state == "closed")
+        await viewer.aclose()
+
+    asyncio.run(body())
+
+
+def test_an_offer_whose_request_broke_off_leaves_nobody():
+    """The limit counts who is on the way: a client that hangs up while candidates are gathered must not keep a place for good."""
+
+    async def body():
+        now = [0.0]
+        viewer = Viewer(Quiet(), patience=Patience(ping=0.01), clock=lambda: now[0])
+        asked = asyncio.ensure_future(viewer.answer(read_offer(await Peer().offer())))
+        await asyncio.sleep(0)
+        asked.cancel()
+        now[0] = 20.1
+        await until(lambda: viewer.state == "closed")
+        await viewer.aclose()
+
+    asyncio.run(body())
+
+
+class Deaf:
+    """A data channel whose peer acknowledges nothing."""
+
+    readyState, bufferedAmount = "open", 0
+
+    def on(self, event, handler):
+        pass
+
+    def send(self, text: str) -> None:
+        self.bufferedAmount += len(text)
+
+
+def test_who_asks_and_never_listens_fills_no_queue():
+    async def body():
+        viewer, channel = Viewer(Quiet()), Deaf()
+        viewer._open_channel(channel)
+        for _ in range(1000):
+            viewer._message(json.dumps({"type": "ping", "t": "x" * 1000}))
+        assert 30_000 < channel.bufferedAmount < webrtc.UNSENT_BYTES + 2000
         await viewer.aclose()
 
     asyncio.run(body())

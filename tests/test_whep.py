@@ -174,7 +174,7 @@ def test_who_may_look_may_not_speak():
 
     async def body():
         app = FastAPI()
-        app.include_router(router(lookup, authorise, ServeConfig()))
+        app.include_router(router(lookup, authorise, Viewers(IceServers(NetworkConfig()), 20)))
         app.exception_handler(Problem)(lambda request, error: JSONResponse(error.body("test"), error.status))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             assert (await client.post("/v1/sessions/other/whep", content=OFFER, headers=SDP)).status_code == 404

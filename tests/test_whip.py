@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import subprocess
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from liveavatar.serving.egress import Destination
 from liveavatar.serving.settings import OutputsConfig
 from liveavatar.serving.targets import Target
-from onair import Station
+from onair import Station, free_port, tls_server
 
 aiortc = pytest.importorskip("aiortc", reason="aiortc is missing: pip install 'liveavatar[serve]'")
 web = pytest.importorskip("aiohttp.web", reason="aiohttp is missing: pip install 'liveavatar[livekit]'")
@@ -50,7 +49,7 @@ class Viewer:
 
 
 @asynccontextmanager
-async def endpoint(answer):
+async def endpoint(answer, tls=None):
     """A WHIP server; answer: offer SDP -> answer SDP. Yields its URL and a list of the requests it got."""
     requests = []
 
@@ -68,21 +67,19 @@ async def endpoint(answer):
     runner = web.AppRunner(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port := free_port()).start()
-        yield f"http://127.0.0.1:{port}/whip/k3y", requests
+        await web.TCPSite(runner, "127.0.0.1", port := free_port(), ssl_context=tls).start()
+        yield f"https://sfu.test:{port}/whip/k3y" if tls else f"http://127.0.0.1:{port}/whip/k3y", requests
     finally:
         await runner.cleanup()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+async def here(url: str) -> str:
+    return "127.0.0.1"
 
 
 def on_air(station: Station, url: str) -> tuple[Destination, asyncio.Task]:
     config = OutputsConfig(stall_seconds=2.0, retry_seconds=0.2)
-    out = Destination("sfu", Target(kind="whip", url=url, token=TOKEN), 128, 128, config, ask_keyframe=station.ask_keyframe)
+    out = Destination("sfu", Target(kind="whip", url=url, token=TOKEN), 128, 128, config, ask_keyframe=station.ask_keyframe, check=here)
     station.sinks.append(out)
     return out, asyncio.create_task(out.run())
 
@@ -110,6 +107,31 @@ def test_whip_reaches_an_endpoint_and_comes_back():
             assert TOKEN not in repr(out.status) and "k3y" not in repr(out.status)
             for viewer in viewers:
                 await viewer.close()
+
+    asyncio.run(scene())
+
+
+def test_whip_reaches_whom_its_certificate_names_and_tells_nobody_else_its_token(tmp_path, monkeypatch):
+    """18.4: https is verified; who is refused is told as such, and goes through once the authority is known."""
+    authority, tls = tls_server(tmp_path, "sfu.test")
+
+    async def scene():
+        station, viewers = Station(size=128), []
+
+        async def answer(sdp):
+            viewers.append(Viewer())
+            return await viewers[-1].answer(sdp)
+
+        async with endpoint(answer, tls) as (url, requests):
+            out, running = on_air(station, url)
+            await station.play(lambda: out.status.failures)
+            assert "certificate verify failed" in out.status.last_error and requests == []
+            monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+            await station.play(lambda: viewers and viewers[-1].sees(5))
+            out.close()
+            await asyncio.wait_for(running, 5)
+            assert requests == [(method, f"Bearer {TOKEN}") for method in ("POST", "DELETE")]
+            await viewers[-1].close()
 
     asyncio.run(scene())
 

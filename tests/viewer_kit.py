@@ -17,7 +17,7 @@ from aiortc.mediastreams import MediaStreamError
 
 from liveavatar.core import FPS
 from liveavatar.serving.encoder import OpusEncoder, VideoEncoder
-from liveavatar.serving.packets import H264, OPUS, SOUND_RATE, TICK_SAMPLES, Tick
+from liveavatar.serving.packets import SOUND_RATE, TICK_SAMPLES, Tick
 from liveavatar.serving.settings import MediaConfig
 from liveavatar.telemetry import now as monotonic
 
@@ -222,6 +222,3 @@ async def coturn(folder, host: str, secret: str):
 def bound(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         return probe.connect_ex((host, port)) == 0
-
-
-__all__ = ["H264", "OPUS", "Card", "Peer", "bar_code", "coturn", "free_port", "interrupted", "own_address", "playing", "read_bar_code", "until"]

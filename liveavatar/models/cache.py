@@ -57,7 +57,12 @@ class StepCache:
 
     def reset(self) -> None:
         """Forget history and sink; keeps the memory."""
-        self.sink, self.written, self.anchors = None, 0, []
+        self.sink = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget history; the sink stays."""
+        self.written, self.anchors = 0, []
 
     def set_sink(self, sink: Sink, angles: torch.Tensor) -> None:
         """Take a new sink. angles: fp32 [2, S, d/2] rotation of the sink tokens at this moment."""

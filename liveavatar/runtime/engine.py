@@ -228,12 +228,17 @@ class Session:
 
 
 class Engine:
-    """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose()."""
+    """A running chain and its sessions. `await Engine.start(config)`; then open sessions; then aclose().
+
+    finish_after: only so many denoising steps of every block that is admitted from now on: None (all) or placement.fewer_steps.
+    """
 
     def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
         self.config, self.source, self.chain, self.clock, self.trace = config, source, chain, clock, trace
         self.geometry = source.geometry
-        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1)
+        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1,
+                                   longest=float(source.geometry.block_seconds))
+        self.finish_after: int | None = None
         self.sessions: dict[str, Session] = {}
         self.failure: LiveAvatarError | None = None
         self._outbox: deque[tuple[Message, asyncio.Future]] = deque()
@@ -376,8 +381,8 @@ class Engine:
         if decision.late:
             session.timeline.idle()
         session.asked = now
-        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.seconds)
-        messages = session.timeline.admit(now)
+        prepare(session.playout, session.timeline, now, self.scheduler.pipe_time.typical)
+        messages = session.timeline.admit(now, self.finish_after)
         self.trace.admitted(messages, waiting, session.timeline.queued_seconds)
         session.changed.fire()  # there is room for audio again
         for message in messages:

@@ -112,6 +112,14 @@ def blocks_inside(config: Config) -> int:
     return sum(max(1, steps_of(stage)) if config.runtime.shift_register else 1 for stage in config.stages)
 
 
+def fewer_steps(config: Config) -> int | None:
+    """Steps of a block without its last one (core.Audio.finish_after). config: stages written out. None where leaving it out makes
+    nothing faster, since its rank does nothing else, or where steps move in a register."""
+    last = sum(map(steps_of, config.stages)) - 1
+    shared = any(f"step{last}" in stage and len(stage) > 1 for stage in config.stages)
+    return last if last > 0 and shared and not config.runtime.shift_register and config.runtime.batch == 1 else None
+
+
 # ---------------------------------------------------------------- devices
 
 

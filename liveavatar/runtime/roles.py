@@ -140,7 +140,8 @@ class Conditioner:
         if distance is None:
             distance = sink_distance(self.sink_policy, mine.seed, index)
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), observe=message.observe)
+                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), observe=message.observe,
+                     finish_after=message.finish_after)
 
 
 # ---------------------------------------------------------------- denoise
@@ -194,8 +195,8 @@ class StageSinks:
 class Denoiser:
     """One denoising step of every session: one ring per session, at this step's noise level.
 
-    All Denoisers of a stage share `model` and `sinks`. last: this step makes clean latents and reports the first
-    one a new portrait leads to (CleanLatent). observe: report the latents and velocity of every block (Latents), not
+    All Denoisers of a stage share `model` and `sinks`. last: of all steps. The step that makes a block clean, this one or
+    where the block says so an earlier one, reports the first clean latent a new portrait leads to (CleanLatent). observe: report the latents and velocity of every block (Latents), not
     only of those that ask for it.
     """
 
@@ -232,13 +233,25 @@ class Denoiser:
         return StepCache(heads=heads // self.sinks.exchange.shards, **sizes)
 
     def _denoise(self, block: Block) -> list[Message]:
+        if block.finish_after is not None and self.index >= block.finish_after:
+            return self._left_out(block)
         row, exchange = self.row(block), self.sinks.exchange
+        step = replace(self.step, sigma_next=0.0) if self._finishes(block) else self.step
         if exchange.shards > 1:
-            (velocity,) = forward_rows(self.model, [row], self.step.modulation, exchange)
-            return self.done(block, euler(row.x, velocity, self.step.sigma, self.step.sigma_next), velocity)
-        latents, velocity = denoise_block(self.forward, self.step, row.x, row.audio, row.text, row.cache,
+            (velocity,) = forward_rows(self.model, [row], step.modulation, exchange)
+            return self.done(block, euler(row.x, velocity, step.sigma, step.sigma_next), velocity)
+        latents, velocity = denoise_block(self.forward, step, row.x, row.audio, row.text, row.cache,
                                           block=row.block, sink_distance=row.sink_distance)
         return self.done(block, latents, velocity)
+
+    def _finishes(self, block: Block) -> bool:
+        """Whether the block is clean after this step."""
+        return self.last if block.finish_after is None else self.index + 1 == block.finish_after
+
+    def _left_out(self, block: Block) -> list[Message]:
+        """The block is clean already. With the next one that comes here history begins anew: no ring was ever trained with a gap."""
+        self.caches[block.session].forget()
+        return self.done(block, block.latents, torch.zeros_like(block.latents))
 
     def row(self, block: Block) -> Row:
         """The block at this step, with the conditioning that stands now and the session's history."""
@@ -252,9 +265,10 @@ class Denoiser:
         if self.observe or block.observe:
             out.append(core.Latents(block.session, index=block.index, step=self.index, latents=for_head(latents),
                                     velocity=for_head(velocity)))
-        if self.last and block.session in self.fresh:
+        if block.session in self.fresh:
             self.fresh.remove(block.session)
-            out.append(core.CleanLatent(block.session, index=block.index, latent=for_head(latents[:, :1])))
+            if self._finishes(block):
+                out.append(core.CleanLatent(block.session, index=block.index, latent=for_head(latents[:, :1])))
         features = None if self.last else block.features  # the decoder does not listen
         return [*out, replace(block, step=block.step + 1, latents=latents, features=features)]
 

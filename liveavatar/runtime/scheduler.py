@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from liveavatar.runtime.timeline import Timeline
 
 PACES = ("offline", "live")
+RECENT = 8  # blocks of which the median is what the pipe takes as a rule: a change of load shows within a few
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,8 @@ def prepare(playout: Playout, timeline: Timeline, now: float, pipe_seconds: floa
 
 
 class PipeTime:
-    """How long a block has been taking from admission to its pictures: a high percentile of the last few.
-
-    The window is short and one hitch in it counts for nothing: blocks that are admitted early for long after a hitch
-    are what makes a talk slow.
-    """
+    """How long blocks have been taking from admission to their pictures, lately. The window is short and one hitch in it counts
+    for nothing: blocks that are admitted early for long after a hitch are what makes a talk slow."""
 
     def __init__(self, initial: float = 0.0, window: int = 24, percentile: float = 0.95):
         self.initial, self.percentile, self._seen = initial, percentile, deque(maxlen=window)
@@ -78,8 +76,14 @@ class PipeTime:
         self._seen.append(seconds)
 
     @property
+    def typical(self) -> float:
+        """The median of the last RECENT; the initial guess while nothing has been measured."""
+        recent = sorted(list(self._seen)[-RECENT:])
+        return recent[len(recent) // 2] if recent else self.initial
+
+    @property
     def seconds(self) -> float:
-        """The percentile; the initial guess while nothing has been measured."""
+        """The high percentile; the initial guess while nothing has been measured."""
         if not self._seen:
             return self.initial
         ordered = sorted(self._seen)
@@ -90,18 +94,26 @@ class PipeTime:
 class Scheduler:
     """Earliest deadline first over sessions, at most `credits` blocks in flight per session.
 
-    cushion: seconds a live block should be ready before it is due, on top of the measured pipe time.
+    cushion: seconds a live block should be ready before it is due when the pipe is as slow as it gets. longest: seconds that
+    a block is ready too early at most when the pipe is as it is as a rule, a block's length (CLK-4): what waits to be played is
+    then a block and that, whatever hitches there were, since pictures made long ahead make an answer late (serving.md 4).
     """
 
-    def __init__(self, *, credits: int, cushion: float = 0.12, pipe_time: PipeTime | None = None):
-        assert credits >= 1 and cushion >= 0, (credits, cushion)
-        self.credits, self.cushion, self.pipe_time = credits, cushion, pipe_time or PipeTime()
+    def __init__(self, *, credits: int, cushion: float = 0.12, longest: float = 0.48, pipe_time: PipeTime | None = None):
+        assert credits >= 1 and 0 <= cushion <= longest, (credits, cushion, longest)
+        self.credits, self.cushion, self.longest, self.pipe_time = credits, cushion, longest, pipe_time or PipeTime()
+
+    @property
+    def lead(self) -> float:
+        """Seconds before it is due that a live block goes."""
+        slow, typical = self.pipe_time.seconds, self.pipe_time.typical
+        return typical + min(self.longest, max(0.0, slow - typical) + self.cushion)
 
     def latest_admission(self, candidate: Candidate) -> float:
         """Clock time (s) when the next block of a live candidate must go; -inf: now."""
         if candidate.deadline is None:
             return -math.inf
-        return candidate.deadline - self.pipe_time.seconds - self.cushion
+        return candidate.deadline - self.lead
 
     def decide(self, now: float, candidates: list[Candidate]) -> Decision:
         """What to do at time `now`. Ask again after every admission, arrival and at `wake`.

@@ -74,7 +74,7 @@ class Simulation:
                  credits: int | None = None):
         self.ranks, self.costs, self.geometry = [Rank(tuple(roles)) for roles in stages], costs, geometry
         self.lookahead, self.refresh_block = lookahead, refresh_block
-        self.scheduler = Scheduler(credits=credits or len(stages) + 1, pipe_time=PipeTime(self.pass_seconds))
+        self.scheduler = Scheduler(credits=credits or len(stages) + 1, longest=float(geometry.block_seconds), pipe_time=PipeTime(self.pass_seconds))
         self.steps = max((int(role[4:]) for roles in stages for role in roles if role.startswith("step")), default=0)
         self.sessions: dict[str, _Session] = {}
         self.blocks: list[Made] = []
@@ -157,7 +157,7 @@ class Simulation:
             if decision.late:
                 session.timeline.idle()
             session.asked = self.now
-            prepare(session.playout, session.timeline, self.now, self.scheduler.pipe_time.seconds)
+            prepare(session.playout, session.timeline, self.now, self.scheduler.pipe_time.typical)
             for message in session.timeline.admit(self.now):
                 if isinstance(message, Audio):
                     session.admitted[message.index] = self.now

@@ -166,8 +166,8 @@ class Timeline:
     def _start(self) -> int:
         return self.next_block * self.geometry.samples_per_block
 
-    def admit(self, now: float) -> list[Message]:
-        """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe."""
+    def admit(self, now: float, finish_after: int | None = None) -> list[Message]:
+        """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe. finish_after: see core.Audio."""
         assert not self.gated and len(self._pcm)
         size, messages = self.geometry.samples_per_block, []
         if not self.ended:  # the end of an utterance; the stream goes on behind it
@@ -182,7 +182,7 @@ class Timeline:
             self._ahead = self._ahead[:0]
         fresh = window[len(self._ahead) :]
         messages.append(Audio(self.session, index=self.next_block, epoch=self.epoch, start=self._start + len(self._ahead),
-                              pcm=torch.from_numpy(fresh.copy()), observe=self._observe))
+                              pcm=torch.from_numpy(fresh.copy()), observe=self._observe, finish_after=finish_after))
         self._observe = False
         self._inside[self.next_block] = self._admitted(window[:size], now)
         self._silence = max(0, self._silence - size)

@@ -59,10 +59,12 @@ class Principal:
         if not any(map(self.may, scopes)):
             raise Forbidden(f"this needs the scope {' or '.join(scopes)}")
 
-    def need_key(self) -> None:
-        """Raise Forbidden for the token of one session."""
+    def need_key(self, *scopes: str) -> None:
+        """Raise Forbidden for the token of one session, and for a key without one of `scopes` (none: any key)."""
         if self.session is not None:
             raise Forbidden("this needs a server key: a session's token reaches that session alone")
+        if scopes:
+            self.need(*scopes)
 
     def sees(self, owner: str, session: str | None = None) -> bool:
         """Whether something of `owner`'s, in `session`, exists for this one."""
@@ -83,7 +85,8 @@ class Access:
         self._hasher = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # a key has 256 random bits: the least OWASP allows
         self._keys = {key.prefix: key for key in self._read()}
         self._verified: OrderedDict[bytes, str] = OrderedDict()  # SHA-256 of a key that was right -> its prefix
-        self._one_hash, self._lock = asyncio.Semaphore(1), threading.Lock()  # a flood of wrong keys takes one core at most
+        self._one_hash = asyncio.Semaphore(1)  # a flood of wrong keys takes one core at most
+        self._lock = threading.Lock()  # of whoever changes the keys
 
     # ------------------------------------------------------------ server keys
 
@@ -92,23 +95,24 @@ class Access:
         return None if self._keys else self.create_key(FIRST_OWNER, SCOPES, "first run")[1]
 
     def create_key(self, owner: str, scopes: Iterable[str], name: str = "") -> tuple[ServerKey, str]:
-        """A new key and its text, which is kept nowhere. Raises ValueError."""
+        """A new key and its text, which is kept nowhere. Blocks on the disk, and for the hash. Raises ValueError."""
         if not OWNER.fullmatch(owner) or not set(scopes) <= set(SCOPES):
             raise ValueError(f"owner {owner!r}, scopes {sorted(scopes)}: the owner is a short word, scopes are of {', '.join(SCOPES)}")
         prefix = secrets.token_hex(6)
         text = f"la_{prefix}_{secrets.token_urlsafe(32)}"
         key = ServerKey(prefix=prefix, hash=self._hasher.hash(text), owner=owner, scopes=tuple(dict.fromkeys(scopes)), name=name,
                         created=self._clock())  # fmt: skip
-        self._write({**self._keys, prefix: key})
+        with self._lock:
+            self._write({**self._keys, prefix: key})
         return key, text
 
     def revoke_key(self, principal: Principal, prefix: str) -> None:
-        """The key, and every token made with it, opens nothing any more. Raises NotFound, also for somebody else's."""
-        key = self._keys.get(prefix)
-        if key is None or not principal.sees(key.owner):
-            raise NotFound("no such key")
-        self._write({other: kept for other, kept in self._keys.items() if other != prefix})
-        self._verified = OrderedDict((digest, name) for digest, name in self._verified.items() if name != prefix)
+        """The key, and every token made with it, opens nothing any more. Blocks on the disk. Raises NotFound, also for somebody else's."""
+        with self._lock:
+            key = self._keys.get(prefix)
+            if key is None or not principal.sees(key.owner):
+                raise NotFound("no such key")
+            self._write({other: kept for other, kept in self._keys.items() if other != prefix})
 
     def keys(self, principal: Principal) -> list[ServerKey]:
         """Those this one may know of, without hashes."""
@@ -123,9 +127,8 @@ class Access:
             raise ConfigError(f"{self._file}: not JSON ({error}): restore it, or remove it to start without any key") from None
 
     def _write(self, keys: dict[str, ServerKey]) -> None:
-        with self._lock:
-            replace_file(self._file, json.dumps([asdict(key) for key in keys.values()], indent=1).encode())
-            self._keys = keys
+        replace_file(self._file, json.dumps([asdict(key) for key in keys.values()], indent=1).encode())
+        self._keys = keys
 
     # ------------------------------------------------------------ tokens
 

@@ -6,6 +6,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from liveavatar.core import InputError, LiveAvatarError, RankFailure, SessionClosed
 from liveavatar.serving.gate import ProblemResponse, count
@@ -29,6 +30,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(LiveAvatarError, _of_ours)
     app.add_exception_handler(HTTPException, _of_http)
     app.add_exception_handler(RequestValidationError, _of_validation)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: _answer(request, Invalid("the request broke off")))
     app.add_exception_handler(Exception, _of_bug)
 
 

@@ -77,7 +77,7 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
         microphone = at.conversations.microphone(at.microphone)
     if settings.realtime is not None:
         app.include_router(routes_talk.realtime_router(Backend(url=settings.realtime.url, key=key_of(settings.realtime.key_file))))
-    app.include_router(whep.router(at.session, at.authorise, settings, viewers=at.viewers, heard=microphone), dependencies=[BEARER])
+    app.include_router(whep.router(at.session, at.authorise, at.viewers, heard=microphone), dependencies=[BEARER])
     if CONSOLE.is_dir():
         app.mount("/", StaticFiles(directory=CONSOLE, html=True), name="console")
     _guard(app, at)
@@ -120,6 +120,7 @@ def admin_app(app: FastAPI) -> FastAPI:
     """Metrics, probes and drain of the same server, for a socket that only operators reach."""
     admin = FastAPI(title="LiveAvatar operations", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
     admin.state.services = app.state.services
+    answers.install(admin)
     for router in (routes_server.probes, routes_server.metrics, routes_server.operations):
         admin.include_router(router)
     return admin

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
 
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.metrics import Metrics, sink_kind
-from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Sink, Tick
+from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Packet, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
 
 DEAD_BAND = 0.01  # seconds a picture may be late (CLK-2)
 KEYFRAME_PAUSE = 0.5  # seconds between keyframes that viewers ask for (7.3)
+SMALLEST = 192  # pixels of the shorter side that a smaller picture still has: below, encoding costs nothing worth saving
 
 
 class Broadcast:
@@ -20,19 +22,21 @@ class Broadcast:
 
     Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
     sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. filler: why
-    that tick's picture is an old one (metrics.FILLERS), or None.
+    that tick's picture is an old one (metrics.FILLERS), or None. every, small: one picture in so many is encoded, and at
+    half its width and height, where all who take it are browsers, since files and servers cannot follow (ladder.py).
     """
 
     def __init__(self, width: int, height: int, config: MediaConfig, executor: Executor, clock: Callable[[], float], metrics: Metrics):
         self.size, self.config, self.sinks = (width, height), config, list[Sink]()
         self.encode_seconds, self.filler = 0.0, None
+        self.every, self.small = 1, False
         self._executor, self._clock, self._metrics = executor, clock, metrics
         self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
         self._keyframe, self._last_keyframe = False, float("-inf")
         self._sent: float | None = None  # when the tick before left
 
     def add(self, sink: Sink) -> None:
-        """From the next tick on; its first picture is a keyframe. Raises ConfigError when nothing here can encode."""
+        """From the next tick on; a keyframe comes as soon as one may. Raises ConfigError when nothing here can encode."""
         for codec in sink.wants & set(CODECS):
             self._encoder(codec)
         self.sinks.append(sink)
@@ -53,23 +57,29 @@ class Broadcast:
         """A viewer cannot decode: the next picture is a keyframe, at most every KEYFRAME_PAUSE seconds."""
         self._keyframe = True
 
-    def extradata(self, codec: str) -> bytes:
-        """What a file or server must know of the codec before its first packet; see encoder.py."""
-        return self._encoder(codec).extradata
-
-    def _encoder(self, codec: str):
+    def _encoder(self, codec: str) -> None:
+        """Make the one of `codec` unless it is there; that of pictures also when their size is to change."""
+        if codec == H264 and (here := self._encoders.get(H264)) is not None and here.shrink != self._shrink():
+            del self._encoders[H264]
         if codec not in self._encoders:
-            make = {H264: lambda: VideoEncoder(*self.size, self.config), OPUS: lambda: OpusEncoder(self.config), AAC: lambda: AacEncoder(self.config)}
+            make = {H264: lambda: VideoEncoder(*self.size, self.config, shrink=self._shrink()), OPUS: lambda: OpusEncoder(self.config),
+                    AAC: lambda: AacEncoder(self.config)}  # fmt: skip
             self._encoders[codec] = make[codec]()
-        return self._encoders[codec]
+
+    def _shrink(self) -> int:
+        able = all(sink_kind(sink) == "webrtc" for sink in self.sinks if H264 in sink.wants)
+        return 2 if self.small and able and min(self.size) * self.config.scale >= 2 * SMALLEST else 1
 
     async def send(self, tick: Tick) -> None:
         """Encode a tick and hand it to every sink."""
         made = self._clock()
-        keyframe = self._keyframe and made - self._last_keyframe >= KEYFRAME_PAUSE
+        if H264 in self._encoders:
+            self._encoder(H264)
+        left_out = tick.index % self.every > 0
+        encoders = {codec: encoder for codec, encoder in self._encoders.items() if not (left_out and codec == H264)}
+        keyframe = not left_out and self._keyframe and made - self._last_keyframe >= KEYFRAME_PAUSE
         if keyframe:
             self._keyframe, self._last_keyframe = False, made
-        encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
         packets = []
         if encoders:
             packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, encoders, tick, made, keyframe)
@@ -78,24 +88,27 @@ class Broadcast:
             for item in (tick, *packets):
                 if ("raw" if item is tick else item.codec) in sink.wants:
                     sink.put(item)
-        self._count(tick)
+        self._count(tick, [sink for sink in self.sinks if not left_out or "raw" in sink.wants])
 
-    def _count(self, tick: Tick) -> None:
+    def _count(self, tick: Tick, reached: list[Sink]) -> None:
         now = self._clock()
-        for sink in self.sinks:
+        for sink in reached:
             interval = None if self._sent is None else now - self._sent
             self._metrics.frames_sent(kind := sink_kind(sink), interval=interval, late=tick.late > DEAD_BAND)
             if self.filler is not None:
                 self._metrics.filler(kind, self.filler, float(TICK_SECONDS))
-        self._sent = now
+        self._sent = now if reached else self._sent
 
-    def _encoded(self, encoders: dict, tick: Tick, made: float, keyframe: bool) -> list:
+    def _encoded(self, encoders: dict, tick: Tick, made: float, keyframe: bool) -> list[Packet]:
         packets = []
         for codec, encoder in encoders.items():
             began = self._clock()
-            packets += encoder.encode(tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
+            packets += self._pictures(encoder, tick, made, keyframe) if codec == H264 else encoder.encode(tick, made)
             self._metrics.encoded(codec, self._clock() - began)
         return packets
+
+    def _pictures(self, encoder: VideoEncoder, tick: Tick, made: float, keyframe: bool) -> list[Packet]:
+        return [replace(packet, duration=packet.duration * self.every) for packet in encoder.encode(tick, made, keyframe)]
 
     def flush(self, epoch: int) -> None:
         """After an interruption: what waits in a sink and is older than `epoch` goes."""

@@ -23,7 +23,7 @@ from liveavatar.serving.access import CONTROL, Principal
 from liveavatar.serving.channel_store import ChannelStore
 from liveavatar.serving.channels import Channel, Entry, SoundFile, Turn, begun, due, ended
 from liveavatar.serving.desk import Desk, Lease, Wish
-from liveavatar.serving.egress import STEADY_SECONDS, longest_pause
+from liveavatar.serving.egress import STEADY_SECONDS, longest_wait
 from liveavatar.serving.feeder import Utterance
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.outputs import Output, Outputs, Wanted
@@ -157,7 +157,7 @@ class Runner:
     async def _pause(self, what: str) -> None:
         """The longer, the more failures there were."""
         crew = self._crew
-        until = crew.clock() + crew.rng.uniform(0, longest_pause(crew.desk.settings.outputs, self._failures[what]))
+        until = crew.clock() + crew.rng.uniform(0, longest_wait(crew.desk.settings.outputs, self._failures[what]))
         while not self._leaving and crew.clock() < until:
             await crew.sleep(LOOK_SECONDS)
 
@@ -210,7 +210,7 @@ class Runner:
         chunks, lease, live = await self._chunks(channel, entry), self.lease, self._live
         lease.need_running()
         segment = lease.segment(None)
-        lease.feeder.put(Utterance(self._crew.quotas.counted(channel.key, chunks), segment, epoch))
+        lease.feeder.put(Utterance(chunks, segment, epoch))
         async with aclosing(live.events(seen)) as events:
             async for event in events:
                 if event.name == "epoch":

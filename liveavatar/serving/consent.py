@@ -5,7 +5,7 @@ Interface, for the API (calls block for an fsync: use a thread):
     log = ConsentLog(folder)                      # opens folder/consents.jsonl, its key and folder/consents/
     given = log.grant(Statement(subject=..., scope=("conversation",), expires=..., uploader=tenant, method="document"), media_hash(portrait_bytes))
     log.check(given.id, tenant, use="conversation", media=...)  # before a session begins, and now and then while it runs; Forbidden says why not
-    log.revoke(given.id, by="key_1", reason="...")  # listeners (log.listen) hear it at once: stop the running sessions
+    log.revoke(given.id, by="key_1", reason="...")  # the caller ends the sessions that run
     log.erase(given.id, by="key_1")               # revokes, and forgets every word about the person; hashes stay
     verify(folder) -> list of problems            # needs the public key only, no lock
 
@@ -111,6 +111,7 @@ def media_hash(media: bytes) -> str:
 class ConsentLog:
     """The one writer of a folder's consents; calls may come from several threads. See the module for the interface.
 
+    What reads (get, all, check) never waits for what writes: the event loop asks while a thread waits for the disk.
     folder: made when missing. clock: Unix seconds. Raises ConfigError, LogError.
     """
 
@@ -119,7 +120,6 @@ class ConsentLog:
         self._key = _private_key(self._folder)
         self._log = EventLog(self._folder / LOG, clock)
         self._consents = _replay(self._folder)
-        self._listeners: list[Callable[[str], None]] = []
         self._sweep()
 
     def grant(self, statement: Statement, media: str) -> Consent:
@@ -142,15 +142,14 @@ class ConsentLog:
 
     def get(self, id: str) -> Consent:
         """Raises NotFound."""
-        with self._lock:
-            if id not in self._consents:
-                raise NotFound(f"no consent {id[:40]!r}")
-            return self._consents[id]
+        consent = self._consents.get(id)
+        if consent is None:
+            raise NotFound(f"no consent {id[:40]!r}")
+        return consent
 
     def all(self) -> list[Consent]:
         """In the order they were given."""
-        with self._lock:
-            return list(self._consents.values())
+        return list(self._consents.values())
 
     def check(self, id: str, owner: str, *, use: str | None = None, media: str | None = None) -> Consent:
         """The consent, if this tenant gave it and it is valid now; and covers the use and the picture's media_hash where they are named.
@@ -158,8 +157,7 @@ class ConsentLog:
         Raises Forbidden with kind consent_required (there is none of this tenant's), consent_revoked, consent_expired,
         consent_scope or consent_media.
         """
-        with self._lock:
-            consent = self._consents.get(id)
+        consent = self._consents.get(id)
         if consent is None or consent.statement is not None and consent.statement.uploader != owner:
             raise Forbidden(f"no consent {id[:40]!r}", kind="consent_required")
         state = consent.state(self._clock())
@@ -173,10 +171,6 @@ class ConsentLog:
             raise Forbidden(f"consent {id} was given for another picture", kind="consent_media")
         return consent
 
-    def listen(self, heard: Callable[[str], None]) -> None:
-        """heard(id) is called, in the thread of the caller, once a consent was revoked or erased and that is on the disk."""
-        self._listeners.append(heard)
-
     def revoke(self, id: str, by: str, reason: str = "") -> Consent:
         """End a consent; again has no effect. `reason` is for the log: write no name into it. Raises NotFound."""
         with self._lock:
@@ -185,9 +179,7 @@ class ConsentLog:
                 return consent
             record = self._log.append(REVOKED, {"id": id, "by": by[:TEXT], "reason": reason[:TEXT]})
             self._consents[id] = replace(consent, revoked=record.t)
-        for heard in self._listeners:
-            heard(id)
-        return self.get(id)
+            return self._consents[id]
 
     def erase(self, id: str, by: str) -> Consent:
         """Revoke and forget the statement: what stays are hashes, scope, dates and method. Raises NotFound."""

@@ -67,9 +67,14 @@ class Answer:
     whole: bool = False
 
     @property
+    def left(self) -> list[str]:
+        """Known sentences that were not heard to their end."""
+        return self.sentences[self.heard :]
+
+    @property
     def over(self) -> bool:
         """Nothing of it is still to be heard."""
-        return self.whole and self.heard >= len(self.sentences)
+        return self.whole and not self.left
 
     def cut(self, number: int, position_ms: float) -> None:
         """Its sentence `number` was broken off there; one of which the voice could make no more than a piece does not count."""
@@ -164,7 +169,7 @@ class Conversation:
 
     def _go(self) -> list[Order]:
         stopped, self._stopped = self._stopped, None
-        if stopped is not None and stopped.whole and not stopped.over:
+        if stopped is not None and stopped.left and (stopped.whole or stopped.heard_text):  # else the mind is asked again
             return self._again(stopped)
         if not self.history or self.history[-1].role != "user":
             return []
@@ -174,12 +179,13 @@ class Conversation:
         return [Think(self.turn, tuple(self.history))]
 
     def _again(self, stopped: Answer) -> list[Order]:
-        """Take up an answer that a noise broke off, from the beginning of the sentence that was cut."""
+        """Take up an answer that a noise broke off, from the beginning of the sentence that was cut, as far as the mind had got."""
         if self.history[-1].role == "assistant":
             self.history.pop()
         self.turn += 1
+        self.exchange.times.pop("over")
         before = " ".join(filter(None, (stopped.before, *stopped.sentences[: stopped.heard])))
-        self.state, self._answer = THINKING, Answer(self.turn, before, stopped.sentences[stopped.heard :], whole=True)
+        self.state, self._answer = THINKING, Answer(self.turn, before, stopped.left, whole=True)
         return [Speak(self.turn, number, text) for number, text in enumerate(self._answer.sentences)]
 
     # ------------------------------------------------------------ from the mind and the voice

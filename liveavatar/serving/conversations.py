@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import structlog
 
 from liveavatar.serving.ears import Ears, Recogniser
 from liveavatar.serving.live import LiveSession
@@ -18,6 +20,8 @@ from liveavatar.serving.problems import Conflict
 from liveavatar.serving.talk import Talk
 from liveavatar.serving.voices import Voice
 from liveavatar.serving.webrtc import Heard
+
+log = structlog.get_logger("liveavatar.talk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,7 @@ class Conversations:
 
     def __init__(self, parts: Parts, ears: Callable[[], Ears] = Ears):
         self._parts, self._ears = parts, ears
-        self._talks: dict[str, Talk] = {}
-        self._ending = set[asyncio.Task]()
+        self._talks: dict[str, tuple[Talk, asyncio.Task]] = {}
 
     async def begin(self, session: LiveSession) -> Talk:
         """From now on microphones of this session are heard, not repeated. Raises Conflict where that is so already."""
@@ -43,41 +46,48 @@ class Conversations:
             raise Conflict("this session is a conversation already")
         talk = Talk(session, mind=self._parts.mind, voice=self._parts.voice, recogniser=self._parts.recogniser, ears=self._ears(),
                     tell=lambda name, data: session.happenings.add(name, **data))  # fmt: skip
-        self._talks[session.id] = talk
-        await talk.__aenter__()
-        session.on_end(lambda: self._end_soon(session.id))
+        task = asyncio.create_task(talk.run())
+        self._talks[session.id] = talk, task
+        task.add_done_callback(partial(self._over, session))
         return talk
+
+    def _over(self, session: LiveSession, task: asyncio.Task) -> None:
+        """It was ended, its session is over, or it broke: the avatar only repeats again."""
+        if not task.cancelled() and task.exception() is not None:
+            log.error("conversation_failed", session=session.id, exc_info=task.exception())
+            session.happenings.add("talk.failed", reason="internal error")
+        if self._talks.get(session.id, (None, None))[1] is task:
+            del self._talks[session.id]
 
     def get(self, session_id: str) -> Talk:
         """Raises Conflict where nobody talks."""
         if session_id not in self._talks:
             raise Conflict("this session is no conversation: begin it first")
-        return self._talks[session_id]
+        return self._talks[session_id][0]
 
     async def end(self, session_id: str) -> None:
         """The avatar only repeats again. May be called often."""
-        talk = self._talks.pop(session_id, None)
-        if talk is not None:
-            await talk.__aexit__()
-
-    def _end_soon(self, session_id: str) -> None:
-        task = asyncio.create_task(self.end(session_id))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        if (held := self._talks.pop(session_id, None)) is not None:
+            held[1].cancel()
+            await asyncio.wait([held[1]])
 
     async def aclose(self) -> None:
         """End all."""
-        await asyncio.gather(*(self.end(session_id) for session_id in tuple(self._talks)), *self._ending)
+        await asyncio.gather(*(self.end(session_id) for session_id in tuple(self._talks)))
 
     def microphone(self, otherwise: Callable[[LiveSession], Heard]) -> Callable[[LiveSession], Heard]:
         """For the WHEP routes: who gets a microphone's sound, which may change while it is open. otherwise: without a conversation."""
 
         def of(session: LiveSession) -> Heard:
-            repeat = otherwise(session)
+            repeat, repeating = otherwise(session), True
 
             async def heard(pcm: np.ndarray, rate: int) -> None:
-                talk = self._talks.get(session.id)
-                await (repeat(pcm, rate) if talk is None else talk.hear(pcm, rate))
+                nonlocal repeating
+                talk, _ = self._talks.get(session.id, (None, None))
+                if repeating and talk is not None:
+                    await repeat(pcm[:0], rate)  # what was being repeated is over
+                repeating = talk is None
+                await (repeat(pcm, rate) if talk is None else talk.hear(pcm, rate) if len(pcm) else talk.hear_end())
 
             return heard
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -18,7 +19,7 @@ from liveavatar.serving.answers import as_problem
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.happenings import Event
 from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
@@ -67,7 +68,7 @@ class Ended:
 class Lease:
     """A session that somebody has. opened, seen: clock seconds. created: Unix seconds.
 
-    holders: of what keeps it from being idle (an agent's room). sockets: streams that are open; these hold it with what they
+    holders: of what keeps it from being idle (an agent's room). sockets: that are open; streams hold it with what they
     say, as a client that hangs says nothing. segments: number of the next one. tasks: end with it.
     """
 
@@ -113,6 +114,11 @@ class Lease:
         """Raise Conflict for a session that takes nothing any more."""
         if self.over:
             raise Conflict(f"the session is {self.session.state}")
+
+    def need_room(self, most: int) -> None:
+        """Raise RateLimited where so many streams are open already."""
+        if self.sockets >= most:
+            raise RateLimited("too many streams of this session", kind="quota")
 
 
 class Desk:
@@ -183,7 +189,7 @@ class Desk:
         return self._usable(avatar_id, mode or self.settings.mode, lambda owner: principal.sees(owner, principal.session))
 
     def _revoked(self, lease: Lease) -> bool:
-        """Whether the face may not be shown any more: consents expire, and are revoked from the command line, too."""
+        """Whether the face may not be shown any more: consents expire, and one may be revoked while its session is being opened."""
         try:
             self._usable(lease.wish.avatar, lease.mode, lambda owner: True)
         except Problem:
@@ -207,7 +213,7 @@ class Desk:
             log.warning("speech_failed", session=session.id, kind=problem.kind)
             session.happenings.add("error", code=problem.kind, status=problem.status, detail=problem.detail, retryable=problem.status >= 500)
 
-        lease.feeder = Feeder(session, failed, errors=(LiveAvatarError,))
+        lease.feeder, session.spend = Feeder(session, failed, errors=(LiveAvatarError,)), partial(self.quotas.speech, lease.key)
         self._leases[session.id] = lease
         self.spawn(lease, lease.feeder.run())
         facts = {"session": session.id, "owner": lease.owner, "prefix": lease.key, "avatar": wish.avatar, "mode": lease.mode}
@@ -238,7 +244,6 @@ class Desk:
             task.cancel()
         lease.session, lease.feeder = Ended(lease.session), None
         lease.tasks.clear()
-        self.studio.metrics.session_ended(reason)
         facts = {"session": lease.id, "owner": lease.owner, "avatar": lease.wish.avatar, "reason": lease.reason,
                  "seconds": round(self._clock() - lease.opened, 1)}  # fmt: skip
         log.info("session_ended", **facts)
@@ -259,7 +264,9 @@ class Desk:
         """Look at every lease once."""
         now = self._clock()
         for lease in tuple(self._leases.values()):
-            if lease.holders or lease.feeder.busy or lease.session.state == "speaking":
+            if lease.id not in self._leases:  # ended by somebody else while we waited for another one's end
+                continue
+            if lease.holders or lease.feeder.busy or lease.session.speech.waiting > 0:
                 lease.seen = now
             lease.seen = max(lease.seen, lease.session.used_at)  # somebody watches, or pushed speech
             if lease.over:

@@ -25,7 +25,7 @@ import sys
 import termios
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import av
 
@@ -38,13 +38,15 @@ ORPHAN_SECONDS = 60  # a call that takes so long has no living parent: the kerne
 HIGHEST_DESCRIPTOR = 64
 WINDOW_AT = 228  # of struct tcp_info in linux/tcp.h
 ANSWER_BYTES, ANSWER_SECONDS = 65_536, 10.0
+TUNNEL_BYTES = 65_536  # read at a time
+PORTS = {"http": 80, "https": 443, "rtmps": 443}
 
 
 def open_container(job: dict) -> av.container.OutputContainer:
-    """job: url, format, options of FFmpeg's muxer, width, height, sound ("aac", "opus"), channels; of WHIP also address (to connect to)
-    and token (bearer), both perhaps null. Opens nothing yet: the first mux() does."""
-    url = front(job) if job["format"] == "whip" else job["url"]
-    container = av.open(url, "w", format=job["format"], options=job["options"])
+    """job: url, format, options of FFmpeg's muxer, width, height, sound ("aac", "opus"), channels; of WHIP and RTMPS also address (to connect
+    to), of WHIP token (bearer), both perhaps null. What FFmpeg opens it opens with the first mux(). Raises OSError."""
+    way = {"http": front, "https": front, "rtmps": tunnel}.get(urlsplit(job["url"]).scheme)
+    container = av.open(way(job) if way else job["url"], "w", format=job["format"], options=job["options"])
     container.add_mux_stream("h264", rate=25, width=job["width"], height=job["height"], time_base=Fraction(1, RATES[VIDEO]))
     # an encoder that encodes nothing: it fills in what a muxer must know of the sound
     layout = "stereo" if job["channels"] == 2 else "mono"
@@ -69,20 +71,76 @@ def front(job: dict) -> str:
     """Start a process that speaks HTTP with the WHIP server; the URL on loopback where FFmpeg finds it.
 
     FFmpeg's own HTTP follows redirects, token and all, verifies no certificate and cannot be told an address. The process
-    serves whoever knows its path and ends with this one (a thread would not do: PyAV holds the interpreter while it connects).
+    serves whoever knows its path and ends with this one.
     """
+    dial(job["url"], job["address"]).close()  # who cannot be reached, or is somebody else, is said here: FFmpeg would call it "5XX"
     server = HTTPServer(("127.0.0.1", 0), Front)
     server.job, server.place, server.resource, server.timeout = job, f"/{secrets.token_hex(16)}", None, 1.0
     parent = os.getpid()
-    if os.fork() == 0:
-        for number in (0, 1, 2):
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # our pipes must not outlive the writer
+
+    def serve() -> None:
         while os.getppid() == parent:
             server.handle_request()
-        os._exit(0)
-    port = server.server_port
+
+    aside(serve)
     server.server_close()
-    return f"http://127.0.0.1:{port}{server.place}"
+    return f"http://127.0.0.1:{server.server_port}{server.place}"
+
+
+def tunnel(job: dict) -> str:
+    """Start a process that carries RTMP through TLS; the URL on loopback where FFmpeg finds it.
+
+    FFmpeg's own TLS verifies no certificate unless it is told to, and PyAV passes it neither that nor an address. The far
+    connection stays open in this process, too, where FarEnd watches it.
+    """
+    far, near = dial(job["url"], job["address"]), socket.create_server(("127.0.0.1", 0))
+    near.settimeout(ORPHAN_SECONDS)
+    aside(lambda: pump(near.accept()[0], far))
+    far.detach()
+    with near:
+        parts = urlsplit(job["url"])
+        user, at, _ = parts.netloc.rpartition("@")
+        return urlunsplit(parts._replace(scheme="rtmp", netloc=f"{user}{at}127.0.0.1:{near.getsockname()[1]}"))
+
+
+def aside(work) -> None:
+    """Have work() done in a process of its own. A thread would not do: PyAV holds the interpreter while it connects."""
+    if os.fork() == 0:
+        try:
+            for number in (0, 1, 2):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)  # our pipes must not outlive the writer
+            work()
+        finally:
+            os._exit(0)
+
+
+def pump(near: socket.socket, far: ssl.SSLSocket) -> None:
+    """Bytes both ways until one side ends; what `near` sent last still arrives. Raises OSError, also where one takes nothing for long."""
+    near.settimeout(ORPHAN_SECONDS)
+    while True:
+        ready = select.select([near, far], [], [])[0]
+        if near in ready:
+            if not (data := near.recv(TUNNEL_BYTES)):
+                return far.shutdown(socket.SHUT_WR)
+            far.settimeout(ORPHAN_SECONDS)
+            far.sendall(data)
+        far.settimeout(0)  # a record may hold nothing for us, and several may wait where select does not see them
+        try:
+            while data := far.recv(TUNNEL_BYTES):
+                near.sendall(data)
+            return None
+        except ssl.SSLWantReadError:
+            pass
+
+
+def dial(url: str, address: str | None) -> socket.socket:
+    """A connection to the checked address, or to where the name leads; with TLS, if the certificate is that of the name and an authority
+    of this system's, or of SSL_CERT_FILE and SSL_CERT_DIR, has signed it. Raises OSError."""
+    parts = urlsplit(url)
+    plain = socket.create_connection((address or parts.hostname, parts.port or PORTS[parts.scheme]), timeout=ANSWER_SECONDS)
+    if parts.scheme == "http":
+        return plain
+    return ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname)
 
 
 class Front(BaseHTTPRequestHandler):
@@ -116,13 +174,10 @@ class Front(BaseHTTPRequestHandler):
 
 
 def ask(method: str, url: str, body: bytes, job: dict) -> tuple[int, str | None, bytes]:
-    """Status, Location and body of one request; goes to the checked address, verifies the certificate of the name, follows nothing."""
+    """Status, Location and body of one request; goes to the checked address, follows nothing."""
     parts = urlsplit(url)
-    secure = parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
-    connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(parts.hostname, port)
-    plain = socket.create_connection((job["address"] or parts.hostname, port), timeout=ANSWER_SECONDS)
-    connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname) if secure else plain
+    connection = http.client.HTTPConnection(parts.hostname, parts.port)
+    connection.sock = dial(url, job["address"])
     headers = {"Content-Type": "application/sdp", **({"Authorization": f"Bearer {job['token']}"} if job["token"] else {})}
     try:
         connection.request(method, parts.path + (f"?{parts.query}" if parts.query else ""), body, headers)

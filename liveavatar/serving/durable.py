@@ -35,9 +35,8 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)  # there only when something went wrong
     flush_folder(path.parent)
 
 
@@ -72,8 +71,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def erase_folder(path: Path) -> None:
-    """Gone in one step, then file by file."""
-    shutil.rmtree(path.rename(path.with_name(UNFINISHED + path.name)))
+    """Gone in one step, which no loss of power undoes, then file by file. Raises FileNotFoundError."""
+    gone = path.rename(path.with_name(UNFINISHED + path.name))
+    flush_folder(path.parent)
+    shutil.rmtree(gone)
 
 
 def sweep(folder: Path) -> None:

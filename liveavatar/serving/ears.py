@@ -13,6 +13,7 @@ import importlib.util
 import io
 import wave
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -198,12 +199,11 @@ class WhisperRecogniser:
             raise ConfigError(f"{path}: no CTranslate2 model (model.bin) there")
         self._model = WhisperModel(str(path), device="cpu", compute_type="int8", cpu_threads=threads, local_files_only=True)
         self._transcribe(np.zeros(WINDOW, np.float32))  # the first turn would pay for what is loaded late: 1.5 s
-        self._one = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "whisper")  # one turn at a time, also after one that nobody waits for
 
     async def recognise(self, pcm: np.ndarray) -> str:
         """About half a second on one core, whatever the length up to 30 s: Whisper always hears 30 s."""
-        async with self._one:
-            return await asyncio.to_thread(self._transcribe, pcm)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transcribe, pcm)
 
     def _transcribe(self, pcm: np.ndarray) -> str:
         segments, _ = self._model.transcribe(pcm, language="en", beam_size=5, temperature=0.0, without_timestamps=True,

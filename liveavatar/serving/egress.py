@@ -47,8 +47,8 @@ class OutputStatus:
     drops: int = 0
 
 
-def longest_pause(config: OutputsConfig, failures: int) -> float:
-    """Seconds to wait at most before the next try, after so many failures in a row."""
+def longest_wait(config: OutputsConfig, failures: int) -> float:
+    """Seconds until the next try, at most, after so many failures in a row (EGR-2)."""
     return min(config.retry_limit_seconds, config.retry_seconds * 2 ** min(failures - 1, 30))
 
 
@@ -194,7 +194,7 @@ class Destination:
         self._report("output.down", {**self._facts(), "reason": reason, "failures": failures})
         if failures == ALERT_FAILURES:
             self._report("output.failing", {**self._facts(), "reason": reason, "failures": failures})
-        return self._rng.uniform(0, longest_pause(self._config, failures))
+        return self._rng.uniform(0, longest_wait(self._config, failures))
 
     async def _wait(self, seconds: float) -> None:
         with suppress(TimeoutError):

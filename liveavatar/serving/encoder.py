@@ -40,18 +40,17 @@ class VideoEncoder:
     """Pictures -> H.264, constrained baseline, no B frames, one packet per picture and at once (Annex B).
 
     width, height: of the pictures that go in, pixels; `width`, `height` of the encoder are those that come out
-    (media.scale times larger). `name`: libx264 or h264_nvenc. `extradata`: SPS and PPS, which also stand in front of
+    (media.scale times larger, `shrink` times smaller). `name`: libx264 or h264_nvenc. `extradata`: SPS and PPS, which also stand in front of
     each IDR, as does an SEI that says who made the pictures: a machine (WM-2). Raises ConfigError for odd sizes and for an
     encoder that was asked for and does not work here.
     """
 
-    def __init__(self, width: int, height: int, config: MediaConfig):
-        self.width, self.height = width * config.scale, height * config.scale
+    def __init__(self, width: int, height: int, config: MediaConfig, *, shrink: int = 1):
+        self.shrink, self.width, self.height = shrink, width * config.scale // shrink, height * config.scale // shrink
         if self.width % 2 or self.height % 2:
             raise ConfigError(f"video size {self.width}x{self.height}: H.264 needs even sides; media.scale=2 makes them even")
-        self.name, self.extradata = _choose(self.width, self.height, config)
-        self._shape, self._group = (height, width, 3), _group(config)
-        self._context, self._reformat = _context(self.name, self.width, self.height, config), VideoReformatter()
+        self.name, self.extradata, self._context = _opened(self.width, self.height, config)
+        self._shape, self._group, self._reformat = (height, width, 3), _group(config), VideoReformatter()
         self._last_key: int | None = None  # index of its tick
         self._inside: deque[tuple[int, int, float]] = deque()  # index, epoch, made of pictures without a packet yet
 
@@ -89,31 +88,37 @@ def _group(config: MediaConfig) -> int:
     return max(1, round(config.keyframe_seconds * FPS))
 
 
-def _choose(width: int, height: int, config: MediaConfig) -> tuple[str, bytes]:
-    """Name of the encoder and its parameter sets. auto: NVENC where this GPU encodes a picture of this size."""
-    names = ("h264_nvenc", "libx264") if config.encoder == "auto" else (config.encoder,)
-    reason = ""
-    for name in names:
-        try:
-            return name, parameter_sets(name, width, height, config)
-        except av.FFmpegError as error:
-            reason = error.strerror
+def _opened(width: int, height: int, config: MediaConfig) -> tuple[str, bytes, av.VideoCodecContext]:
+    """An encoder: its name, its parameter sets, itself. auto: NVENC where this GPU encodes a picture of this size, else x264."""
+    for name in ("h264_nvenc", "libx264") if config.encoder == "auto" else (config.encoder,):
+        sets, reason = _proved(name, width, height, config)
+        if sets:
+            try:
+                return name, sets, _context(name, width, height, config)
+            except av.FFmpegError as error:  # it can, but not once more: some GPUs open a few at a time
+                reason = error.strerror
     raise ConfigError(f"media.encoder={config.encoder}: cannot encode a picture of {width}x{height} here ({reason}); auto takes what works")
 
 
-@lru_cache(maxsize=16)
-def parameter_sets(name: str, width: int, height: int, config: MediaConfig) -> bytes:
-    """SPS and PPS (Annex B) of the encoder `name`, by really encoding one picture. Raises av.FFmpegError where it cannot.
+@lru_cache(maxsize=16)  # that a GPU has no encoder takes as long to find out as to open one
+def _proved(name: str, width: int, height: int, config: MediaConfig) -> tuple[bytes, str]:
+    """SPS and PPS (Annex B) of the encoder `name`, by really encoding one picture; or nothing, and why it cannot.
 
     A driver may list an encoder that the GPU does not have (A100, H100), or refuse a size only when it is opened.
     """
-    context = _context(name, width, height, config)
-    frame = av.VideoFrame(width, height, "yuv420p")
+    try:
+        data = _one_picture(_context(name, width, height, config))
+    except av.FFmpegError as error:
+        return b"", error.strerror
+    return b"".join(b"\0" + START + unit for unit in _units(data) if unit[0] & 31 in (SPS, PPS)), ""
+
+
+def _one_picture(context: av.VideoCodecContext) -> bytes:
+    frame = av.VideoFrame(context.width, context.height, "yuv420p")
     for plane in frame.planes:
         plane.update(bytes(plane.buffer_size))
     frame.pts, frame.time_base = 0, Fraction(1, FPS)
-    data = b"".join(bytes(packet) for packet in (*context.encode(frame), *context.encode(None)))
-    return b"".join(b"\0" + START + unit for unit in _units(data) if unit[0] & 31 in (SPS, PPS))
+    return b"".join(bytes(packet) for packet in (*context.encode(frame), *context.encode(None)))
 
 
 def _units(data: bytes) -> list[bytes]:

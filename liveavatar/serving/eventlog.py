@@ -14,6 +14,7 @@ off: only a `head` kept elsewhere shows that, or a signature in the lines (conse
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -27,7 +28,7 @@ from pathlib import Path
 import structlog
 
 from liveavatar.core import LiveAvatarError
-from liveavatar.serving.durable import flush_folder, private_folder
+from liveavatar.serving.durable import PRIVATE, flush_folder, private_folder
 
 START = hashlib.sha256(b"liveavatar event log 1").hexdigest()  # what the first line names as the one before it
 FIELDS = ("n", "t", "name", "data", "prev", "hash")
@@ -121,14 +122,13 @@ class EventLog:
         new = not self.path.exists()
         try:
             private_folder(self.path.parent)
-            self._file = open(self.path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600))
+            self._file = open(self.path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, PRIVATE))
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._file.close)
+                self._begin(new)
+                undo.pop_all()
         except OSError as error:
             raise LogError(f"{self.path}: cannot be opened: {error.strerror}") from None
-        try:
-            self._begin(new)
-        except BaseException:
-            self._file.close()
-            raise
 
     def _begin(self, new: bool) -> None:
         try:

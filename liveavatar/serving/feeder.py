@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -10,21 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liveavatar.core import SAMPLE_RATE
 from liveavatar.serving.problems import BufferFull
 
-WAITING = 8  # utterances; beyond: buffer_full
+WAITING, WAITING_BYTES = 8, 80_000_000  # utterances, and sound of theirs that is there already; beyond: buffer_full
 PIECE_SECONDS = 0.5  # pushed at once
 AGAIN_SECONDS = 0.1  # after the session was full
 
 
 @dataclass(slots=True)
 class Utterance:
-    """One segment to come. chunks: (int16 or float32 [n] mono, Hz). epoch: in which it was asked for."""
+    """One segment to come. chunks: (int16 or float32 [n] mono, Hz). epoch: in which it was asked for. size: bytes that it holds."""
 
     chunks: AsyncGenerator[tuple[np.ndarray, int]]
     segment: int | None
     epoch: int
     end: bool = True
+    size: int = 0
 
 
 class Feeder:
@@ -42,8 +45,8 @@ class Feeder:
 
     def put(self, utterance: Utterance) -> None:
         """Append. Raises BufferFull."""
-        if len(self._waiting) >= WAITING:
-            raise BufferFull(f"{WAITING} utterances are waiting already")
+        if len(self._waiting) >= WAITING or self._waiting and sum(other.size for other in self._waiting) + utterance.size > WAITING_BYTES:
+            raise BufferFull(f"{len(self._waiting)} utterances are waiting already")
         self._waiting.append(utterance)
         self._something.set()
 
@@ -56,31 +59,23 @@ class Feeder:
                 await self._something.wait()
             self.busy = True
             utterance = self._waiting.popleft()
-            try:
+            with contextlib.suppress(*self._errors):  # of the end: the session is over, and that was told
                 async with aclosing(utterance.chunks):
                     await self._feed(utterance)
-            except self._errors as error:
-                self._failed(error)
 
     async def _feed(self, utterance: Utterance) -> None:
-        rate, last = 16_000, np.zeros(0, np.int16)
-        async for chunk, rate in self._made(utterance):
-            step = max(1, round(PIECE_SECONDS * rate))
-            for start in range(0, len(chunk), step):
-                if utterance.epoch < self._session.epoch:
-                    return
-                await self._push(chunk[start : start + step], rate, utterance, end=False)
-            last = chunk[:0]
-        if utterance.end and utterance.epoch >= self._session.epoch:
-            await self._push(last, rate, utterance, end=True)
-
-    async def _made(self, utterance: Utterance) -> AsyncGenerator[tuple[np.ndarray, int], None]:
-        """Its chunks; one that breaks off ends there, so that its segment ends, too."""
+        rate = SAMPLE_RATE
         try:
-            async for chunk in utterance.chunks:
-                yield chunk
-        except self._errors as error:
+            async for chunk, rate in utterance.chunks:
+                step = max(1, round(PIECE_SECONDS * rate))
+                for start in range(0, len(chunk), step):
+                    if utterance.epoch < self._session.epoch:
+                        return
+                    await self._push(chunk[start : start + step], rate, utterance, end=False)
+        except self._errors as error:  # the voice broke off, or the session takes no more: its segment ends there
             self._failed(error)
+        if utterance.end and utterance.epoch >= self._session.epoch:
+            await self._push(np.zeros(0, np.int16), rate, utterance, end=True)
 
     async def _push(self, pcm: np.ndarray, rate: int, utterance: Utterance, end: bool) -> None:
         while utterance.epoch >= self._session.epoch:

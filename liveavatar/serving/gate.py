@@ -6,7 +6,8 @@ import ipaddress
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
 import structlog
@@ -28,6 +29,7 @@ FORM_BYTES = 65_536  # round a file in a form
 PROXIED = ("forwarded", "x-forwarded-for", "via")
 SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = re.compile(r"/v1/avatars|/v1/consents|/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds")
+COUNTED = re.compile(r"/v1/avatars|/v1/consents|/v1/compat/bithuman|/v1/watermark:detect")  # against a day's bytes; audio by its seconds
 REJECTED = {403: "consent", 413: "size", 415: "type", 422: "decode"}  # as the metric says it
 LIMITED = {name: name for name in ("sessions", "offers", "audio", "buffer_full")}
 POLICY = "; ".join((  # of the console: its own files alone, nothing inline, nothing from elsewhere, in no frame
@@ -92,8 +94,11 @@ class Gate:
         headers = Headers(scope=scope)
         try:
             check_page(scope, headers, self._listen, self._required)
-            state["principal"] = await self._asker(scope, headers)
+            state["principal"] = who = await self._asker(scope, headers)
             receive = _bounded(receive, headers, self._most(scope["path"]))
+            if who is not None and scope["method"] == "POST" and COUNTED.fullmatch(scope["path"]):
+                self._quotas.may_upload(who.key)
+                receive = _counted(receive, partial(self._quotas.uploaded, who.key))
         except Problem as problem:
             count(self._metrics, problem, scope["path"])
             return await ProblemResponse(problem, request_id)(scope, receive, send)
@@ -108,8 +113,7 @@ class Gate:
             return None
         principal = await admit(self._access, self._quotas, credential(headers), address(scope))
         if path == METRICS:
-            principal.need_key()
-            principal.need(ADMIN)
+            principal.need_key(ADMIN)
         return principal
 
     def _most(self, path: str) -> int:
@@ -177,6 +181,17 @@ def _bounded(receive: Receive, headers: Headers, most: int) -> Receive:
         return message
 
     return bounded
+
+
+def _counted(receive: Receive, uploaded: Callable[[int], None]) -> Receive:
+    """`receive` that tells of the bytes of the body."""
+
+    async def counted() -> Message:
+        message = await receive()
+        uploaded(len(message.get("body", b"")))
+        return message
+
+    return counted
 
 
 def _with_headers(send: Send, scope: Scope, request_id: str) -> Send:

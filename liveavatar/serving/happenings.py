@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+
+from liveavatar.runtime.engine import Signal
 
 KEPT = 1000  # events; older ones are gone, and a reader that far behind is told so
 
@@ -25,7 +26,7 @@ class Happenings:
 
     def __init__(self, clock: Callable[[], float]):
         self._clock, self._events = clock, deque[Event](maxlen=KEPT)
-        self._last, self._over, self._waiting = 0, False, set[asyncio.Future]()
+        self._last, self._over, self._changed = 0, False, Signal()
 
     @property
     def last(self) -> int:
@@ -41,19 +42,13 @@ class Happenings:
         self._last += 1
         event = Event(self._last, name, data, self._clock())
         self._events.append(event)
-        self._wake()
+        self._changed.fire()
         return event
 
     def close(self) -> None:
         """Nothing more will happen: readers end after the last event."""
         self._over = True
-        self._wake()
-
-    def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, set()
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        self._changed.fire()
 
     async def read(self, after: int = 0) -> AsyncIterator[Event]:
         """Every event with a number above `after`, those of the past first; "lost" in place of what is no longer kept."""
@@ -67,9 +62,4 @@ class Happenings:
             if not fresh:
                 if self._over:
                     return
-                future = asyncio.get_running_loop().create_future()
-                self._waiting.add(future)
-                try:
-                    await future
-                finally:
-                    self._waiting.discard(future)
+                await self._changed.wait()

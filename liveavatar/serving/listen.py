@@ -34,10 +34,14 @@ class Server(uvicorn.Server):
 
 def bind(settings: ServeConfig) -> socket.socket:
     """The listening socket, so that its port is known before anything is started. Raises OSError."""
-    family = socket.AF_INET6 if ":" in settings.listen.host else socket.AF_INET
+    return _listening(settings.listen.host, settings.listen.port)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY on no other, 40 ms an answer
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((settings.listen.host, settings.listen.port))
+    listening.bind((host, port))
     listening.listen()  # who comes before the application is up waits
     return listening
 
@@ -61,9 +65,11 @@ async def serve(app: FastAPI, settings: ServeConfig, *, opened: Callable[[str], 
     at: Services = app.state.services
     listening = listening or bind(settings)
     main, admin = server(app, settings), admin_server(app, settings)
+    door = _listening(settings.listen.admin_host, settings.listen.admin_port) if admin else None  # uvicorn would end the process if it is taken
     running = asyncio.create_task(main.serve([listening]))
-    beside = asyncio.create_task(admin.serve()) if admin else None
-    starting = asyncio.create_task(_start(at.desk, main))
+    beside = asyncio.create_task(admin.serve([door])) if admin else None
+    starting = asyncio.create_task(at.desk.studio.start())
+    starting.add_done_callback(lambda task: _end_if_failed(task, main))
     with _signals(at.desk, main):
         opened(_url(settings, listening))
         await running
@@ -86,12 +92,9 @@ def admin_server(app: FastAPI, settings: ServeConfig) -> Server | None:
                                  proxy_headers=False, lifespan="off"))  # fmt: skip
 
 
-async def _start(desk: Desk, main: Server) -> None:
-    try:
-        await desk.studio.start()
-    except BaseException:
+def _end_if_failed(starting: asyncio.Task, main: Server) -> None:
+    if not starting.cancelled() and starting.exception() is not None:
         main.should_exit = True
-        raise
 
 
 def _url(settings: ServeConfig, listening: socket.socket) -> str:

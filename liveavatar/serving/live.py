@@ -12,6 +12,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,9 +24,10 @@ from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.timeline import Output
 from liveavatar.serving.broadcast import Broadcast
 from liveavatar.serving.happenings import Event, Happenings
+from liveavatar.serving.ladder import GROUND, IDLE_LOOP, LOWER_FPS, SMALLER, Factor, Rung
 from liveavatar.serving.metrics import Metrics, sink_kind
 from liveavatar.serving.packets import TICK_SAMPLES, Sink, Tick
-from liveavatar.serving.playout import LATE_SECONDS, Ladder, Pacer, Playout, Slot
+from liveavatar.serving.playout import LATE_SECONDS, Pacer, Playout, Slot
 from liveavatar.serving.problems import Conflict
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.utterances import Speech
@@ -33,8 +35,7 @@ from liveavatar.telemetry import now as monotonic
 
 FEED_SAMPLES = SAMPLE_RATE // 2  # handed to the engine at a time
 PER_TICK = SAMPLE_RATE // FPS  # 16 kHz samples to a picture
-ENDS = {"draining": "drain", "the server stops": "drain", "idle": "idle", "length": "length"}  # reason -> label of sessions_ended_total
-STATES = ("creating", "ready", "idle", "speaking", "closing", "closed", "failed")
+ENDS = ("idle", "length", "drain", "failed", "consent")  # reasons that sessions_ended_total knows; any other is "closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +77,20 @@ class LiveSession:
         self.epoch, self.state, self.reason, self.stale_pushes = 0, "creating", "", 0
         self.opened_at = self.used_at = clock()  # used: somebody watched or spoke
         self.speech = Speech(config.sessions.audio_seconds)
+        self.spend: Callable[[float], AbstractContextManager] = nullcontext  # round the taking of so many seconds of sound: Desk counts them
         self.playout = Playout(still, mode=self.mode, ahead=self._ahead)
         self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
-        self.gauges, self.ladder = Gauges(), Ladder()
+        self.gauges, self.factor, self.rung = Gauges(), Factor(), GROUND
         self.resting: str | None = None  # why a channel lets it idle (metrics.FILLERS): schedule, between two entries; degraded, for want of one
         self._reopen, self._mark, self._sleep = reopen, mark, sleep
         self._engine: Session | None = None
         self._offset, self._pushed, self._asked = 0, Signal(), None  # offset: a position of speech less the engine's
         self._pacer: Pacer | None = None
         self._cut: float | None = None  # when it was interrupted, until that was heard
+        self._flowing = False  # blocks come one after the other: one that is missing is late
         self._tasks: list[asyncio.Task] = []
+        self._leaving: asyncio.Task | None = None  # gives the place in the chain back
         self._told: list[Callable[[], None]] = []
 
     @property
@@ -113,7 +117,7 @@ class LiveSession:
         """Mono PCM [n], float or int16, at `rate` Hz, faster than it is spoken if you like; never waits for the GPU.
 
         segment: the run of speech it belongs to (None: the open one); end: that run is whole. epoch: of an older one
-        it is dropped and counted, a newer one interrupts first. Raises BufferFull, Conflict (closed), InputError.
+        it is dropped and counted, a newer one interrupts first. Raises BufferFull, RateLimited (quota), Conflict (closed), InputError.
         """
         self._check()
         if epoch is not None and epoch < self.epoch:
@@ -122,9 +126,10 @@ class LiveSession:
             return
         if epoch is not None and epoch > self.epoch:
             await self.interrupt(epoch, reason="audio")
-        self.speech.push(pcm, rate, segment, end)
+        with self.spend(len(pcm) / max(1, rate)):
+            self.speech.push(pcm, rate, segment, end)
         self.used_at = self.clock()
-        if self._asked is None and self.playout.epoch == self.epoch and not self._speaking:
+        if self._asked is None and not self._speaking:
             self._asked = self.clock()
         self._wake()
 
@@ -136,7 +141,7 @@ class LiveSession:
         """Silence now: what waits and what is being made is forgotten. reason: who asked, for the metrics. Raises Conflict (closed)."""
         self._check()
         done = Interrupted(self.epoch + 1 if epoch is None else max(epoch, self.epoch + 1), self.speech.position_ms)
-        self.epoch, self._asked = done.epoch, None
+        self.epoch, self._asked, self._flowing = done.epoch, None, False
         marks = self.speech.interrupt()
         self.playout.interrupt(self.epoch)
         self.broadcast.flush(self.epoch)
@@ -190,16 +195,13 @@ class LiveSession:
 
     def remove_sink(self, sink: Sink) -> None:
         """Somebody left. May be called often."""
-        self.broadcast.remove(sink)
-        self.used_at = self.clock()
+        if sink in self.broadcast.sinks:
+            self.broadcast.remove(sink)
+            self.used_at = self.clock()
 
     def ask_keyframe(self) -> None:
         """A viewer cannot decode what it has."""
         self.broadcast.ask_keyframe()
-
-    def extradata(self, codec: str) -> bytes:
-        """See encoder.py."""
-        return self.broadcast.extradata(codec)
 
     def events(self, after: int = 0) -> AsyncIterator[Event]:
         """What happens, from event number `after` + 1 on; ends with the session."""
@@ -216,11 +218,15 @@ class LiveSession:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.broadcast.close()
-        if self._engine is not None:
-            with contextlib.suppress(LiveAvatarError):  # the chain is gone and took the session with it
-                await self._engine.close()
-        self._engine = None
+        await self._leave()
         self._over("closed")
+
+    async def _leave(self) -> None:
+        """Give the place in the chain back."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            with contextlib.suppress(LiveAvatarError):  # the chain is gone and took the session with it
+                await engine.close()
 
     # ------------------------------------------------------------ to the engine
 
@@ -294,8 +300,9 @@ class LiveSession:
             self._announce(marks)
             self._settle_state(speaking=slot.kind == "speech" or bool(self.speech.position_ms))
             self._rest()
-            tick = Tick(index, slot.epoch, slot.kind, self._mark(slot.picture), slot.sound, late, marks)
+            picture = self._mark(slot.picture) if self.broadcast.sinks else slot.picture
             self._count(slot.kind, late)
+            tick = Tick(index, slot.epoch, slot.kind, picture, slot.sound, late, marks)
             await self.broadcast.send(tick)
             self._count_silence(slot)
 
@@ -303,16 +310,23 @@ class LiveSession:
         self.gauges.ticked(late, kind)
         if late > LATE_SECONDS:
             self.metrics.reanchored("late")
-        if kind != "filler":
-            self.broadcast.filler = self.resting if kind == "idle" else None
-        else:
+        standing = kind == "filler"
+        filler = self._standing_in() if standing else self.resting if kind == "idle" else None
+        if standing:
             if self.broadcast.filler is None and self._speaking and self.speech.waiting:
                 self.metrics.audio_underrun(self.mode)
-            self.broadcast.filler = "restart" if self._engine is None else "parked" if self._engine.parked else "underrun"
-            self.metrics.frames_repeated(self.broadcast.filler)
-        missing = self.broadcast.filler == "underrun"
-        if self.ladder.tick((5 if self.playout.looping else 2) if missing else 0):
-            self.happenings.add("degraded", step=self.ladder.step)
+            self.metrics.frames_repeated(filler)
+        self.broadcast.filler = filler
+        self._flowing = not standing or self._flowing and filler == "underrun"
+        self.factor.tick(self.clock(), missing=self._flowing and standing)
+
+    def _standing_in(self) -> str:
+        """Why an old picture does: a label of metrics.FILLERS."""
+        if self._engine is None:
+            return "restart"
+        if not self._engine.parked:
+            return "underrun"
+        return "degraded" if self.broadcast.sinks else "parked"
 
     def _count_silence(self, slot: Slot) -> None:
         """How long an interruption took until what leaves is silent, or the new epoch's speech."""
@@ -336,13 +350,24 @@ class LiveSession:
         if self.state in ("ready", "idle", "speaking") and state != self.state:
             self._state(state)
 
+    def degrade(self, rung: Rung) -> None:
+        """The server leaves out what `rung` and those before it say (BP-2)."""
+        self.rung = rung
+        self.broadcast.every = 2 if rung.step >= LOWER_FPS.step else 1
+        self.happenings.add("degraded", step=rung.step, left_out=rung.what)
+
     def _rest(self) -> None:
-        """Nobody watches and nobody speaks: no more blocks, until somebody does."""
-        now = self.clock()
+        """Nobody speaks, and nobody watches or the chain is needed elsewhere: no more blocks, until somebody does."""
+        now, engine = self.clock(), self._engine
         if self.broadcast.sinks:
             self.used_at = now
-        elif self._engine is not None and not self._engine.parked and not self._speaking and now - self.used_at > self.config.sessions.park_seconds:
-            self._engine.park()
+        if engine is None or self._speaking or self.speech.waiting:
+            return
+        self.broadcast.small = self.rung.step >= SMALLER.step
+        looped = self.rung.step >= IDLE_LOOP.step and self.playout.can_loop
+        rest = looped or now - self.used_at > self.config.sessions.park_seconds
+        if rest != engine.parked:
+            engine.park(rest)
 
     # ------------------------------------------------------------ state
 
@@ -352,7 +377,8 @@ class LiveSession:
 
     def _over(self, state: str) -> None:
         self._state(state, reason=self.reason)
-        self.metrics.session_ended("failed" if state == "failed" else ENDS.get(self.reason, "closed"))
+        reason = "failed" if state == "failed" else self.reason
+        self.metrics.session_ended(reason if reason in ENDS else "closed")
         self.happenings.close()
         while self._told:
             self._told.pop()()
@@ -370,6 +396,7 @@ class LiveSession:
         for other in self._tasks:
             other.cancel()
         self.broadcast.close()
+        self._leaving = asyncio.create_task(self._leave())
         self._over("failed")
         if error is not None and not isinstance(error, LiveAvatarError):
             raise error
@@ -382,10 +409,11 @@ class LiveSession:
             "reanchors": self._pacer.reanchors if self._pacer else 0, "interrupts": g.interrupts, "viewers": len(self.broadcast.sinks),
             "playout": vars(self.playout.counts).copy(), "stale_pushes": self.stale_pushes, "first_frame_seconds": g.first_frame_seconds,
             "edges": {"audio_in": {"depth": self.speech.waiting, "capacity": self.speech.limit},
-                      "playout": {"depth": len(self.playout) / FPS, "capacity": None},
+                      "playout": {"depth": len(self.playout) / FPS, "capacity": 2 * float(engine.timeline.geometry.block_seconds) if engine else None},
                       "engine": {"depth": engine.timeline.in_flight if engine else 0, "capacity": None}},
             "av_offset_seconds": 0.0, "av_drift_seconds": 0.0,  # by construction: a tick is one picture and its own sound
-            "audio_buffered_seconds": self.speech.waiting, "degradation_step": self.ladder.step,
+            "audio_buffered_seconds": self.speech.waiting, "realtime_factor": self.factor.value,
+            "degradation_step": self.rung.step, "left_out": self.rung.what,
             "latency": {"audio wait": engine.timeline.queued_seconds if engine else 0.0, "encode": self.broadcast.encode_seconds,
                         "playout": len(self.playout) / FPS},
         }  # fmt: skip

@@ -19,7 +19,8 @@ import numpy as np
 from liveavatar.core import ConfigError
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.packets import SOUND_RATE, TICK_SAMPLES, Mark, Tick
-from liveavatar.serving.problems import BufferFull, Conflict
+from liveavatar.serving.problems import Conflict
+from liveavatar.serving.voices import say_to
 
 try:
     from livekit import rtc
@@ -29,7 +30,6 @@ except ImportError:
 
 CUSHION_TICKS = 2  # waiting in the synchroniser: late ticks are not heard (CLK-4)
 WAITING_TICKS = 10  # between session and runner; beyond, the oldest goes and its marks move on
-ROOM_SECONDS = 0.1  # between two tries when the session's buffer is full: the agent's audio waits, none is lost
 FIRST_SEGMENT = 1 << 20  # of the agent's: above those that clients of the session count from 0
 FADE_SAMPLES = SOUND_RATE // 100  # of the sound that an interruption cuts off: 10 ms, what LiveKit sends at a time
 
@@ -127,14 +127,8 @@ class SessionVideo(VideoGenerator):
             await self._push(mono(frame), frame.sample_rate, self._open)
 
     async def _push(self, pcm: np.ndarray, rate: int, segment: int, end: bool = False) -> None:
-        epoch = self._epoch
-        while epoch == self._epoch and not self._closed:
-            try:
-                return await self._session.push_audio(pcm, rate, segment=segment, epoch=epoch, end=end)
-            except BufferFull:
-                await asyncio.sleep(ROOM_SECONDS)
-            except Conflict:
-                return  # the session has ended meanwhile, and close() tells
+        with contextlib.suppress(Conflict):  # the session has ended meanwhile, and close() tells
+            await say_to(self._session, (pcm, rate), segment=segment, epoch=self._epoch, end=end)
 
     # ------------------------------------------------------------ interruption
 

@@ -167,7 +167,7 @@ def _last(earlier: Sequence[str]) -> str:
 
 
 def _count(word: str) -> str:
-    end = int(word) if word.isdigit() else NUMBERS.get(word, 0)
+    end = int(word) if word.isdecimal() else NUMBERS.get(word, 0)
     return ". ".join(str(n) for n in range(1, end + 1)) + "." if 0 < end <= 100 else "I can count up to one hundred."
 
 

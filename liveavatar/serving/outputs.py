@@ -16,11 +16,12 @@ from pathlib import Path
 import structlog
 
 from liveavatar.core import ConfigError
+from liveavatar.serving.background import Background
 from liveavatar.serving.desk import Lease
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.egress import Destination, OutputStatus
 from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
-from liveavatar.serving.recorder import Recorder, Sign, expire, recover
+from liveavatar.serving.recorder import RECORDINGS, Recorder, Sign, expire, recover
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.ssrf import check_url
 from liveavatar.serving.targets import FORMS, Target
@@ -58,9 +59,10 @@ def wanted(wish: OutputWish) -> Wanted:
 
 @dataclass(eq=False, kw_only=True)
 class Output:
-    """One that runs or ran. sink: Destination or Recorder. folder: of its HLS files."""
+    """One that runs or ran, of a session. sink: Destination or Recorder. folder: of its HLS files."""
 
     id: str
+    session: str
     name: str
     kind: str
     sink: Destination | Recorder
@@ -83,23 +85,23 @@ class Outputs:
         self._playlists = private_folder(Path(settings.storage.folder) / "hls")
         for left in self._playlists.iterdir():  # of a server that was killed
             shutil.rmtree(left)
-        self._open: dict[str, dict[str, Output]] = {}
-        self._tasks: set[asyncio.Task] = set()
+        self._known: dict[str, Output] = {}
+        self._background = Background()
 
     def of(self, session_id: str) -> list[Output]:
         """Those of one session, also a while after its end."""
-        return list(self._open.get(session_id, {}).values())
+        return [output for output in self._known.values() if output.session == session_id]
 
     def running(self) -> list[Output]:
         """Those of all sessions that are not over."""
-        return [output for mine in self._open.values() for output in mine.values() if not output.task.done()]
+        return [output for output in self._known.values() if not output.task.done()]
 
     def get(self, session_id: str, output_id: str) -> Output:
         """Raises NotFound."""
-        try:
-            return self._open[session_id][output_id]
-        except KeyError:
-            raise NotFound("no such output") from None
+        output = self._known.get(output_id)
+        if output is None or output.session != session_id:
+            raise NotFound("no such output")
+        return output
 
     async def check(self, wanted: Wanted) -> None:
         """Raises Invalid, Forbidden (ssrf) for an address that nothing may be sent to."""
@@ -115,19 +117,17 @@ class Outputs:
     async def start(self, lease: Lease, wanted: Wanted) -> Output:
         """Send the session there from now on. Raises what check() raises, RateLimited, Unprocessable, Conflict."""
         await self.check(wanted)
-        mine = self._open.setdefault(lease.id, {})
-        if sum(not output.task.done() for output in mine.values()) >= MOST:
+        if sum(output.session == lease.id for output in self.running()) >= MOST:
             raise RateLimited(f"a session has at most {MOST} outputs", kind="quota")
         lease.need_running()
         output_id = secrets.token_hex(8)
         folder = private_folder(self._playlists / output_id) if wanted.kind == "hls" else None
         sink = self._sink(lease, wanted, folder)
         lease.session.add_sink(sink)
-        output = Output(id=output_id, name=wanted.name or wanted.kind, kind=wanted.kind, sink=sink, folder=folder, task=self._spawn(sink.run()))
-        if isinstance(sink, Recorder):
-            self._spawn(_notes(lease.session, sink))
+        work = _recorded(lease.session, sink) if isinstance(sink, Recorder) else sink.run()
+        output = self._known[output_id] = Output(id=output_id, session=lease.id, name=wanted.name or wanted.kind, kind=wanted.kind, sink=sink,
+                                                 folder=folder, task=self._background.spawn(work))  # fmt: skip
         output.task.add_done_callback(lambda task: self._ended(lease, output))
-        mine[output_id] = output
         return output
 
     def _sink(self, lease: Lease, wanted: Wanted, folder: Path | None) -> Destination | Recorder:
@@ -151,15 +151,9 @@ class Outputs:
         return Destination(wanted.kind, target, *size, settings.outputs, ask_keyframe=session.ask_keyframe, report=report, clock=session.clock,
                            check=None if folder else lambda url: self._allowed(wanted.kind, url))  # fmt: skip
 
-    def _spawn(self, work) -> asyncio.Task:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     def stop(self, lease: Lease, output: Output) -> None:
-        """Send what is queued and end it; harmless when it is over."""
-        lease.session.remove_sink(output.sink)
+        """Send what is queued and end it; harmless when it, or its session, is over."""
+        self._leave(lease, output)
         output.sink.close()
 
     def file(self, output: Output, name: str) -> tuple[Path, str]:
@@ -170,23 +164,23 @@ class Outputs:
 
     def _ended(self, lease: Lease, output: Output) -> None:
         """It sends nothing any more: nothing of it holds the session."""
-        if not lease.over:
-            lease.session.remove_sink(output.sink)
+        self._leave(lease, output)
         if not output.task.cancelled() and output.task.exception() is not None:
             log.error("output_broke", session=lease.id, kind=output.kind, reason=type(output.task.exception()).__name__)
-        asyncio.get_running_loop().call_later(HLS_SECONDS, self._forget, lease.id, output)
+        asyncio.get_running_loop().call_later(HLS_SECONDS, self._forget, output)
 
-    def _forget(self, session_id: str, output: Output) -> None:
-        mine = self._open.get(session_id, {})
-        mine.pop(output.id, None)
-        if not mine:
-            self._open.pop(session_id, None)
+    def _leave(self, lease: Lease, output: Output) -> None:
+        if not lease.over:
+            lease.session.remove_sink(output.sink)
+
+    def _forget(self, output: Output) -> None:
+        del self._known[output.id]
         if output.folder is not None:
-            shutil.rmtree(output.folder, ignore_errors=True)
+            self._background.spawn(asyncio.to_thread(shutil.rmtree, output.folder, ignore_errors=True))
 
     async def housekeep(self) -> None:
         """Finish the recordings that a crash broke off; then, once an hour, remove those that are too old (REC-4)."""
-        folder = private_folder(Path(self._settings.storage.folder) / "recordings")
+        folder = private_folder(Path(self._settings.storage.folder) / RECORDINGS)
         for event, facts in await asyncio.to_thread(recover, folder, self._sign):
             log.info(event, **facts)
         while True:
@@ -196,17 +190,20 @@ class Outputs:
 
     async def close(self, seconds: float) -> None:
         """The sessions are over: let recordings and playlists be finished, at most so long."""
-        for outputs in self._open.values():
-            for output in outputs.values():
-                output.sink.close()
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        for output in self.running():
+            output.sink.close()
+        await self._background.close(seconds)
+
+
+async def _recorded(session, recorder: Recorder) -> None:
+    """Record, with what is spoken in the side-car."""
+    notes = asyncio.create_task(_notes(session, recorder))
+    try:
+        await recorder.run()
+    finally:
+        notes.cancel()
 
 
 async def _notes(session, recorder: Recorder) -> None:
-    """What is spoken, for the side-car."""
     async for event in session.events():
         recorder.note(event.name, event.data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
 
@@ -22,7 +22,6 @@ SOUND_RATE = 48_000  # Hz, of all sound that leaves
 TICK_SAMPLES = SOUND_RATE // FPS  # of sound to one picture: 1,920
 TICK_SECONDS = Fraction(1, FPS)
 VIDEO_RATE = 90_000  # Hz, of the time stamps of encoded pictures
-KINDS = ("speech", "idle", "filler")
 H264, OPUS, AAC = CODECS = ("h264", "opus", "aac")
 
 
@@ -102,7 +101,7 @@ class Edge:
 
     seconds: of video it holds at most. When full: pictures up to the next keyframe are dropped (what follows a gap
     cannot be decoded) and a keyframe is asked for; sound is kept up to `sound_seconds`, then the oldest goes. Raw
-    ticks count as keyframes, so of those just the oldest goes. `drops` counts what was thrown away.
+    ticks count as keyframes, so of those just the oldest goes, and its marks move on to the next. `drops` counts what was thrown away.
     """
 
     def __init__(self, name: str, *, seconds: float = 0.2, sound_seconds: float = 0.2, ask_keyframe: Callable[[], None] = lambda: None):
@@ -144,6 +143,8 @@ class Edge:
                 self._ask_keyframe()
         gone = {id(item) for item in kept[:over]}
         self._items = deque(item for item in self._items if id(item) not in gone)
+        if marks := tuple(mark for item in kept[:over] if isinstance(item, Tick) for mark in item.marks):
+            self._items[0] = replace(self._items[0], marks=marks + self._items[0].marks)
         self.drops += over
 
     def flush(self, epoch: int) -> None:

@@ -19,7 +19,6 @@ LATE_SECONDS = 0.3  # later than this the clock is set anew, once, instead of a 
 HOLD_TICKS = 5  # the last picture may stand for 200 ms (BP-3)
 BLEND_TICKS = 4
 LOOP_TICKS = 48  # idle pictures kept for when the engine is away
-WINDOW, REPEATED, LOOPED = 125, 3, 25  # ticks that are looked back at; more of them repeated, or looped, is a step down
 FADE_SAMPLES = round(0.008 * SOUND_RATE)  # of sound that is cut off
 
 
@@ -95,9 +94,9 @@ class Playout:
         return len(self._queue)
 
     @property
-    def looping(self) -> bool:
-        """The idle loop stands in: the last picture has stood for long enough."""
-        return self._missed > HOLD_TICKS
+    def can_loop(self) -> bool:
+        """There are idle pictures enough to stand in for new ones."""
+        return len(self._loop) >= LOOP_TICKS // 2
 
     @property
     def generated(self) -> int | None:
@@ -188,26 +187,6 @@ class Playout:
         self._blend -= 1
         mixed = slot.picture.astype(np.float32) * (1 - share) + self._blend_from.astype(np.float32) * share
         return replace(slot, picture=np.rint(mixed).astype(np.uint8))
-
-
-class Ladder:
-    """How far a live picture has come down because the engine is late (BP-2): 0 not at all, 2 pictures are repeated, 5 the idle
-    loop stands in. It goes up at once and down after WINDOW ticks without a missing picture.
-    """
-
-    def __init__(self):
-        self.step = 0
-        self._seen: deque[int] = deque(maxlen=WINDOW)  # of the last ticks: 0 fresh, else the step it stands for
-
-    def tick(self, missing: int) -> bool:
-        """missing: 0 fresh, 2 repeated, 5 looped. Returns whether `step` changed."""
-        self._seen.append(missing)
-        looped, late = (sum(seen >= step for seen in self._seen) for step in (5, 2))
-        wanted = 5 if looped > LOOPED else 2 if late > REPEATED else 0
-        before = self.step
-        if wanted > self.step or not late:
-            self.step = wanted
-        return self.step != before
 
 
 def bounce(step: int, length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -10,16 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from liveavatar.serving.consent import Consent
     from liveavatar.serving.signing import Manifest
     from liveavatar.serving.watermark import Reading
 
+Mark = Callable[["np.ndarray"], "np.ndarray"]  # uint8 [H, W, 3] -> the same
 NOT_FOUND = 1  # exit status of verify without a mark, and of the others with a problem; unreadable is 2
 VERIFY_EPILOG = (
     "[bold]Examples[/bold]\n\nliveavatar verify talk.mp4   [dim]with the key of the server in ./var[/dim]\n\n"
     "liveavatar verify clip.mkv --key watermark.key --pictures 2000"
 )
 
+FOLDER = Path("var")
 Folder = Annotated[Path, typer.Option("--folder", "-f", metavar="FOLDER", help="The server's storage.folder.")]
 Head = Annotated[Optional[str], typer.Option(metavar="LINES:HASH", help="A head that was noted earlier: shows a cut-off end too.")]
 
@@ -27,7 +32,7 @@ Head = Annotated[Optional[str], typer.Option(metavar="LINES:HASH", help="A head 
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Any video that FFmpeg reads.")],
     key: Annotated[Optional[Path], typer.Option("--key", "-k", metavar="FILE", help="The watermark's key. Default: watermark.key in the folder.")] = None,
-    folder: Folder = Path("var"),
+    folder: Folder = FOLDER,
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures to read; 25 are enough of most video.")] = 500,
     deep: Annotated[bool, typer.Option("--deep", help="Also try every size from 0.6 to 1.6 times: a part cut out and enlarged. Slow: give --pictures 25.")] = False,
 ) -> None:
@@ -42,6 +47,15 @@ def verify(
     typer.echo(watermark_line(reading))
     typer.echo(_manifest(file))
     raise typer.Exit(0 if reading.found else NOT_FOUND)
+
+
+def file_marker(portrait: Path, key: Path | None) -> Callable[[int, int], Mark]:
+    """(height, width) -> what marks every picture of a file made of this portrait: its CRC-32 is the payload. key: None: that of FOLDER,
+    made at first use. Raises ConfigError."""
+    from liveavatar.serving import watermark
+
+    secret = watermark.server_key(FOLDER, key)
+    return lambda height, width: watermark.Watermark(secret, zlib.crc32(portrait.read_bytes()), height, width).mark
 
 
 def watermark_line(reading: Reading) -> str:
@@ -82,7 +96,7 @@ def consent_commands(guard: Callable) -> typer.Typer:
     return app
 
 
-def verify_consents(folder: Folder = Path("var"), head: Head = None) -> None:
+def verify_consents(folder: Folder = FOLDER, head: Head = None) -> None:
     """Check the chain, every signature and every statement. Exit status 1 when something is wrong."""
     from liveavatar.serving import consent, eventlog
 
@@ -95,7 +109,7 @@ def verify_consents(folder: Folder = Path("var"), head: Head = None) -> None:
     typer.echo(f"{len(consent.consents(folder))} consents, all whole; head {lines}:{last}")
 
 
-def list_consents(folder: Folder = Path("var")) -> None:
+def list_consents(folder: Folder = FOLDER) -> None:
     """All consents: id, state, what for, until when, how it is known, by whom, whose face."""
     from liveavatar.serving import consent
 
@@ -111,7 +125,7 @@ def audit_commands(guard: Callable) -> typer.Typer:
     return app
 
 
-def verify_audit(folder: Folder = Path("var"), head: Head = None) -> None:
+def verify_audit(folder: Folder = FOLDER, head: Head = None) -> None:
     """Check the chain of the event log. Exit status 1 at the first wrong line."""
     from liveavatar.serving import eventlog
     from liveavatar.serving.audit import FILE

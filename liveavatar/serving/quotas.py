@@ -5,19 +5,20 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from liveavatar.serving.problems import RateLimited
 from liveavatar.serving.settings import AccessConfig
-from liveavatar.serving.voices import Sound
 
 FAILURES = 20  # wrong keys or tokens a minute from one address
 AUDIO_UNIT = 0.01  # seconds of audio to one count
+UPLOADED, UPLOAD_UNIT = 2_000_000_000, 1000  # bytes a day of a key's pictures and videos; to one count
 MESSAGES = 600  # a second on one socket: 20 ms packets at twelve times real time
 
 
 class OverQuota(RateLimited):
-    """what: requests, sessions, offers, audio or failures."""
+    """what: requests, sessions, offers, audio, uploads or failures."""
 
     def __init__(self, what: str, detail: str, kind: str, again: int):
         super().__init__(detail, kind=kind, headers={"Retry-After": str(again)})
@@ -42,6 +43,7 @@ class Quotas:
         }
         self._most = settings.sessions
         self._audio = RateLimitItemPerDay(math.ceil(settings.audio_seconds_per_day / AUDIO_UNIT))
+        self._uploads = RateLimitItemPerDay(UPLOADED // UPLOAD_UNIT)
 
     def count(self, what: str, key: str) -> None:
         """One more of "requests", "sessions" or "offers" by this server key."""
@@ -53,15 +55,22 @@ class Quotas:
         if not self._fixed.test(self._audio, "audio", key):
             raise self._refusal(self._fixed, self._audio, "audio", key, kind="quota", detail="the audio of this key for today is used up")
 
-    def spoke(self, key: str, seconds: float) -> None:
-        """So much audio was taken; the last push of a day may go over."""
+    @contextmanager
+    def speech(self, key: str, seconds: float) -> Iterator[None]:
+        """Round the taking of so much audio, which counts unless that raises; the last of a day may go over. What has no sound (an end) passes."""
+        if seconds > 0:
+            self.may_speak(key)
+        yield
         self._fixed.hit(self._audio, "audio", key, cost=math.ceil(seconds / AUDIO_UNIT))
 
-    async def counted(self, key: str, chunks: AsyncIterator[Sound]) -> AsyncGenerator[Sound]:
-        """Sound as it is made: it counts like any other."""
-        async for pcm, rate in chunks:
-            self.spoke(key, len(pcm) / rate)
-            yield pcm, rate
+    def may_upload(self, key: str) -> None:
+        """Whether anything is left of today's uploads."""
+        if not self._fixed.test(self._uploads, "uploads", key):
+            raise self._refusal(self._fixed, self._uploads, "uploads", key, kind="quota", detail="the uploads of this key for today are used up")
+
+    def uploaded(self, key: str, size: int) -> None:
+        """So many bytes have come; the last upload of a day may go over."""
+        self._fixed.hit(self._uploads, "uploads", key, cost=math.ceil(size / UPLOAD_UNIT))
 
     def failed(self, address: str) -> None:
         """A wrong key or token came from this address."""

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from liveavatar.core import FPS, LiveAvatarError
 from liveavatar.serving.durable import flush_folder, private_folder, replace_file
-from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus, longest_pause
+from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus, longest_wait
 from liveavatar.serving.packets import AAC, H264, Edge, Packet, Tick
 from liveavatar.serving.settings import OutputsConfig, StorageConfig
 from liveavatar.serving.writer import Writer
@@ -236,7 +236,7 @@ class Recorder:
     async def _pause(self) -> None:
         """After a failure; what came meanwhile is lost."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), longest_pause(self._outputs, self.status.failures))
+            await asyncio.wait_for(self._closing.wait(), longest_wait(self._outputs, self.status.failures))
         self._carried.clear()
         self._edge = self._fresh_edge()
 
@@ -296,20 +296,26 @@ def _trimmed(part: Path) -> bool:
 
 
 def recover(folder: Path, sign: Sign | None = None) -> list[tuple[str, dict]]:
-    """At start: finish what a crash of the whole server left in `folder`; the events that tell of it."""
+    """At start: finish what a crash of the whole server left in `folder`; the events that tell of it. What cannot be finished waits."""
     events = []
     for part in sorted(folder.glob(f"*.mp4{PART}")):
         facts = {"file": part.name.removesuffix(PART), "seconds": None, "complete": False}
         if sidecar(part).exists():
             facts = json.loads(sidecar(part).read_bytes()) | facts
-        events += finish(part, facts, sign)
+        try:
+            events += finish(part, facts, sign)
+        except OSError as error:
+            events.append(("recording_failed", {"file": facts["file"], "reason": error.strerror}))
     return events
 
 
 def expire(folder: Path, before: float) -> list[str]:
     """Remove recordings last written before this Unix time (REC-4); their names."""
-    old = [path for path in sorted(folder.glob("*.mp4")) if path.stat().st_mtime < before]
-    for path in old:
-        path.unlink()
-        sidecar(path).unlink(missing_ok=True)
-    return [path.name for path in old]
+    old = []
+    for path in sorted(folder.glob("*.mp4")):
+        with suppress(FileNotFoundError):  # its owner was quicker
+            if path.stat().st_mtime < before:
+                path.unlink()
+                sidecar(path).unlink(missing_ok=True)
+                old.append(path.name)
+    return old

@@ -151,23 +151,33 @@ class RemoteAvatar:
     # ------------------------------------------------------------ what the server tells
 
     async def _listen(self) -> None:
-        async for text in self._socket:
-            event = json.loads(text)
-            match event["type"]:
-                case "epoch":
-                    self.epoch = event["epoch"]
-                    self._said = 0
-                    self._marks.clear()
-                case "stats":
-                    self._ahead = event["edges"]["audio_in"]["depth"]
-                case "speak.started":
-                    self._marks.append((self._index, Mark("started", event["segment"])))
-                case "error":
-                    log.warning("remote_refused", code=event["code"], detail=event["detail"], segment=event.get("segment"))
-                case "speak.finished" if not event["interrupted"]:
-                    self._marks.append((self._index + LAG_TICKS, Mark("finished", event["segment"], event["position_ms"])))
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            while True:
+                self._take(json.loads(await self._socket.recv()))
+                self._news.set()
+        except ConnectionClosed as error:
+            log.info("remote_over", session=self.session_id, reason=str(error))
+        finally:  # nobody waits for what cannot come any more
+            self._ahead = 0.0
             self._news.set()
-        self._ticks.close()
+            self._ticks.close()
+
+    def _take(self, event: dict) -> None:
+        match event["type"]:
+            case "epoch":
+                self.epoch = event["epoch"]
+                self._said = 0
+                self._marks.clear()
+            case "stats":
+                self._ahead = event["edges"]["audio_in"]["depth"]
+            case "speak.started":
+                self._marks.append((self._index, Mark("started", event["segment"])))
+            case "error":
+                log.warning("remote_refused", code=event["code"], detail=event["detail"], segment=event.get("segment"))
+            case "speak.finished" if not event["interrupted"]:
+                self._marks.append((self._index + LAG_TICKS, Mark("finished", event["segment"], event["position_ms"])))
 
     # ------------------------------------------------------------ media
 
@@ -184,9 +194,11 @@ class RemoteAvatar:
         with contextlib.suppress(MediaStreamError):
             while True:
                 frame = await track.recv()
+                if self._picture is None:
+                    continue  # there is no tick without one: sound would pile up
                 samples = frame.to_ndarray().reshape(-1, len(frame.layout.channels))
                 self._sound = np.concatenate([self._sound, np.rint(samples.mean(axis=1)).astype(np.int16)])
-                while len(self._sound) >= TICK_SAMPLES and self._picture is not None:
+                while len(self._sound) >= TICK_SAMPLES:
                     self._tick()
 
     def _tick(self) -> None:

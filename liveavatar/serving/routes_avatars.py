@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from liveavatar.serving.access import CONTROL, VIEW, Principal
 from liveavatar.serving.consent import media_hash
-from liveavatar.serving.problems import Forbidden
+from liveavatar.serving.problems import Forbidden, NotFound, RateLimited
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.store import EVERYBODY, Avatar
 from liveavatar.serving.uploads import portrait as clean_portrait
@@ -18,6 +18,7 @@ from liveavatar.serving.wire import AvatarList, AvatarView, problems
 
 router = APIRouter(prefix="/v1/avatars", tags=["avatars"], dependencies=[BEARER])
 AvatarId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_]{1,64}$")]
+MOST = 500  # of one tenant
 PICTURE = {200: {"content": {"image/webp": {}, "image/png": {}}}}
 
 
@@ -39,8 +40,7 @@ async def add_avatar(
     once: OnceKey = None,
 ) -> Response:  # fmt: skip
     """Register a face. Needs `consent_id`, or `synthetic` for a face that is nobody's."""
-    who.need_key()
-    who.need(CONTROL)
+    who.need_key(CONTROL)
     data = await portrait.read()
 
     async def make() -> Response:
@@ -54,7 +54,9 @@ async def register(data: bytes, name: str, consent_id: str | None, synthetic: bo
     """An uploaded picture as an avatar of the asker's. Raises Forbidden (no consent), and what reading the picture raises."""
     if (consent_id is None) != synthetic:
         raise Forbidden("a person's face needs consent_id; a face that is nobody's, synthetic=true; never both", kind="consent_required")
-    media = media_hash(data)
+    if sum(avatar.owner == who.owner for avatar in at.store.list(who.sees)) >= MOST:
+        raise RateLimited(f"{MOST} avatars: erase one first", kind="quota")
+    media = await asyncio.to_thread(media_hash, data)
     if consent_id is not None:
         at.consents.check(consent_id, who.owner, media=media)
     clean = await asyncio.to_thread(clean_portrait, data)
@@ -65,14 +67,22 @@ async def register(data: bytes, name: str, consent_id: str | None, synthetic: bo
 
 @router.get("", response_model=AvatarList, responses=problems(403))
 async def list_avatars(who: Who, at: At) -> AvatarList:
-    """The embedded faces and the asker's own."""
+    """The embedded faces and the asker's own; to a token that cannot change its session's face, of those that one alone."""
     who.need(VIEW, CONTROL)
-    return AvatarList(avatars=[view(avatar) for avatar in at.store.list(lambda owner: who.sees(owner, who.session))])
+    return AvatarList(avatars=[view(avatar) for avatar in at.store.list(lambda owner: who.sees(owner, who.session)) if _shown(avatar, who, at)])
+
+
+def _shown(avatar: Avatar, who: Principal, at: Services) -> bool:
+    """A page that looks at one session learns nothing of its tenant's other faces."""
+    whole = who.session is None or who.may(CONTROL) or avatar.owner == EVERYBODY
+    return whole or any(lease.id == who.session for lease in at.desk.using(avatar.id))
 
 
 def _seen(avatar_id: str, who: Principal, at: Services) -> Avatar:
     avatar = at.store.get(avatar_id, lambda owner: who.sees(owner, who.session))
     who.need(VIEW, CONTROL)
+    if not _shown(avatar, who, at):
+        raise NotFound(f"no avatar {avatar_id!r}")
     return avatar
 
 
@@ -98,8 +108,7 @@ async def get_thumbnail(avatar_id: AvatarId, who: Who, at: At) -> Response:
 async def erase_avatar(avatar_id: AvatarId, who: Who, at: At) -> Response:
     """Erase a face and everything made of it. Sessions that show it end."""
     avatar = _seen(avatar_id, who, at)
-    who.need_key()
-    who.need(CONTROL)
+    who.need_key(CONTROL)
     if avatar.owner != EVERYBODY:
         for lease in at.desk.using(avatar.id):
             await at.desk.close(lease)

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query
 
 from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.seats import seats_of
-from liveavatar.serving.access import ADMIN, CONTROL, Principal
+from liveavatar.serving.access import ADMIN, CONTROL
 from liveavatar.serving.previews import data_url, previews
 from liveavatar.serving.problems import Capacity
 from liveavatar.serving.routes_sessions import SessionId
@@ -81,15 +81,10 @@ class PreviewView(Wire):
     steps: list[StepView]
 
 
-def _operator(who: Principal) -> None:
-    who.need_key()
-    who.need(ADMIN)
-
-
 @router.get("/chain", response_model=ChainView, responses=problems(403))
 async def chain(who: Who, at: At) -> ChainView:
     """What every rank does, how full it is, and where the time between speech and picture goes."""
-    _operator(who)
+    who.need_key(ADMIN)
     studio = at.desk.studio
     cut = [seat.roles for seat in seats_of(studio.engine.config)] if studio.engine is not None else []
     return ChainView(
@@ -108,7 +103,7 @@ def _ranks(at: Services, cut) -> list[RankView]:
 @router.get("/audit", response_model=AuditTail, responses=problems(403))
 async def audit(who: Who, at: At, lines: Annotated[int, Query(ge=1, le=AUDIT_LINES)] = 50) -> AuditTail:
     """Who did what lately, oldest first. `liveavatar consent verify` and eventlog.check prove the whole log."""
-    _operator(who)
+    who.need_key(ADMIN)
     found = await asyncio.to_thread(at.audit.tail, lines)
     return AuditTail(lines=[AuditLine(n=line.n, t=line.t, name=line.name, data=line.data, hash=line.hash) for line in found])
 

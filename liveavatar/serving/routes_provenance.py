@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Path, Response, UploadFile
@@ -37,7 +38,7 @@ async def add_consent(
     once: OnceKey = None,
 ) -> Response:  # fmt: skip
     """Record that a person agreed to the use of this picture. It is signed and cannot be rewritten."""
-    _need(who)
+    who.need_key(CONTROL)
     data = await media.read()
     statement = Statement(subject=subject, scope=tuple(scope), expires=expires_at, uploader=who.owner, method=method)
 
@@ -51,23 +52,21 @@ async def add_consent(
 @router.get("", response_model=ConsentList, responses=problems(403))
 async def list_consents(who: Who, at: At) -> ConsentList:
     """The asker's records."""
-    who.need_key()
-    who.need(VIEW, CONTROL)
+    who.need_key(VIEW, CONTROL)
     return ConsentList(consents=[view(consent, at) for consent in at.consents.all() if _sees(who, consent)])
 
 
 @router.get("/{consent_id}", response_model=ConsentView, responses=problems(403, 404))
 async def get_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView:
     """One record."""
-    who.need_key()
-    who.need(VIEW, CONTROL)
+    who.need_key(VIEW, CONTROL)
     return view(_found(consent_id, who, at), at)
 
 
 @router.post("/{consent_id}/revoke", response_model=ConsentView, responses=problems(403, 404))
 async def revoke_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView:
     """The person has changed their mind: sessions that show the face end now, no new ones begin."""
-    _need(who)
+    who.need_key(CONTROL)
     await asyncio.to_thread(at.consents.revoke, _found(consent_id, who, at).id, who.key)
     await _end_sessions(consent_id, at)
     return view(at.consents.get(consent_id), at)
@@ -76,12 +75,14 @@ async def revoke_consent(consent_id: ConsentId, who: Who, at: At) -> ConsentView
 @router.delete("/{consent_id}", status_code=204, responses=problems(403, 404))
 async def erase_consent(consent_id: ConsentId, who: Who, at: At) -> Response:
     """Revoke it, forget the person and erase the avatars made of the picture. Hashes stay in the log."""
-    _need(who)
-    await asyncio.to_thread(at.consents.erase, _found(consent_id, who, at).id, who.key)
+    who.need_key(CONTROL)
+    await asyncio.to_thread(at.consents.revoke, _found(consent_id, who, at).id, who.key, "erasure")
     await _end_sessions(consent_id, at)
     for avatar in at.store.with_consent(consent_id):
-        await asyncio.to_thread(at.store.erase, avatar.id)
-        at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
+        with contextlib.suppress(NotFound):  # erased by somebody else just now
+            await asyncio.to_thread(at.store.erase, avatar.id)
+            at.audit.note("avatar.erased", {"avatar": avatar.id, "by": who.key})
+    await asyncio.to_thread(at.consents.erase, consent_id, who.key)  # last: until all is gone, its tenant can ask again
     return Response(status_code=204)
 
 
@@ -89,11 +90,6 @@ async def _end_sessions(consent_id: str, at: Services) -> None:
     for avatar in at.store.with_consent(consent_id):
         for lease in at.desk.using(avatar.id):
             await at.desk.close(lease, "consent")
-
-
-def _need(who: Principal) -> None:
-    who.need_key()
-    who.need(CONTROL)
 
 
 def _sees(who: Principal, consent: Consent) -> bool:

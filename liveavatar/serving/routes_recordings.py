@@ -22,10 +22,13 @@ SHOWN = ("session", "owner", "avatar", "consent", "began", "seconds", "bytes", "
 
 
 def view(file: File) -> RecordingView | None:
-    """Of a side-car; None for a recording that is not finished. Blocks on the disk."""
+    """Of a side-car; None for a recording that is not finished, not there, or erased just now. Blocks on the disk."""
+    try:
+        facts = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
     if not file.with_suffix(".mp4").exists():
         return None
-    facts = json.loads(file.read_bytes())
     home = f"/v1/recordings/{file.stem}"
     shown = {name: facts.get(name) for name in SHOWN}
     return RecordingView(id=file.stem, whole=facts["complete"], **shown, links={"self": home, "file": f"{home}/file"})
@@ -36,14 +39,13 @@ def _folder(at: Services) -> File:
 
 
 def _all(at: Services) -> list[RecordingView]:
-    files = sorted(_folder(at).glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return [found for file in files if (found := view(file)) is not None]
+    views = [found for file in _folder(at).glob("*.json") if (found := view(file)) is not None]
+    return sorted(views, key=lambda found: found.began or "", reverse=True)
 
 
 async def _found(recording_id: str, who: Principal, at: Services) -> RecordingView:
     who.need_key()
-    file = _folder(at) / f"{recording_id}.json"
-    found = await asyncio.to_thread(view, file) if file.exists() else None
+    found = await asyncio.to_thread(view, _folder(at) / f"{recording_id}.json")
     if found is None or not who.sees(found.owner or ""):
         raise NotFound("no such recording")
     who.need(VIEW, CONTROL)
@@ -53,8 +55,7 @@ async def _found(recording_id: str, who: Principal, at: Services) -> RecordingVi
 @router.get("", response_model=RecordingList, responses=problems(403))
 async def list_recordings(who: Who, at: At) -> RecordingList:
     """The asker's finished recordings, the newest first."""
-    who.need_key()
-    who.need(VIEW, CONTROL)
+    who.need_key(VIEW, CONTROL)
     return RecordingList(recordings=[found for found in await asyncio.to_thread(_all, at) if who.sees(found.owner or "")])
 
 

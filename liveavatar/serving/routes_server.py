@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.util import find_spec
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import JSONResponse
 
 from liveavatar import __version__
 from liveavatar.serving.access import ADMIN
 from liveavatar.serving.gate import METRICS
 from liveavatar.serving.metrics import CONTENT_TYPE
+from liveavatar.serving.problems import Forbidden
 from liveavatar.serving.services import BEARER, At, Services, Who
 from liveavatar.serving.targets import FORMS
 from liveavatar.serving.wire import KeyList, KeyView, KeyWish, NewKey, ServerView, problems
@@ -57,8 +59,10 @@ async def scrape(at: At) -> Response:
 
 
 @operations.post("/drain", status_code=202)
-async def drain(at: At) -> JSONResponse:
+async def drain(at: At, origin: Annotated[str | None, Header()] = None) -> JSONResponse:
     """As SIGTERM: no new sessions; those that run end by themselves. The process goes on until it gets the signal."""
+    if origin is not None:  # no key is asked for here, and any page that an operator looks at reaches this machine's loopback
+        raise Forbidden("no page may call here", kind="origin")
     at.desk.refuse()
     return JSONResponse({"sessions": len(at.desk.studio.sessions)}, 202)
 
@@ -88,8 +92,8 @@ def features(at: Services) -> list[str]:
 @router.post("/keys", status_code=201, response_model=NewKey, responses=problems(400, 403, 413))
 async def add_key(wish: KeyWish, who: Who, at: At) -> NewKey:
     """A new server key, shown this once. Scope admin."""
-    _operator(who)
-    key, text = at.access.create_key(wish.owner, wish.scopes, wish.name)
+    who.need_key(ADMIN)
+    key, text = await asyncio.to_thread(at.access.create_key, wish.owner, wish.scopes, wish.name)
     at.audit.note("key.created", {"prefix": key.prefix, "owner": key.owner, "scopes": list(key.scopes), "by": who.key})
     return NewKey(prefix=key.prefix, owner=key.owner, scopes=list(key.scopes), name=key.name, created_at=key.created, key=text)
 
@@ -97,7 +101,7 @@ async def add_key(wish: KeyWish, who: Who, at: At) -> NewKey:
 @router.get("/keys", response_model=KeyList, responses=problems(403))
 async def list_keys(who: Who, at: At) -> KeyList:
     """All server keys, without what opens anything. Scope admin."""
-    _operator(who)
+    who.need_key(ADMIN)
     return KeyList(keys=[KeyView(prefix=key.prefix, owner=key.owner, scopes=list(key.scopes), name=key.name, created_at=key.created)
                          for key in at.access.keys(who)])  # fmt: skip
 
@@ -105,12 +109,7 @@ async def list_keys(who: Who, at: At) -> KeyList:
 @router.delete("/keys/{prefix}", status_code=204, responses=problems(403, 404))
 async def revoke_key(prefix: Prefix, who: Who, at: At) -> Response:
     """It opens nothing any more, nor do tokens made with it. Scope admin."""
-    _operator(who)
-    at.access.revoke_key(who, prefix)
+    who.need_key(ADMIN)
+    await asyncio.to_thread(at.access.revoke_key, who, prefix)
     at.audit.note("key.revoked", {"prefix": prefix, "by": who.key})
     return Response(status_code=204)
-
-
-def _operator(who) -> None:
-    who.need_key()
-    who.need(ADMIN)

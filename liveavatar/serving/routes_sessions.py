@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -13,7 +14,7 @@ from liveavatar.serving.access import CONTROL, PUBLISH, VIEW, Principal
 from liveavatar.serving.desk import Lease, Wish
 from liveavatar.serving.feeder import Utterance
 from liveavatar.serving.outputs import wanted
-from liveavatar.serving.problems import Invalid, Problem, Unprocessable
+from liveavatar.serving.problems import Invalid, Unprocessable
 from liveavatar.serving.recorded import pieces, read_speech
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import (
@@ -51,6 +52,7 @@ def _ends(lease: Lease, desk) -> LeaseView:
 @router.post("", status_code=201, response_model=SessionView, responses=problems(400, 403, 404, 409, 413, 503))
 async def open_session(wish: SessionWish, who: Who, at: At, once: OnceKey = None) -> Response:
     """Open a session. Its id stands in Location; `Idempotency-Key` makes a repeated request harmless."""
+    who.need_key(CONTROL)
 
     async def make() -> Response:
         lease = await _opened(wish, who, at)
@@ -66,7 +68,6 @@ def _content(wish: SessionWish) -> bytes:
 
 
 async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
-    who.need(CONTROL)
     outputs = [wanted(output) for output in wish.outputs]
     if wish.webhook is not None:
         await at.webhooks.check(wish.webhook.url)
@@ -76,12 +77,11 @@ async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
                                          idle_seconds=wish.limits.idle_seconds, length_seconds=wish.limits.length_seconds))  # fmt: skip
     if wish.webhook is not None:
         at.webhooks.follow(lease.session, wish.webhook.url, wish.webhook.secret.get_secret_value())
-    try:
+    async with AsyncExitStack() as undo:  # whatever goes wrong: the client does not know the session's id
+        undo.push_async_callback(at.desk.close, lease, "failed")
         for output in outputs:
             await at.outputs.start(lease, output)
-    except Problem:
-        await at.desk.close(lease, "failed")
-        raise
+        undo.pop_all()
     return lease
 
 
@@ -173,31 +173,26 @@ async def push_recording(
     lease = at.desk.running(who, session_id, PUBLISH)
     if segment is None and not end:
         raise Invalid("a piece of a segment names it: give segment")
-    at.quotas.may_speak(who.key)
-    pcm, rate = await read_speech(request, rate)
-    seconds = len(pcm) / rate
+    at.quotas.may_speak(lease.key)
+    pcm, rate = await read_speech(request, rate, at.recordings)
     lease.need_running()
-    accepted = _fed(lease, pieces(pcm, rate), epoch, segment, end, seconds)
-    at.quotas.spoke(who.key, seconds)
-    return accepted
+    epoch, segment = lease.epoch(epoch), lease.segment(segment)
+    lease.feeder.put(Utterance(pieces(pcm, rate), segment, epoch, end, pcm.nbytes))
+    return Accepted(epoch=epoch, segment=segment, seconds=len(pcm) / rate)
 
 
 @router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413))
 async def say(session_id: SessionId, wish: SayWish, who: Who, at: At) -> Accepted:
     """Text, spoken with the server's voice."""
     lease = at.desk.running(who, session_id, PUBLISH)
-    return spoken(lease, wish.text, wish.epoch, wish.segment, who, at)
+    return spoken(lease, wish, at)
 
 
-def spoken(lease: Lease, text: str, epoch: int | None, segment: int | None, who: Principal, at: Services) -> Accepted:
+def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
     """Queue text for the voice. Raises Unprocessable without a voice, BufferFull, RateLimited."""
     if at.speak is None:
         raise Unprocessable("this server has no voice: see speech.voice", kind="voice")
-    at.quotas.may_speak(who.key)
-    return _fed(lease, at.quotas.counted(who.key, at.speak(text)), epoch, segment, True, None)
-
-
-def _fed(lease: Lease, chunks, epoch: int | None, segment: int | None, end: bool, seconds: float | None) -> Accepted:
-    epoch, segment = lease.epoch(epoch), lease.segment(segment)
-    lease.feeder.put(Utterance(chunks, segment, epoch, end))
-    return Accepted(epoch=epoch, segment=segment, seconds=seconds)
+    at.quotas.may_speak(lease.key)
+    epoch, segment = lease.epoch(wish.epoch), lease.segment(wish.segment)
+    lease.feeder.put(Utterance(at.speak(wish.text), segment, epoch))
+    return Accepted(epoch=epoch, segment=segment, seconds=None)

@@ -23,6 +23,7 @@ from liveavatar.serving.answers import as_problem
 from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.gate import address, admit, check_page, credential
 from liveavatar.serving.minds import Said
+from liveavatar.serving.problems import Conflict
 from liveavatar.serving.realtime import Backend, bridge
 from liveavatar.serving.routes_sessions import SessionId
 from liveavatar.serving.services import BEARER, At, Services, Who
@@ -101,8 +102,8 @@ def router(conversations: Conversations) -> APIRouter:
 
 
 def realtime_router(backend: Backend) -> APIRouter:
-    """The proxy of every session to one backend, which is the configuration's."""
-    routes = APIRouter()
+    """The proxy of every session to one backend, which is the configuration's. A session has one mouth: one client at a time."""
+    routes, speaking = APIRouter(), set[str]()
 
     @routes.websocket("/v1/sessions/{session_id}/realtime")
     async def realtime(socket: WebSocket, session_id: str) -> None:
@@ -112,14 +113,18 @@ def realtime_router(backend: Backend) -> APIRouter:
             check_page(socket.scope, socket.headers, at.settings.listen, at.settings.access.required)
             who = await admit(at.access, at.quotas, _key(socket), address(socket.scope))
             lease = at.desk.running(who, session_id, PUBLISH)
+            if lease.id in speaking:
+                raise Conflict("a Realtime client speaks through this session already")
         except LiveAvatarError as error:
             problem = as_problem(error)
             return await socket.close(GONE + problem.status, problem.kind)
-        await socket.accept(REALTIME if REALTIME in socket.scope["subprotocols"] else None)
+        speaking.add(lease.id)
         lease.holders += 1
         try:
+            await socket.accept(REALTIME if REALTIME in socket.scope["subprotocols"] else None)
             await bridge(socket, lease.session, backend)
         finally:
+            speaking.discard(lease.id)
             lease.holders -= 1
             at.desk.touch(lease)
 

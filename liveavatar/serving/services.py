@@ -25,11 +25,13 @@ from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
+from liveavatar.serving.puppet import Puppet
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.voices import Speak
+from liveavatar.serving.uploads import Recordings
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.webrtc import Heard
 from liveavatar.serving.whep import Viewers
@@ -43,7 +45,7 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 class Services:
     """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
     speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
-    one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
+    recordings: decodes speech files. one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
     settings: ServeConfig
@@ -65,6 +67,7 @@ class Services:
     wall: Callable[[], float] = time.time
     speak: Speak | None = None
     conversations: Conversations | None = None
+    recordings: Recordings = field(default_factory=Recordings)
     one_video: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     def session(self, session_id: str) -> LiveSession:
@@ -83,13 +86,13 @@ class Services:
             self.quotas.count("offers", who.key)
 
     def microphone(self, session: LiveSession) -> Heard:
-        """A viewer's microphone is what the avatar says, and counts like any other speech; over the quota it is not heard."""
-        key = self.desk.lease(OPERATOR, session.id).key
+        """A viewer's microphone is what the avatar says."""
+        puppet = Puppet()
 
         async def heard(pcm: np.ndarray, rate: int) -> None:
-            self.quotas.may_speak(key)
-            await session.push_audio(pcm, rate)
-            self.quotas.spoke(key, len(pcm) / rate)
+            said, over = puppet.hear(pcm, rate, session.speech.waiting if session.speech.position_ms else None)
+            if len(said) or over:
+                await session.push_audio(said, rate, end=over)
 
         return heard
 

@@ -70,6 +70,7 @@ class SessionsConfig:
     audio_seconds: float = 60.0  # speech that may wait; beyond: 429 buffer_full
     park_seconds: float = 20.0  # idle for so long without a viewer: no blocks are made until somebody looks or speaks
     headroom: float = 0.15  # of the measured real-time factor that stays unused
+    degrade: bool = True  # leave things out, step by step, when pictures come too late (ladder.py); else they are just late
     drain_seconds: float = 600.0  # sessions may go on for so long after SIGTERM
 
     def __post_init__(self):

@@ -50,6 +50,13 @@ class Blocked(Forbidden):
         self.reason = reason
 
 
+class Unresolved(Blocked):
+    """A name without an address, for now: whoever may wait can try again."""
+
+    def __init__(self, host: str):
+        super().__init__("host", f"host {host}: cannot be resolved")
+
+
 @dataclass(frozen=True)
 class Target:
     """Where to connect. url: as given. address: the checked one, text. pinned: the url with the address in place of the name."""
@@ -102,11 +109,11 @@ def permitted(address: Address, private: tuple = ()) -> bool:
 
 
 def system_resolve(name: str, port: int) -> list[str]:
-    """Addresses of a name, by the system. Raises Blocked when there are none."""
+    """Addresses of a name, by the system. Raises Unresolved when there are none."""
     try:
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise Blocked("host", f"host {name}: cannot be resolved") from None
+        raise Unresolved(name) from None
     return list(dict.fromkeys(entry[4][0] for entry in found))
 
 

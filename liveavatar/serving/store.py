@@ -38,7 +38,10 @@ class Avatar:
 
 
 class AvatarStore:
-    """folder/ID/{avatar.json, portrait.png, thumbnail.webp}. An id from a client never becomes a path before it was looked up."""
+    """folder/ID/{avatar.json, portrait.png, thumbnail.webp}. An id from a client never becomes a path before it was looked up.
+
+    Calls may come from several threads: those that write block on the disk.
+    """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         self._folder, self._clock = private_folder(folder), clock
@@ -50,7 +53,11 @@ class AvatarStore:
 
     def list(self, sees: Callable[[str], bool]) -> list[Avatar]:
         """Those whose owner is seen, the embedded first."""
-        return [avatar for avatar in self._avatars.values() if avatar.owner == EVERYBODY or sees(avatar.owner)]
+        return [avatar for avatar in self._all() if avatar.owner == EVERYBODY or sees(avatar.owner)]
+
+    def _all(self) -> tuple[Avatar, ...]:
+        """A copy, which other threads do not change."""
+        return tuple(self._avatars.values())
 
     def get(self, avatar_id: str, sees: Callable[[str], bool] = lambda owner: True) -> Avatar:
         """Raises NotFound, also for what is somebody else's."""
@@ -83,12 +90,15 @@ class AvatarStore:
         """It is gone for good, with its pictures. Raises NotFound; Conflict for an embedded one. Blocks on the disk."""
         if self.get(avatar_id).owner == EVERYBODY:
             raise Conflict("the embedded avatars are always there")
+        try:
+            erase_folder(self._folder / avatar_id)
+        except FileNotFoundError:
+            raise NotFound("somebody else erases this avatar") from None
         del self._avatars[avatar_id], self._files[avatar_id]
-        erase_folder(self._folder / avatar_id)
 
     def with_consent(self, consent: str) -> list[Avatar]:
         """Those that live on this record."""
-        return [avatar for avatar in self._avatars.values() if avatar.consent == consent]
+        return [avatar for avatar in self._all() if avatar.consent == consent]
 
 
 def _embedded(name: str, path: Path) -> Avatar:

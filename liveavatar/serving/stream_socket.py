@@ -95,8 +95,7 @@ async def stream(socket: WebSocket, session_id: str) -> None:
             who, said = await _asker_by_message(socket, at)
             after = said if said is not None else after
         lease = at.desk.lease(who, session_id, VIEW, PUBLISH, CONTROL)
-        if lease.sockets >= at.settings.access.viewers:
-            raise RateLimited("too many streams of this session", kind="quota")
+        lease.need_room(at.settings.access.viewers)
     except LiveAvatarError as error:
         return await _refuse(socket, as_problem(error))
     except WebSocketDisconnect:
@@ -207,6 +206,7 @@ class Connection:
         return self.mistakes >= MISTAKES
 
     async def _take(self, data: bytes | None, text: str | None) -> None:
+        self.lease.need_running()
         if data is not None:
             return await self._speech(data)
         if len(text) > TEXT_BYTES:
@@ -221,10 +221,8 @@ class Connection:
         self.who.need(PUBLISH)
         frame = unpack(data)
         pcm, rate = self.sound.read(frame)
-        self.at.quotas.may_speak(self.who.key)
         await self.lease.session.push_audio(pcm, rate, segment=self.lease.segment(frame.segment),
                                            epoch=self.lease.epoch(frame.epoch), end=frame.end)
-        self.at.quotas.spoke(self.who.key, len(pcm) / rate)
 
     async def _obey(self, order: Order) -> None:
         match order:
@@ -241,5 +239,4 @@ class Connection:
                 await changed(self.lease, order.prompt, order.avatar_id, self.who, self.at)
             case SayOrder():
                 self.who.need(PUBLISH)
-                self.lease.need_running()
-                spoken(self.lease, order.text, order.epoch, order.segment, self.who, self.at)
+                spoken(self.lease, order, self.at)

@@ -14,8 +14,9 @@ import torch
 from liveavatar import __version__
 from liveavatar.core import LiveAvatarError, RankFailure
 from liveavatar.runtime.engine import Engine, Session, resolve
-from liveavatar.runtime.placement import cut
+from liveavatar.runtime.placement import cut, fewer_steps
 from liveavatar.runtime.scheduler import PipeTime
+from liveavatar.serving.ladder import FEWER_STEPS, IDLE_LOOP, LOWER_FPS, SMALLER, Ladder
 from liveavatar.serving.live import LiveSession, Role
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Capacity
@@ -24,7 +25,7 @@ from liveavatar.serving.testcard import start_test_card
 from liveavatar.telemetry import now as monotonic
 
 WARM_BLOCKS = 6  # made before anybody is let in; the first pays for what is compiled and cached
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 0.05  # between two looks at the chain and at how the sessions do
 PAUSES = (0.0, 1.0, 5.0, 15.0, 30.0)  # before starting a dead chain again, seconds; the last goes on for ever
 GROUP = "0"  # the metrics' name of the one chain a studio has
 TRIES_PER_CUT = 2  # failed starts before the chain is cut for one rank less (pipeline.md section 5, fold-down)
@@ -52,6 +53,7 @@ class Studio:
         self._notes = notes
         self._encoding = ThreadPoolExecutor(4, "encode")
         self._up, self._reserved = asyncio.Event(), 0
+        self._ladder = Ladder(())
         self._watching: asyncio.Task | None = None
 
     # ------------------------------------------------------------ start and stop
@@ -60,6 +62,8 @@ class Studio:
         """Load the chain and warm it; sessions are let in afterwards. Raises what Engine.start raises."""
         self.engine = await self._launch(self.config)
         await self._warm()
+        if self.config.sessions.degrade:
+            self._ladder = Ladder(((FEWER_STEPS,) if fewer_steps(self.engine.config) else ()) + (LOWER_FPS, SMALLER, IDLE_LOOP))
         self._alive(True)
         self._watching = asyncio.create_task(self._watch())
 
@@ -90,6 +94,7 @@ class Studio:
         """Why no session can be opened now; empty: ready."""
         why = [] if self._up.is_set() else ["the chain is not up"]
         why += ["draining"] if self.draining else []
+        why += ["too slow already for the sessions that run"] if self._ladder.rung.step else []
         return why + ([] if self._room > 0 else [f"all {self.capacity} sessions are taken"])
 
     @property
@@ -97,18 +102,10 @@ class Studio:
         """The chain runs."""
         return self._up.is_set()
 
-    async def drain(self, seconds: float | None = None) -> None:
-        """Let nobody in; return when all sessions are over, or were closed after `seconds` (None: sessions.drain_seconds)."""
-        self.draining = True
-        end = self.clock() + (self.config.sessions.drain_seconds if seconds is None else seconds)
-        while self.sessions and self.clock() < end:
-            await asyncio.sleep(min(0.1, max(0.0, end - self.clock())))
-        await asyncio.gather(*(session.close("draining") for session in tuple(self.sessions.values())))
-
     async def aclose(self) -> None:
         """End sessions and chain. May be called often."""
         self.draining = True
-        await asyncio.gather(*(session.close("the server stops") for session in tuple(self.sessions.values())))
+        await asyncio.gather(*(session.close("drain") for session in tuple(self.sessions.values())))
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -130,12 +127,14 @@ class Studio:
         self._reserved += 1
         began = self.clock()
         try:
-            engine_session = await self._opened(role)
-            still = (await self.engine.fitted(role.picture)).permute(1, 2, 0).numpy()
+            fitted = await self.engine.fitted(role.picture)
+            still = fitted.permute(1, 2, 0).numpy()
+            mark, role = self._marker(role, *still.shape[:2]), replace(role, picture=fitted)
+            engine_session = await self._opened(role)  # last: whatever fails before leaves no place in the chain taken
         finally:
             self._reserved -= 1
-        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock, metrics=self.metrics,
-                              mark=self._marker(role, *still.shape[:2]))  # fmt: skip
+        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mark=mark, mode=mode, metrics=self.metrics,
+                              clock=self.clock)  # fmt: skip
         self.sessions[session.id] = session
         session.start(engine_session)
         self.metrics.session_created(session.mode, self.config.engine_kind, self.clock() - began)
@@ -155,7 +154,7 @@ class Studio:
                     return await self._opened(role)
                 except RankFailure:
                     continue  # died again while it opened
-            await asyncio.sleep(WATCH_SECONDS / 10)  # the watcher has not seen it yet
+            await asyncio.sleep(WATCH_SECONDS)  # the watcher has not seen it yet
 
     # ------------------------------------------------------------ a chain that died
 
@@ -165,11 +164,25 @@ class Studio:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_SECONDS / 10)
+            await asyncio.sleep(WATCH_SECONDS)
             if self.engine.failure is not None:
                 self._alive(False)
                 self.watch("engine_lost", {"reason": str(self.engine.failure)})
                 await self._revive()
+            self._weigh()
+
+    def _weigh(self) -> None:
+        """Leave out more, or less, where the sessions say so (BP-2)."""
+        factor = min((session.factor.value for session in self.sessions.values()), default=None)
+        if self._ladder.look(self.clock(), factor):
+            rung = self._ladder.rung
+            self.watch("degraded", {"step": rung.step, "left_out": rung.what, "factor": factor})
+            self._shorten()
+            for session in self.sessions.values():
+                session.degrade(rung)
+
+    def _shorten(self) -> None:
+        self.engine.finish_after = fewer_steps(self.engine.config) if self._ladder.rung.step >= FEWER_STEPS.step else None
 
     async def _revive(self) -> None:
         """Start the chain again, with growing pauses; where that keeps failing, on one rank less."""
@@ -182,6 +195,7 @@ class Studio:
             except LiveAvatarError as error:
                 self.watch("engine_failed", {"reason": str(error), "attempt": attempt + 1})
                 continue
+            self._shorten()
             self.restarts += 1
             self._alive(True)
             self.metrics.engine_restarted(GROUP, "rank_failure")

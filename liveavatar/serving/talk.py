@@ -14,26 +14,27 @@ from functools import partial
 
 import numpy as np
 
-from liveavatar.core import LiveAvatarError
+from liveavatar.core import SAMPLE_RATE, LiveAvatarError
 from liveavatar.serving.conversation import Conversation, Exchange, Hush, Order, Speak, Think
 from liveavatar.serving.ears import Began, Ears, Ended, Recogniser
 from liveavatar.serving.happenings import Event
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.minds import Mind, Said, sentences
 from liveavatar.serving.problems import Conflict
-from liveavatar.serving.voices import PUSH_SECONDS, Voice, say_to
+from liveavatar.serving.voices import Voice, say_to
 from liveavatar.telemetry import now as monotonic
 
 INBOX = 256  # inputs; who puts waits
 TURNS_WAITING = 4  # turns said and not yet recognised; the oldest goes: nobody wants an answer to what was said minutes ago
 SENTENCES = 4096  # segments are numbered turn * this + sentence; an answer (minds.ANSWER_LIMIT) has fewer
 SILENCE = np.zeros(0, np.int16), 16_000
+HEARD = ("speak.started", "speak.finished", "epoch")  # events of the avatar that tell what the viewer hears
 
 Tell = Callable[[str, dict], None]
 
 
 class Talk:
-    """See the module. Made with a session that runs; `async with` starts and ends it, the session stays open.
+    """See the module. Made with a session that runs; `run` holds it, or `async with` starts and ends it. The session stays open.
 
     tell: (name, data) of what happens: talk.state{state}, talk.question{turn, text}, talk.answer{turn, text, cut},
     talk.latency{turn, ...seconds}, talk.failed{reason}.
@@ -48,8 +49,9 @@ class Talk:
         self._sentences: asyncio.Queue[Speak] = asyncio.Queue(SENTENCES)
         self._work: list[asyncio.Task] = []  # of the present turn: its mind, its voice
         self._tasks: list[asyncio.Task] = []
+        self._epoch = 0  # of the avatar when the present turn began: what is made for it belongs there
         self._seen = 0  # number of the avatar's last event that was taken
-        self._told_state, self._told_turn = "", 0
+        self._told_state, self._told_turn, self._told_over = "", 0, (0, 0.0)  # the last: turn, and when its answer was over
 
     async def __aenter__(self) -> Talk:
         self._seen = self.avatar.happenings.last
@@ -59,11 +61,12 @@ class Talk:
     async def __aexit__(self, *exception) -> None:
         await _end(self._tasks + self._work)
 
-    async def wait(self) -> None:
-        """Until the conversation is over: with the avatar's session, or with an error of ours, which is raised."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+    async def run(self) -> None:
+        """Hold the conversation until the avatar's session is over. An error of ours is raised."""
+        async with self:
+            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
 
     # ------------------------------------------------------------ the user
 
@@ -81,10 +84,10 @@ class Talk:
                 await self._inbox.put(self.conversation.began)
                 continue
             await self._inbox.put(partial(self.conversation.ended, event.quiet))
-            if self._spoken.full():
-                self._spoken.get_nowait()
-                await self._inbox.put(partial(self.conversation.said, ""))
+            forgotten = self._spoken.full() and self._spoken.get_nowait() is not None
             self._spoken.put_nowait(event.pcm)
+            if forgotten:
+                await self._inbox.put(partial(self.conversation.said, ""))
 
     async def read(self, text: str) -> None:
         """A turn that was typed."""
@@ -95,7 +98,8 @@ class Talk:
         while True:
             pcm, text = await self._spoken.get(), ""
             try:
-                text = await self.recogniser.recognise(pcm)
+                with self.avatar.spend(len(pcm) / SAMPLE_RATE):
+                    text = await self.recogniser.recognise(pcm)
             except LiveAvatarError as error:
                 self.tell("talk.failed", {"reason": str(error)})
             await self._inbox.put(partial(self.conversation.said, text))
@@ -126,12 +130,15 @@ class Talk:
 
     async def _begin(self, *work) -> None:
         await self._stop()
-        self._sentences = asyncio.Queue(SENTENCES)
-        self._work = [asyncio.create_task(one) for one in (*work, self._speak(self._sentences))]
+        self._sentences, self._epoch = asyncio.Queue(SENTENCES), self.avatar.epoch
+        self._work = [asyncio.create_task(one) for one in (*work, self._speak(self._sentences, self._epoch))]
 
     async def _stop(self) -> None:
         work, self._work = self._work, []
         await _end(work)
+        for task in work:
+            if not task.cancelled():
+                task.result()  # an error of ours ends the conversation
 
     async def _hush(self, order: Hush) -> list[Order]:
         await self._stop()
@@ -147,13 +154,13 @@ class Talk:
         if exchange is not None and exchange.turn != self._told_turn:
             self._told_turn = exchange.turn
             self.tell("talk.question", {"turn": exchange.turn, "text": exchange.question})
-        if exchange is not None and "over" in exchange.times and "told" not in exchange.times:
-            exchange.times["told"] = exchange.times["over"]
+        if exchange is not None and "over" in exchange.times and self._told_over != (exchange.turn, exchange.times["over"]):
+            self._told_over = exchange.turn, exchange.times["over"]
             self._tell_exchange(exchange)
 
     def _tell_exchange(self, exchange: Exchange) -> None:
         self.tell("talk.answer", {"turn": exchange.turn, "text": exchange.answer, "cut": exchange.cut})
-        self.tell("talk.latency", {"turn": exchange.turn, **{name: round(at, 3) for name, at in exchange.latency.items() if name != "told"}})
+        self.tell("talk.latency", {"turn": exchange.turn, **{name: round(at, 3) for name, at in exchange.latency.items()}})
 
     # ------------------------------------------------------------ the tasks of a turn
 
@@ -165,32 +172,30 @@ class Talk:
             self.tell("talk.failed", {"reason": str(error)})
         await self._inbox.put(partial(self.conversation.answered, order.turn))
 
-    async def _speak(self, queue: asyncio.Queue) -> None:
+    async def _speak(self, queue: asyncio.Queue, epoch: int) -> None:
         while True:
             order = await queue.get()
             try:
-                await self._voice(order)
+                await self._voice(order, epoch)
             except LiveAvatarError as error:
                 self.tell("talk.failed", {"reason": str(error)})
                 await self._inbox.put(partial(self.conversation.mute, order.turn, order.number))
                 return
 
-    async def _voice(self, order: Speak) -> None:
+    async def _voice(self, order: Speak, epoch: int) -> None:
         """A segment per sentence: its end is spoken at once, also while the mind still thinks about the next."""
         segment = order.turn * SENTENCES + order.number
         async for pcm, rate in self.voice.speak(order.text):
-            for start in range(0, len(pcm), step := round(PUSH_SECONDS * rate)):
-                piece = pcm[start : start + step]
-                await say_to(self.avatar, (piece, rate), segment=segment)
-                await self._inbox.put(partial(self.conversation.voiced, order.turn, order.number, 1000 * len(piece) / rate))
+            await say_to(self.avatar, (pcm, rate), segment=segment, epoch=epoch)
+            await self._inbox.put(partial(self.conversation.voiced, order.turn, order.number, 1000 * len(pcm) / rate))
         await self._inbox.put(partial(self.conversation.voiced, order.turn, order.number, 0.0, done=True))
-        await say_to(self.avatar, SILENCE, segment=segment, end=True)
+        await say_to(self.avatar, SILENCE, segment=segment, epoch=epoch, end=True)
 
     # ------------------------------------------------------------ the avatar
 
     async def _watch(self) -> None:
         async for event in self.avatar.events(self._seen):
-            if event.name in ("speak.started", "speak.finished"):
+            if event.name in HEARD:
                 await self._inbox.put(self._catch_up)
         await self._inbox.put(self._catch_up)  # the session is over: wakes the actor, which sees it
 
@@ -201,19 +206,18 @@ class Talk:
             if event.number > self._seen:
                 self._seen = event.number
                 orders += self._take(event)
+        if self._work and self.avatar.epoch != self._epoch:  # interrupted, by whomever: mind and voice of this turn end too
+            for task in self._work:
+                task.cancel()
+            orders += self.conversation.hushed(self.conversation.turn)
         return orders
 
     def _take(self, event: Event) -> list[Order]:
-        if event.name not in ("speak.started", "speak.finished"):
-            return []
-        turn, number = divmod(event.data["segment"], SENTENCES)
         if event.name == "speak.started":
-            return self.conversation.started(turn)
-        interrupted = event.data["interrupted"]
-        if interrupted and turn == self.conversation.turn:  # by whomever: mind and voice of this turn end too
-            for task in self._work:
-                task.cancel()
-        return self.conversation.finished(turn, number, event.data["position_ms"], interrupted)
+            return self.conversation.started(event.data["segment"] // SENTENCES)
+        if event.name == "speak.finished":
+            return self.conversation.finished(*divmod(event.data["segment"], SENTENCES), event.data["position_ms"], event.data["interrupted"])
+        return []
 
 
 async def _end(tasks: list[asyncio.Task]) -> None:

@@ -102,7 +102,7 @@ class Target:
             options["hls_fmp4_init_filename"] = f"{life}-init.mp4"
         if self.kind == "whip":
             options["cert_file"], options["key_file"] = (str(path) for path in certificate())
-        if urlsplit(url).scheme == "rtmp" and address is not None:  # rtmps keeps the name, which TLS must hear
+        if urlsplit(url).scheme == "rtmp" and address is not None:  # rtmps keeps the name, whose certificate is asked for
             url = _at(url, address)
         return {"url": url, "format": form.format, "options": options, "width": width, "height": height, "sound": form.sound,
                 "channels": form.channels, "address": address, "token": self.token}  # fmt: skip

@@ -12,19 +12,18 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import signal
 import struct
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from liveavatar.core import SAMPLE_RATE
-from liveavatar.serving.problems import Capacity, TooLarge, Unprocessable, Unsupported
+from liveavatar.serving.problems import Capacity, Problem, TooLarge, Unprocessable, Unsupported
 
 MAX_PIXELS = 25_000_000
 MIN_SIDE = 64  # pixels, as conditioning.identity wants
@@ -32,7 +31,7 @@ MAX_SIDE = 4096  # of what is kept: larger ones are scaled down
 PICTURES = {"JPEG": (0, b"\xff\xd8\xff"), "PNG": (0, b"\x89PNG\r\n\x1a\n"), "WEBP": (8, b"WEBP")}
 SOUNDS = ((0, b"RIFF"), (0, b"OggS"), (0, b"fLaC"), (0, b"ID3"), (4, b"ftyp"), (0, b"\x1aE\xdf\xa3"), (0, b"FORM"))
 BROKEN = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, struct.error, MemoryError, EOFError)  # of Pillow, on bad data
-WORKER = Path(__file__).with_name("soundworker.py")
+WORKER, WORDS = Path(__file__).with_name("decodeworker.py"), 200  # characters of what it says that are passed on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +62,8 @@ def portrait(data: bytes) -> bytes:
     """An uploaded picture -> PNG of its pixels, upright sRGB, at most MAX_SIDE a side. Raises Unsupported, TooLarge, Unprocessable."""
     kind = picture_kind(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _encoded(_pixels(_opened(kind, data)))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return _encoded(_pixels(_opened(kind, data)))
+    except Image.DecompressionBombError:  # Pillow's own bound, eight times ours, is passed before ours
         raise TooLarge(_too_large(), kind="pixels") from None
     except BROKEN:  # what Pillow says may quote the data
         raise Unprocessable(f"the {kind} data is damaged: save the picture again") from None
@@ -143,33 +140,40 @@ def recording(data: bytes, limits: SoundLimits = SoundLimits()) -> np.ndarray:
     """
     if not any(data.startswith(mark, offset) for offset, mark in SOUNDS) and not _is_mpeg_audio(data):
         raise Unsupported("not a recording that is taken here: send WAV, FLAC, MP3, M4A, Ogg, WebM or AIFF")
-    command = [sys.executable, "-I", str(WORKER), *(str(getattr(limits, name)) for name in ("seconds", "streams", "rate", "channels", "cpu", "memory"))]
-    quiet = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # nothing of ours, no secret
-    try:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=quiet, cwd="/",
-                              start_new_session=True) as worker:  # fmt: skip
-            try:
-                pcm, words = worker.communicate(data, timeout=limits.wall)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.communicate()
-                raise Unprocessable(f"the recording took more than {limits.wall:g} s to decode") from None
-    except OSError as error:
-        raise Capacity(f"no process to decode the recording: {error.strerror}") from None
-    return _judged(worker.returncode, pcm, words, limits)
-
-
-def _judged(status: int, pcm: bytes, words: bytes, limits: SoundLimits) -> np.ndarray:
-    if status == 0:
-        return np.frombuffer(pcm, "<f4")
-    if status == -signal.SIGXCPU or status == -signal.SIGKILL:
-        raise Unprocessable(f"the recording took more than {limits.cpu} s of processor time to decode")
-    kind, _, text = words.decode("utf-8", "replace").strip().partition("\t")
-    if kind == "long":
-        raise TooLarge(text[:200])
-    raise Unprocessable(text[:200] if kind == "refused" else "the recording cannot be decoded within the limits")
+    with worker(limits.cpu, limits.memory, "sound", limits.seconds, limits.streams, limits.rate, limits.channels, stdin=subprocess.PIPE) as process:
+        try:
+            pcm, words = process.communicate(data, timeout=limits.wall)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise Unprocessable(f"the recording took more than {limits.wall:g} s to decode") from None
+    if process.returncode:
+        raise refusal(words)
+    return np.frombuffer(pcm, "<f4")
 
 
 def _is_mpeg_audio(data: bytes) -> bool:
     """MP3 without a tag, or AAC in ADTS: eleven or twelve set bits begin a frame."""
     return len(data) > 2 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0
+
+
+# ---------------------------------------------------------------- the process that decodes
+
+
+def worker(cpu: int, memory: int, job: str, *limits: float, stdin: int | BinaryIO) -> subprocess.Popen:
+    """decodeworker.py at work on what comes from `stdin`: in a process group of its own, with nothing of ours and no secret in its
+    environment. Raises Capacity when the machine cannot start it."""
+    quiet = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", str(WORKER), *map(str, (cpu, memory, job, *limits))]
+    try:
+        return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=quiet, cwd="/", start_new_session=True)
+    except OSError as error:
+        raise Capacity(f"no process to decode the file: {error.strerror}") from None
+
+
+def refusal(words: bytes) -> Problem:
+    """Why it ended with a status that is not 0. words: what it said on stderr, nothing where a limit killed it."""
+    kind, _, text = words.decode("utf-8", "replace").strip().partition("\t")
+    if kind == "long":
+        return TooLarge(text[:WORDS])
+    return Unprocessable(text[:WORDS] if kind == "refused" else "the file cannot be decoded within the limits")

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import wave
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,8 @@ VOICES = ("hibari", "flite", "openai")
 TEXT_LIMIT = 5000  # characters of one request
 VOICE_SECONDS = 60.0  # a voice that says nothing for so long has failed
 OPENAI_RATE = 24_000  # Hz, of OpenAI's response_format "pcm"
-PUSH_SECONDS = 0.5  # of sound at a time, and the pause before it is offered again to an avatar that is full
+PUSH_SECONDS = 0.5  # of sound at a time
+ROOM_SECONDS = 0.1  # between two tries when the avatar is full: the sound waits, none is lost
 
 
 class VoiceFailed(Problem):
@@ -104,16 +106,12 @@ class HibariVoice:
         except FileNotFoundError as error:
             raise ConfigError(f"speech.speaker={speaker}: {error} is not here; only heart comes with the package") from None
         self._model("Ready.")  # the first sentence pays for lexicon and tagger: 0.5 s
-        self._one = asyncio.Lock()  # the model is one object: one sentence at a time
+        self._thread = ThreadPoolExecutor(1, "hibari")  # the model is one object: one piece at a time, also after one that nobody waits for
 
     async def speak(self, text: str) -> AsyncIterator[Sound]:
         """See Voice. Raises Unprocessable."""
-        pieces = self._model.stream(speakable(text), seed=0)
-        while True:
-            async with self._one:
-                pcm = await asyncio.to_thread(next, pieces, None)
-            if pcm is None:
-                return
+        pieces, loop = self._model.stream(speakable(text), seed=0), asyncio.get_running_loop()
+        while (pcm := await loop.run_in_executor(self._thread, next, pieces, None)) is not None:
             yield np.rint(np.clip(pcm, -1, 1) * 32767).astype(np.int16), self._model.sample_rate
 
 
@@ -206,16 +204,20 @@ async def _whole_samples(chunks: AsyncIterator[bytes]) -> AsyncIterator[np.ndarr
 # ---------------------------------------------------------------- into the avatar
 
 
-async def say_to(avatar, sound: Sound, *, segment: int, end: bool = False, sleep: Callable[[float], Awaitable] = asyncio.sleep) -> None:
-    """Push a sound into a LiveSession, waiting while that is full: long speech is held back, never dropped. Raises Conflict."""
+async def say_to(avatar, sound: Sound, *, segment: int, epoch: int | None = None, end: bool = False,
+                 sleep: Callable[[float], Awaitable] = asyncio.sleep) -> None:  # fmt: skip
+    """Push a sound into a LiveSession, waiting while that is full: long speech is held back, never dropped. Raises Conflict.
+
+    epoch: in which it was meant (None: the present one). After an interruption the rest is of no use to anybody: the session drops it.
+    """
     pcm, rate = sound
     step = max(1, round(PUSH_SECONDS * rate))
     pieces = [pcm[at : at + step] for at in range(0, len(pcm), step)] or [pcm]
-    epoch = avatar.epoch  # an interruption while we wait: the rest is of no use to anybody
+    epoch = avatar.epoch if epoch is None else epoch
     for number, piece in enumerate(pieces):
         while True:
             try:
                 await avatar.push_audio(piece, rate, segment=segment, epoch=epoch, end=end and number == len(pieces) - 1)
                 break
             except BufferFull:
-                await sleep(PUSH_SECONDS)
+                await sleep(ROOM_SECONDS)

@@ -41,7 +41,7 @@ def server_key(folder: Path, file: Path | None = None) -> bytes:
     try:
         key = secret_file(folder / KEY_FILE) if file is None else file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{file or folder / KEY_FILE}: the watermark key cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{file or folder / KEY_FILE}: the watermark key can neither be read nor made: {error.strerror}") from None
     if len(key) < spread.KEY_BYTES:
         raise ConfigError(f"{file or folder / KEY_FILE}: a watermark key of {len(key)} bytes: at least {spread.KEY_BYTES} are needed")
     return key

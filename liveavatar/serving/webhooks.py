@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from liveavatar.serving.background import Background
 from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
-from liveavatar.serving.ssrf import check_url, request
+from liveavatar.serving.ssrf import Unresolved, check_url, request
 
 TRIES, FIRST_WAIT, WAIT_FACTOR = 5, 1.0, 4.0  # seconds: 1, 4, 16, 64, each with jitter
 TRY_SECONDS = 10.0  # for one answer
@@ -116,8 +117,7 @@ class Webhooks:
     """
 
     def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None):
-        self._private, self._count = private, count
-        self._tasks: set[asyncio.Task] = set()
+        self._private, self._count, self._deliveries = private, count, Background()
 
     async def check(self, url: str) -> None:
         """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
@@ -127,7 +127,7 @@ class Webhooks:
         """One try, to the address that was checked, without following anybody anywhere."""
         try:
             status, _ = await request("POST", url, body=body, headers=headers, seconds=TRY_SECONDS, private=self._private)
-        except (TooLarge, Unprocessable) as problem:
+        except (TooLarge, Unprocessable, Unresolved) as problem:
             raise DeliveryFailed(problem.detail) from None
         if not 200 <= status < 300:
             raise DeliveryFailed(f"status {status}")
@@ -136,17 +136,11 @@ class Webhooks:
         """Post this session's events from its first one on."""
         hook = Webhook(Target(session.id, url, secret), self._post, count=self._count)
         for work in (_fill(hook, session), hook.run()):
-            task = asyncio.get_running_loop().create_task(work)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._deliveries.spawn(work)
 
     async def close(self, seconds: float) -> None:
         """Give what waits so many seconds, then forget it."""
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        await self._deliveries.close(seconds)
 
 
 async def _fill(hook: Webhook, session) -> None:

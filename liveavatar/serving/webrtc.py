@@ -35,14 +35,17 @@ from liveavatar.serving.offers import CANDIDATES, Fragment, Offer
 from liveavatar.serving.problems import Capacity, Problem, Unprocessable
 from liveavatar.telemetry import now as monotonic
 
-Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz
+Heard = Callable[[np.ndarray, int], Awaitable[None]]  # int16 [n] mono and its rate in Hz; n is 0 when nothing comes any more
 
 EDGE_SECONDS = 0.2  # what waits for a viewer: five pictures, 200 ms of sound (serving.md 4)
 PICTURE_HOLD = 0.02  # seconds, see PacketTrack._hold
 HEARD_RATE = 16_000  # Hz, of what a microphone brings
 HEARD_FRAMES = 50  # of 20 ms that wait for whoever listens; then the oldest goes
+MUTED_SECONDS = 0.6  # without a packet, and the microphone is switched off; longer than the 0.4 s between two of a silent one (DTX)
+NOTHING = np.zeros(0, np.int16)
 CLOSE_SECONDS = 5.0  # for goodbyes
 MESSAGE_BYTES = 4096  # of a peer's message on its data channel
+UNSENT_BYTES = 16 * MESSAGE_BYTES  # of ours that wait for a peer who takes none; beyond it we say nothing
 REFUSALS = (ValueError, AssertionError, exceptions.InvalidAccessError, exceptions.InvalidStateError, exceptions.OperationError,
             exceptions.InternalError)  # fmt: skip
 TRACKS = {packets.H264: ("video", ("video/h264", "video/rtx")), packets.OPUS: ("audio", ("audio/opus",))}
@@ -145,18 +148,30 @@ class PacketTrack(MediaStreamTrack):
 
 
 class Microphone:
-    """A peer's sound, 16 kHz mono, for `heard`; a listener that is slow loses the oldest."""
+    """A peer's sound, 16 kHz mono, for `heard`, and NOTHING whenever it stops; a listener that is slow loses the oldest."""
 
     def __init__(self, track: MediaStreamTrack, heard: Heard):
-        self.drops = 0
+        self.drops, self._flows = 0, False
         self._track, self._heard, self._frames = track, heard, asyncio.Queue(HEARD_FRAMES)
 
     async def run(self) -> None:
         """Until the track ends."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._read())
-            while (pcm := await self._frames.get()) is not None:
-                await self._hand(pcm)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read())
+                while (pcm := await self._next()) is not None:
+                    await self._hand(pcm)
+        finally:
+            await self._hand(NOTHING)
+
+    async def _next(self) -> np.ndarray | None:
+        try:
+            async with asyncio.timeout(MUTED_SECONDS if self._flows else None):
+                pcm = await self._frames.get()
+        except TimeoutError:
+            pcm = NOTHING
+        self._flows = pcm is not NOTHING
+        return pcm
 
     async def _read(self) -> None:
         resampler = av.AudioResampler(format="s16", layout="mono", rate=HEARD_RATE)
@@ -197,7 +212,7 @@ class Viewer:
         self.stats = ViewerStats()
         self.edges = {codec: packets.Edge(f"{self.name}.{kind}", seconds=EDGE_SECONDS, sound_seconds=EDGE_SECONDS, ask_keyframe=session.ask_keyframe)
                       for codec, (kind, _) in TRACKS.items()}  # fmt: skip
-        self._session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
+        self.session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
         self._offer: Offer | None = None
         self._tracks: list[PacketTrack] = []
         self._barrier, self._wall = asyncio.Event(), WallClock()
@@ -215,6 +230,7 @@ class Viewer:
     async def answer(self, offer: Offer) -> str:
         """Our SDP, with all candidates. Raises Unprocessable when we share no codec with the peer, Capacity when it could not reach us."""
         self._offer, self.wants = offer, offer.wants
+        self._keep(self._watch())  # from the start: whatever becomes of this request, nobody stays who never connects
         for codec in (c for c, (kind, _) in TRACKS.items() if kind in offer.kinds):
             self._send(codec)
         try:
@@ -227,7 +243,6 @@ class Viewer:
         if "a=candidate:" not in answer:
             await self.aclose("no candidate")
             raise Capacity("no way to be reached: the TURN server does not answer, or refuses us", kind="network")
-        self._keep(self._watch())
         return answer
 
     def _send(self, codec: str) -> None:
@@ -260,12 +275,12 @@ class Viewer:
 
     def _begin(self) -> None:
         try:
-            self._session.add_sink(self)
+            self.session.add_sink(self)
         except Problem as problem:  # the session ended while this peer was on its way
             self.close(problem.kind)
         else:
             self.state, self._sign = "connected", self._clock()
-            self._session.ask_keyframe()  # a late joiner must not wait for the next one that is due
+            self.session.ask_keyframe()  # a late joiner must not wait for the next one that is due
 
     # -- packets.Sink
 
@@ -298,11 +313,11 @@ class Viewer:
     def _gap(self) -> None:
         if self._whole:
             self._whole = False
-            self._session.ask_keyframe()
+            self.session.ask_keyframe()
 
     def _pictures_lost(self) -> None:
         self._pli += 1
-        self._session.ask_keyframe()
+        self.session.ask_keyframe()
 
     # -- signs of life
 
@@ -328,15 +343,15 @@ class Viewer:
             log.debug("report", viewer=self.name, refused=problem.detail)
 
     def _say(self, message: dict) -> None:
-        if self._channel is not None and self._channel.readyState == "open":
+        if self._channel is not None and self._channel.readyState == "open" and self._channel.bufferedAmount < UNSENT_BYTES:
             self._channel.send(json.dumps(message))
 
     async def _watch(self) -> None:
-        """Asks for a sign of life, reads the peer's reports, and closes it when there is none: aiortc alone would take
-        30 s to notice. A peer without a data channel shows by its reports that it lives."""
-        while self._clock() - self._sign < (self._patience.connect if self.state == "new" else self._patience.silent):
+        """Asks for a sign of life, reads the peer's reports, and closes it when there is none: a tab that is closed says no
+        goodbye, and aiortc alone would take 30 s to notice. A peer without a data channel shows by its reports that it lives."""
+        while (left := self._sign + (self._patience.connect if self.state == "new" else self._patience.silent) - self._clock()) > 0:
             self._say({"type": "ping", "t": self._clock()})
-            await asyncio.sleep(self._patience.ping)
+            await asyncio.sleep(min(self._patience.ping, left))
             await self._read_reports()
         self.close("silent")
 
@@ -369,7 +384,7 @@ class Viewer:
     def _done(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("viewer", viewer=self.name, session=self._session.id, exc_info=task.exception())
+            log.error("viewer", viewer=self.name, session=self.session.id, exc_info=task.exception())
             self.close("error")
 
     def close(self, reason: str = "closed") -> None:
@@ -384,9 +399,9 @@ class Viewer:
 
     async def _end(self, reason: str) -> None:
         if self.state == "connected":
-            self._session.remove_sink(self)
+            self.session.remove_sink(self)
         self.state = "closed"
-        log.info("viewer closed", viewer=self.name, session=self._session.id, reason=reason)
+        log.info("viewer closed", viewer=self.name, session=self.session.id, reason=reason)
         for edge in self.edges.values():
             edge.close()
         self._barrier.set()
@@ -396,7 +411,7 @@ class Viewer:
         try:
             await asyncio.wait_for(self._peer.close(), CLOSE_SECONDS)
         except TimeoutError:
-            log.error("viewer", viewer=self.name, session=self._session.id, reason="its connection does not close")
+            log.error("viewer", viewer=self.name, session=self.session.id, reason="its connection does not close")
 
 
 def _read_message(text: str | bytes) -> dict:

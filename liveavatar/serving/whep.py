@@ -20,7 +20,6 @@ from fastapi.responses import JSONResponse
 from liveavatar.serving.ice import IceServers, links
 from liveavatar.serving.offers import Offer, read_fragment, read_offer
 from liveavatar.serving.problems import Invalid, NotFound, Problem, RateLimited, TooLarge, Unsupported
-from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.webrtc import Heard, Source, Viewer
 
 SDP, FRAGMENT, JSON = "application/sdp", "application/trickle-ice-sdpfrag", "application/json"
@@ -48,43 +47,35 @@ class Viewers:
 
     def __init__(self, ice: IceServers, limit: int, *, reports: Callable[[], Callable[[object], None]] = lambda: lambda figures: None):
         self.ice, self._limit, self._reports = ice, limit, reports
-        self._open: dict[str, dict[str, Viewer]] = {}
+        self._open: dict[str, Viewer] = {}
 
     def of(self, session_id: str) -> list[Viewer]:
         """Those of one session, connected or about to be."""
-        return list(self._open.get(session_id, {}).values())
+        return [viewer for viewer in self._open.values() if viewer.session.id == session_id]
 
     def all(self) -> list[Viewer]:
         """Every peer there is."""
-        return [viewer for viewers in self._open.values() for viewer in viewers.values()]
+        return list(self._open.values())
 
     def get(self, session_id: str, viewer_id: str) -> Viewer:
         """Raises NotFound."""
-        try:
-            return self._open[session_id][viewer_id]
-        except KeyError:
-            raise NotFound("no such viewer") from None
+        viewer = self._open.get(viewer_id)
+        if viewer is None or viewer.session.id != session_id:
+            raise NotFound("no such viewer")
+        return viewer
 
     async def open(self, session: Source, offer: Offer, heard: Heard | None = None) -> tuple[Viewer, str]:
         """A viewer and our SDP; raises RateLimited beyond the limit, Unprocessable for an offer without our codecs."""
-        viewers = self._open.setdefault(session.id, {})
-        if len(viewers) >= self._limit:
+        if len(self.of(session.id)) >= self._limit:
             raise RateLimited(f"this session has {self._limit} viewers", kind="quota")
         viewer = Viewer(session, ice=self.ice(session.id), relay_only=self.ice.network.relay_only, heard=heard, told=self._reports(),
-                        gone=lambda viewer: self._forget(session.id, viewer))  # fmt: skip
-        viewers[viewer.id] = viewer  # before anything is waited for: the limit counts who is on the way
+                        gone=lambda viewer: self._open.pop(viewer.id, None))  # fmt: skip
+        self._open[viewer.id] = viewer  # before anything is waited for: the limit counts who is on the way
         return viewer, await viewer.answer(offer)
 
-    def _forget(self, session_id: str, viewer: Viewer) -> None:
-        viewers = self._open.get(session_id, {})
-        viewers.pop(viewer.id, None)
-        if not viewers:
-            self._open.pop(session_id, None)
-
-    async def close(self, session_id: str | None = None, reason: str = "closed") -> None:
-        """Ends the peers of a session, or all of them, and waits until they are gone."""
-        viewers = self.all() if session_id is None else self.of(session_id)
-        await asyncio.gather(*(viewer.aclose(reason) for viewer in viewers))
+    async def close(self) -> None:
+        """Ends all peers and waits until they are gone."""
+        await asyncio.gather(*(viewer.aclose() for viewer in self.all()))
 
 
 def puppet(session) -> Heard:
@@ -92,10 +83,8 @@ def puppet(session) -> Heard:
     return session.push_audio
 
 
-def router(lookup: Lookup, authorise: Authorise, settings: ServeConfig, *, viewers: Viewers | None = None,
-           heard: Callable[[Source], Heard] = puppet) -> APIRouter:  # fmt: skip
+def router(lookup: Lookup, authorise: Authorise, viewers: Viewers, *, heard: Callable[[Source], Heard] = puppet) -> APIRouter:
     """The routes. heard: for a session, who gets the sound of a viewer's microphone. Whoever holds `viewers` closes them."""
-    viewers = viewers or Viewers(IceServers(settings.network), settings.access.viewers)
     routes = APIRouter(tags=["viewers"])
     _add_offer(routes, lookup, authorise, viewers, heard)
     _add_viewer(routes, authorise, viewers)

@@ -72,7 +72,7 @@ async function enter() {
     () =>
       app
         .look()
-        .catch(() => null)
+        .catch(error => Object.assign(app.server, {ready: false, reasons: [error instanceof Problem ? error.message : t("unreachable")]}))
         .finally(health),
     LOOK_SECONDS * 1000,
   );

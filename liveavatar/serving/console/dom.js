@@ -15,8 +15,14 @@ export function h(tag, traits = {}, ...children) {
   return element;
 }
 
-export const fill = (element, ...children) =>
+// What had the focus has it again where the same is drawn anew: in the row of that title, the button of that name.
+export function fill(element, ...children) {
+  const held = element.contains(document.activeElement) ? named(document.activeElement) : null;
   element.replaceChildren(...children.flat(Infinity).filter(child => child !== null && child !== undefined));
+  if (held) [...element.querySelectorAll("button, [tabindex]")].find(one => named(one) === held)?.focus({preventScroll: true});
+}
+
+const named = element => `${element.closest("tr")?.title ?? ""}|${element.getAttribute("aria-label") ?? element.textContent}`;
 
 export function toast(text, kind = "") {
   const shown = h("p", {class: `toast ${kind}`}, text);

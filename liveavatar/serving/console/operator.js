@@ -7,7 +7,7 @@ import {Facts} from "./facts.js";
 import {History} from "./history.js";
 import {Outputs} from "./outputs.js";
 import {Provenance} from "./provenance.js";
-import {clock, span, t} from "./words.js";
+import {clock, known, span, t} from "./words.js";
 
 const CURVES = {h_factor: 1.5, h_busy: 100, h_waiting: 2, h_ahead: 1000, h_fps: 25, h_filler: 5, h_offset: 45, h_network: 100}; // and the least their axes show
 const DIGITS = {h_factor: 2, h_waiting: 1, h_offset: 0};
@@ -174,7 +174,7 @@ class Sessions {
     const cells = [
       app.avatars.name(session.avatar_id),
       session.owner,
-      session.state,
+      known(session.state),
       span(now - session.created_at),
       session.lease?.ends_at ? span(session.lease.ends_at - now) : "–",
       String(session.viewers),
@@ -235,7 +235,7 @@ class Log {
               {class: "log", reversed: true, tabIndex: 0, "aria-label": t(key)},
               entries
                 .toReversed()
-                .map(([at, name, data]) => h("li", {}, h("time", {}, clock(at)), h("b", {}, name), h("span", {}, words(data)))),
+                .map(([at, name, data]) => h("li", {}, h("time", {}, clock(at)), h("b", {}, name), h("span", {}, words(name, data)))),
             )
           : h("p", {class: "empty"}, t("nothing")),
       );
@@ -261,8 +261,8 @@ class Log {
   }
 }
 
-const words = data =>
+const words = (name, data) =>
   Object.entries(data)
     .filter(([, value]) => value !== null && value !== "")
-    .map(([key, value]) => `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`)
+    .map(([key, value]) => [name.split(".").pop() === key ? "" : `${key} `, typeof value === "object" ? JSON.stringify(value) : value].join(""))
     .join("  ·  ");

@@ -1,7 +1,7 @@
 // Where the session on stage is sent: started, watched and ended here. Addresses come back without their keys.
 
 import {copy, fill, h, twice} from "./dom.js";
-import {bytes, t} from "./words.js";
+import {bytes, known, t} from "./words.js";
 
 const KINDS = ["record", "rtmp", "hls", "whip"];
 
@@ -64,8 +64,8 @@ export class Outputs {
       ...(this.url.required && {url: this.url.value.trim()}),
       ...(this.token.value && {token: this.token.value}),
     };
-    this.url.value = this.token.value = "";
     await this.app.api.post(this.home, wish);
+    this.url.value = this.token.value = "";
     await this.load();
   }
 
@@ -142,17 +142,17 @@ export class Outputs {
           );
     const cells = [
       t(`k_${output.kind}`),
-      h("span", {class: "pill", "data-state": {live: "good", closed: ""}[output.state] ?? "wait"}, output.state),
+      h("span", {class: "pill", "data-state": {live: "good", closed: ""}[output.state] ?? "wait"}, known(output.state)),
       place,
       this.rate(output),
       bytes(output.bytes),
       String(output.reconnects),
       String(output.failures),
-      output.last_error ?? "–",
+      output.last_error ? h("span", {class: "long"}, output.last_error) : "–",
     ];
     return h(
       "tr",
-      {},
+      {title: output.id},
       cells.map(cell => h("td", {}, cell)),
       h("td", {class: "acts"}, stop),
     );

@@ -5,6 +5,7 @@ const PAUSE_MS = 120,
   SILENT_MS = 500,
   SPEECH_MS = 1500; // without sound: between words; after the end; and it is no longer speech
 const REPORT_MS = 5000;
+const OFFSETS = 5; // readings of which the middle one is shown: one alone hops by a picture
 const TOLD = [
   "freezeCount",
   "pliCount",
@@ -19,7 +20,7 @@ const TOLD = [
 export class Player extends EventTarget {
   constructor(video, api, session) {
     super();
-    Object.assign(this, {video, api, session, level: 0, loudAt: -1e9, asked: null, hushed: null, timers: []});
+    Object.assign(this, {video, api, session, level: 0, loudAt: -1e9, asked: null, hushed: null, timers: [], emitted: [0, 0], offsets: []});
   }
 
   // speaks: the connection may carry a microphone later; until then it sends nothing.
@@ -142,17 +143,24 @@ export class Player extends EventTarget {
       inbound: {video = {}, audio = {}},
       pair,
     } = await this._stats();
-    const buffered = kind => (kind.jitterBufferEmittedCount ? kind.jitterBufferDelay / kind.jitterBufferEmittedCount : null);
-    const both = video.estimatedPlayoutTimestamp && audio.estimatedPlayoutTimestamp;
+    if (video.estimatedPlayoutTimestamp && audio.estimatedPlayoutTimestamp)
+      this.offsets = [...this.offsets, (video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp) / 1000].slice(-OFFSETS);
     return {
       fps: video.framesPerSecond ?? null,
       decoded: video.framesDecoded ?? 0,
       freezes: video.freezeCount ?? 0,
       lost: (video.packetsLost ?? 0) + (audio.packetsLost ?? 0),
       rtt: pair?.currentRoundTripTime ?? null,
-      buffer: buffered(video),
-      offset: both ? (video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp) / 1000 : null,
+      buffer: this._buffered(video),
+      offset: this.offsets.toSorted((a, b) => a - b)[this.offsets.length >> 1] ?? null,
     };
+  }
+
+  // Since this was asked last; the browser's sums are since the beginning.
+  _buffered({jitterBufferDelay = 0, jitterBufferEmittedCount = 0}) {
+    const [delay, count] = this.emitted;
+    this.emitted = [jitterBufferDelay, jitterBufferEmittedCount];
+    return jitterBufferEmittedCount > count ? (jitterBufferDelay - delay) / (jitterBufferEmittedCount - count) : null;
   }
 }
 

@@ -11,7 +11,7 @@ const TALK_LINES = 30;
 
 export class Stage {
   constructor(app) {
-    Object.assign(this, {app, player: null, socket: null, seen: 0, turn: {}, measured: {}, talking: false});
+    Object.assign(this, {app, player: null, socket: null, seen: 0, turn: {}, measured: {}, talking: false, changing: null});
     this.wire();
     app.on("avatar", () => this.avatarChosen());
     app.on("language", () => this.draw());
@@ -50,7 +50,9 @@ export class Stage {
     $("text").addEventListener("keydown", event => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("say").requestSubmit();
     });
-    $("talk_on").addEventListener("change", () => app.try(() => this.converse($("talk_on").checked)));
+    $("talk_on").addEventListener("change", () => {
+      this.changing = app.try(() => this.converse($("talk_on").checked));
+    });
     document.addEventListener("keydown", event => {
       if (event.key === "Escape" && this.player && !document.querySelector("dialog[open]")) app.try(() => this.interrupt());
     });
@@ -67,7 +69,11 @@ export class Stage {
     $("start").lastElementChild.textContent = t("starting");
     try {
       const prompt = $("prompt").value.trim();
-      await this.watch(await this.app.api.post("/v1/sessions", {avatar_id: this.app.avatars.chosen, ...(prompt && {prompt})}));
+      const session = await this.app.api.post("/v1/sessions", {avatar_id: this.app.avatars.chosen, ...(prompt && {prompt})});
+      await this.watch(session).catch(async error => {
+        await this.app.api.delete(`/v1/sessions/${session.id}`).catch(() => null); // nobody sees it: it would hold its place for a minute
+        throw error;
+      });
     } finally {
       $("start").disabled = false;
       $("start").lastElementChild.textContent = t("start");
@@ -95,7 +101,12 @@ export class Stage {
     });
     this.show("connecting");
     this.listen(session.id);
-    await this.player.open({speaks: this.app.may("publish")});
+    try {
+      await this.player.open({speaks: this.app.may("publish")});
+    } catch (error) {
+      await this.leave();
+      throw error;
+    }
     this.app.tell("session", session);
     this.draw();
   }
@@ -147,8 +158,8 @@ export class Stage {
     if (message.type === "session.created") this.show(message.session.state);
     if (message.type === "state") this.show(message.state);
     if (message.type === "talk.state") this.show(message.state);
-    if (message.type === "talk.question") this.said("user", message.text);
-    if (message.type === "talk.answer") this.said("assistant", message.text + (message.cut ? " …" : ""));
+    if (message.type === "talk.question") this.said("user", message.turn, message.text);
+    if (message.type === "talk.answer") this.said("assistant", message.turn, message.text + (message.cut ? " …" : ""));
     if (message.type === "speak.finished") {
       this.turn.heard = message.position_ms / 1000;
       this.draw();
@@ -161,8 +172,11 @@ export class Stage {
     }
   }
 
-  said(role, text) {
-    $("talk_lines").append(h("li", {class: role}, text));
+  // An answer that a noise broke off is told again when it is whole: one line a turn.
+  said(role, turn, text) {
+    const last = $("talk_lines").lastChild;
+    if (last?.className === role && last.dataset.turn === String(turn)) last.remove();
+    $("talk_lines").append(h("li", {class: role, "data-turn": turn}, text));
     while ($("talk_lines").children.length > TALK_LINES) $("talk_lines").firstChild.remove();
     $("talk_lines").lastChild.scrollIntoView({block: "nearest"});
   }
@@ -192,6 +206,7 @@ export class Stage {
   async say() {
     const text = $("text").value.trim();
     if (!text || !this.player) return;
+    await this.changing; // what is written right after the switch is meant for the other side of it
     this.player.ask();
     await this.app.api.post(this.talking ? `${this.home}/conversation/turns` : `${this.home}/say`, {text});
     $("text").value = "";
@@ -263,6 +278,9 @@ export class Stage {
     $("poster").hidden = live || !$("poster").src;
     $("end").disabled = $("apply").disabled = !live || !this.app.may("control");
     $("say_note").textContent = t(why);
+    $("say_note").dataset.why = why;
+    $("text").placeholder = t(this.talking ? "ask_hint" : "text_hint");
+    $("speak_it").textContent = t(this.talking ? "ask_it" : "speak_it");
     $("text").disabled = live && why !== "ctrl_enter";
     $("speak_it").disabled = why !== "ctrl_enter" || !$("text").value.trim();
     $("sound").disabled = $("interrupt").disabled = !live || !may;

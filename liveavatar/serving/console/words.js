@@ -16,12 +16,12 @@ const WORDS = {
   mute: ["Mute", "静音"], full: ["Full screen", "全屏"], level: ["Sound level", "音量"],
   off: ["Off", "未开始"], connecting: ["Connecting", "连接中"], listening: ["Listening", "聆听中"], speaking: ["Speaking", "说话中"],
   idle: ["Idle", "空闲"], thinking: ["Thinking", "思考中"],
-  lost: ["Connection lost", "连接中断"],
+  lost: ["Connection lost", "连接中断"], live: ["Live", "直播中"], closed: ["Closed", "已关闭"], failed: ["Failed", "失败"],
   who: ["Who speaks", "选择形象"], add: ["Add a face", "添加形象"],
   prompt: ["Prompt", "提示词"], prompt_hint: ["A calm person talking in a bright room …", "明亮的房间里，一个人平静地说话……"],
   apply: ["Apply", "应用"], applied: ["It holds from the next block on.", "将从下一个数据块起生效。"],
   speak: ["Let it speak", "让它说话"], text: ["Text", "文字"], text_hint: ["Write what the avatar should say …", "输入要说的话……"],
-  speak_it: ["Speak", "朗读"],
+  speak_it: ["Speak", "朗读"], ask_it: ["Send", "发送"], ask_hint: ["Write what you want to say to the avatar …", "输入你想对它说的话……"],
   no_voice: ["This server has no voice: set speech.voice in its configuration.", "服务器未配置语音合成：请设置 speech.voice。"],
   no_session: ["Start a session first.", "请先开始会话。"],
   ctrl_enter: ["Ctrl + Enter", "Ctrl + Enter"],
@@ -36,7 +36,7 @@ const WORDS = {
   offset: ["A/V offset", "音画偏移"], glass: ["Server to eye", "端到端延迟"],
   file_sent: ["{name}: {seconds} s of speech queued.", "{name}：已排入 {seconds} 秒语音。"],
   ended: ["The session ended: {reason}.", "会话已结束：{reason}。"], sound_blocked: ["Click the picture to hear it.", "点击画面以播放声音。"],
-  ready: ["Ready", "就绪"], not_ready: ["Not ready", "未就绪"], draining: ["Draining", "正在排空"],
+  unreachable: ["The server does not answer.", "服务器无响应。"], ready: ["Ready", "就绪"], not_ready: ["Not ready", "未就绪"], draining: ["Draining", "正在排空"],
   tab_chain: ["Chain", "链路"], tab_health: ["History", "历史"], tab_sessions: ["Sessions", "会话"], tab_outputs: ["Destinations", "推流与录制"],
   tab_provenance: ["Provenance", "来源验证"], tab_log: ["Log", "日志"], tab_server: ["Server", "服务器"],
   tab_channels: ["Channels", "频道"], no_channels: ["No channels yet: POST /v1/channels makes one.", "暂无频道：用 POST /v1/channels 创建。"],
@@ -51,7 +51,7 @@ const WORDS = {
   l_idle_seconds: ["idle before the end", "空闲上限"], l_length_seconds: ["longest session", "最长会话"],
   l_capacity: ["capacity of the chain", "链路容量"],
   need_admin: ["This needs a key with the scope admin.", "需要具有 admin 权限的密钥。"],
-  head: ["Head", "主控"], rank: ["Rank {n}", "节点 {n}"], viewers: ["Viewers", "观众"], playout: ["Playout", "播放"],
+  head: ["Head", "主控"], rank: ["Rank {n}", "节点 {n}"], viewers: ["Receivers", "接收方"], playout: ["Playout", "播放"],
   speech_waiting: ["speech waiting", "待处理语音"], in_flight: ["{n} in the chain", "链路中 {n} 块"], ahead: ["ahead", "缓冲"],
   busy: ["busy", "负载"], blocks: ["{n} blocks", "{n} 块"], not_measured: ["not measured", "未测量"], queue: ["Queue", "队列"],
   realtime: ["Real-time factor", "实时系数"], capacity: ["Sessions", "会话"], restarts: ["Restarts", "重启"],
@@ -103,7 +103,8 @@ let column = (localStorage.getItem("liveavatar.language") || navigator.language)
 
 export const language = () => ["en", "zh"][column];
 
-export const knows = key => key in WORDS;
+// A state, as the server says it, in words where there are some.
+export const known = state => (state in WORDS ? t(state) : state);
 
 // The text of a key; {name} is filled from values.
 export const t = (key, values = {}) => WORDS[key][column].replace(/\{(\w+)\}/g, (_, name) => values[name]);
