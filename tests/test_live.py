@@ -100,6 +100,7 @@ def test_after_an_interruption_nothing_of_the_old_epoch_is_seen_or_heard(portrai
             await live.push_audio(tone(5.0), 24_000, segment=1)
             await until(lambda: live.speech.position_ms > 300)
             done = await live.interrupt()
+            await until(lambda: len(viewer.items) > viewer.flushed[0][1])
             await live.push_audio(tone(0.3), 24_000, epoch=0)  # a straggler of the old epoch
             await live.push_audio(tone(0.3) // 4, 24_000, segment=2, end=True)
             await until(lambda: names(live).count("speak.finished") == 2)
@@ -214,16 +215,31 @@ def test_opening_that_fails_leaves_no_place_taken(portrait):
     asyncio.run(run())
 
 
+def test_after_an_interruption_the_picture_goes_on_at_once(portrait):
+    """Pictures that waited are gone, so the next block is due now and not when they would have been shown."""
+    async def run():
+        async with studio() as s:
+            live = await s.open(role(portrait))
+            live.add_sink(viewer := Viewer())
+            await until(lambda: len(live.playout) > 10)
+            before = len(viewer.ticks)
+            await live.interrupt()
+            await until(lambda: any(tick.kind == "idle" for tick in viewer.ticks[before + 1 :]))
+            return [tick.kind for tick in viewer.ticks[before + 1 :]]
+
+    assert asyncio.run(run()).index("idle") < 4  # of the ten and more that were thrown away
+
+
 def test_an_interruption_or_a_beginning_is_no_overload(portrait):
     async def run():
         async with studio() as s:
-            s.engine.chain.block_seconds = 0.35  # a third of a second without pictures, each time
+            s.engine.chain.block_seconds = 0.25  # so long without pictures, each time
             live = await s.open(role(portrait))
             live.add_sink(Viewer())
             for _ in range(4):
                 await asyncio.sleep(0.5)
                 await live.interrupt()
-            assert live.gauges.kinds["filler"] > 20 and live.factor.value > 0.96
+            assert live.factor._missing < live.gauges.kinds["filler"] / 4 > 4
 
     asyncio.run(run())
 

@@ -81,6 +81,10 @@ def test_an_interruption_fades_and_lets_nothing_old_through():
     assert not second.sound.any() and first.epoch == second.epoch == 1 and playout.counts.stale == 9 + 12
     playout.push(said(100, epoch=1))
     assert (playout.next().sound == 1100).all()
+    playout.interrupt(2)
+    playout.push(said(200, epoch=2))  # who answers at once is heard at once, and what he cuts off still fades
+    first = playout.next().sound.astype(int)
+    assert first[0] == 1101 + 1200 and (np.diff(first[:FADE_SAMPLES]) <= 0).all() and (first[FADE_SAMPLES:] == 1200).all()
 
 
 @pytest.mark.parametrize("mode", ["conversation", "livestream"])
@@ -123,5 +127,5 @@ def test_speech_is_conserved_in_order_whatever_happens(script, mode):
             shown = playout.next()
             assert shown.picture.shape == STILL.shape and shown.epoch == epoch
             if shown.kind == "speech":
-                heard[epoch].append(int(shown.sound[0]))
+                heard[epoch].append(int(shown.sound[-1]))  # the first samples may hold the fading end of the epoch before
     assert all(heard[e] == made[e][: len(heard[e])] for e in made)

@@ -195,9 +195,9 @@ class StageSinks:
 class Denoiser:
     """One denoising step of every session: one ring per session, at this step's noise level.
 
-    All Denoisers of a stage share `model` and `sinks`. last: of all steps. The step that makes a block clean, this one or
-    where the block says so an earlier one, reports the first clean latent a new portrait leads to (CleanLatent). observe: report the latents and velocity of every block (Latents), not
-    only of those that ask for it.
+    All Denoisers of a stage share `model` and `sinks`. last: of all steps. The step that makes a block clean, this one or where
+    the block says so an earlier one, reports the first clean latent a new portrait leads to (CleanLatent). observe: report the
+    latents and velocity of every block (Latents), not only of those that ask for it.
     """
 
     def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,

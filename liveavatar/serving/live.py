@@ -155,6 +155,7 @@ class LiveSession:
         if engine is not None:
             with contextlib.suppress(RankFailure, SessionClosed):  # a dead chain has nothing to forget; _take mends it
                 await engine.interrupt()
+                self._pace(engine)  # nothing waits any more: the next block is due now
         return done
 
     # ------------------------------------------------------------ control
@@ -258,7 +259,7 @@ class LiveSession:
                 async for output in engine:
                     self.playout.push(self._slots(output))
                     self.gauges.blocks += 1
-                    engine.paced(self._pacer.due + len(self.playout) / FPS)
+                    self._pace(engine)
                 return  # the engine session was closed under us: the studio is closing
             except InputError:
                 raise
@@ -267,6 +268,9 @@ class LiveSession:
                 self.happenings.add("engine", state="lost", reason=str(error))
                 self._attach(await self._reopen(self.role))
                 self.happenings.add("engine", state="up")
+
+    def _pace(self, engine: Session) -> None:
+        engine.paced(self._pacer.due + len(self.playout) / FPS)
 
     def _attach(self, engine: Session) -> None:
         """Speech that was handed to an engine that died and not heard is handed over again."""

@@ -143,6 +143,8 @@ class Playout:
     def _fresh(self, slot: Slot) -> Slot:
         if self._missed > HOLD_TICKS:  # coming back from the loop: no jump
             self._blend_from, self._blend = self._last.picture, BLEND_TICKS
+        if self._tail is not None:  # the new epoch speaks at once: the old one still ends without a click
+            slot = replace(slot, sound=np.clip(slot.sound.astype(np.int32) + self._tail, -32768, 32767).astype(np.int16))
         self._missed, self._tail = 0, None
         self.counts.fresh += 1
         if slot.kind == "idle":
