@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.metrics import Metrics, sink_kind
-from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Sink, Tick
+from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Packet, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
 
 DEAD_BAND = 0.01  # seconds a picture may be late (CLK-2)
@@ -18,7 +18,7 @@ KEYFRAME_PAUSE = 0.5  # seconds between keyframes that viewers ask for (7.3)
 class Broadcast:
     """The sinks of one session and the encoders they need. width, height: of the ticks' pictures.
 
-    Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
+    Pictures are encoded on `executor`, after sound has left; ticks go one at a time, so packets keep their order. An encoder is made when the first
     sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. filler: why
     that tick's picture is an old one (metrics.FILLERS), or None.
     """
@@ -70,15 +70,18 @@ class Broadcast:
         if keyframe:
             self._keyframe, self._last_keyframe = False, made
         encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
-        packets = []
-        if encoders:
-            packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, encoders, tick, made, keyframe)
-            self.encode_seconds = self._clock() - made
-        for sink in tuple(self.sinks):
-            for item in (tick, *packets):
-                if ("raw" if item is tick else item.codec) in sink.wants:
-                    sink.put(item)
+        pictures = {codec: encoders.pop(codec) for codec in (H264,) if codec in encoders}
+        self._hand_out(tick, *self._encoded(encoders, tick, made, False))  # sound is encoded in no time, and regular if it waits for nothing
+        if pictures:
+            self._hand_out(*await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, pictures, tick, made, keyframe))
+        self.encode_seconds = self._clock() - made
         self._count(tick)
+
+    def _hand_out(self, *items: Tick | Packet) -> None:
+        for sink in tuple(self.sinks):
+            for item in items:
+                if ("raw" if isinstance(item, Tick) else item.codec) in sink.wants:
+                    sink.put(item)
 
     def _count(self, tick: Tick) -> None:
         now = self._clock()
