@@ -125,6 +125,9 @@ def test_nothing_leaves_before_both_have_something_and_pictures_begin_with_a_key
         assert not viewer._barrier.is_set()
         viewer.put(sound(6))
         assert viewer._barrier.is_set() and waiting(viewer) == ([0.12], [0.12])
+        begun = a_viewer()
+        begun.put(sound(4)), begun.put(sound(5)), begun.put(sound(6)), begun.put(sound(7)), begun.put(picture(3, key=True))
+        assert waiting(begun) == ([0.12], [0.12, 0.14]) and begun._barrier.is_set(), "sound of a tick comes before its picture"
         alone = a_viewer(OPUS)
         alone.put(sound(0))
         assert alone._barrier.is_set(), "who takes sound only does not wait for pictures"
