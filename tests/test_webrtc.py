@@ -125,6 +125,9 @@ def test_nothing_leaves_before_both_have_something_and_pictures_begin_with_a_key
         assert not viewer._barrier.is_set()
         viewer.put(sound(6))
         assert viewer._barrier.is_set() and waiting(viewer) == ([0.12], [0.12])
+        begun = a_viewer()
+        begun.put(sound(4)), begun.put(sound(5)), begun.put(sound(6)), begun.put(sound(7)), begun.put(picture(3, key=True))
+        assert waiting(begun) == ([0.12], [0.12, 0.14]) and begun._barrier.is_set(), "sound of a tick comes before its picture"
         alone = a_viewer(OPUS)
         alone.put(sound(0))
         assert alone._barrier.is_set(), "who takes sound only does not wait for pictures"
@@ -486,32 +489,37 @@ def test_what_a_page_says_is_read_with_care():
 def test_two_hundred_peers_come_and_go_and_leave_nothing():
     """Section 20: tasks, descriptors, threads and objects are back where they were; ten of them really watched."""
 
-    async def cycle(card, watch: bool, kept: weakref.WeakSet) -> None:
-        peer = Peer(kinds=("video", "audio") if watch else ("video",), channel=watch)
-        viewer = Viewer(card)
+    async def watch(card, kept: weakref.WeakSet) -> None:
+        peer, viewer = Peer(), Viewer(card)
         kept.add(viewer)
-        answer = await viewer.answer(read_offer(await peer.offer()))
-        if watch:
-            await peer.accept(answer)
+        async with playing(card):
+            await peer.accept(await viewer.answer(read_offer(await peer.offer())))
             await until(lambda: peer.pictures)
         await viewer.aclose()
         await peer.close()
+
+    async def pass_by(card, offer, kept: weakref.WeakSet) -> None:
+        viewer = Viewer(card)
+        kept.add(viewer)
+        await viewer.answer(offer)
+        await viewer.aclose()
 
     def held() -> tuple[int, int, int]:
         return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd")), threading.active_count()
 
     async def body():
-        async with playing(Card()) as card:
-            kept = weakref.WeakSet()
-            await cycle(card, True, kept)
-            await asyncio.sleep(0.1)
-            before = held()
-            for n in range(200):
-                await cycle(card, n % 20 == 0, kept)
-            await asyncio.sleep(0.2)
-            gc.collect()
-            after = held()
-            assert all(b <= a for a, b in zip(before, after, strict=True)), (before, after)
-            assert len(kept) == 0 and card.sinks == []
+        card, kept, idler = Card(), weakref.WeakSet(), Peer(kinds=("video",), channel=False)
+        offer = read_offer(await idler.offer())
+        await watch(card, kept)
+        await asyncio.sleep(0.1)
+        before = held()
+        for n in range(200):
+            await (pass_by(card, offer, kept) if n % 20 else watch(card, kept))
+        await asyncio.sleep(0.2)
+        gc.collect()
+        after = held()
+        assert all(b <= a for a, b in zip(before, after, strict=True)), (before, after)
+        assert len(kept) == 0 and card.sinks == []
+        await idler.close()
 
     asyncio.run(body())

@@ -10,21 +10,22 @@ import asyncio
 import contextlib
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
 from liveavatar.core import FPS
-from liveavatar.serving.encoder import OpusEncoder, VideoEncoder
+from liveavatar.serving.broadcast import Broadcast
+from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.packets import SOUND_RATE, TICK_SAMPLES, Tick
+from liveavatar.serving.playout import Pacer
 from liveavatar.serving.settings import MediaConfig
 from liveavatar.telemetry import now as monotonic
 
 WIDTH, HEIGHT, CELL = 320, 240, 10  # pixels; 32 cells of the bar code: 20 bits of milliseconds, 12 that check them
-SPACING = 0.5  # seconds between keyframes that are asked for, as the session holds it
 LEVEL = 0.5  # of the beep
-LATE = 0.3  # seconds after which the card's clock is set anew
 
 
 def bar_code(milliseconds: int) -> np.ndarray:
@@ -46,34 +47,20 @@ def _check(stamp: int) -> int:
 
 
 class Card:
-    """A live session of the clock. `heard` collects what push_audio got. asked: keyframes wanted; given: made for that."""
+    """A live session of the clock, sent as a session sends. `heard` collects what push_audio got."""
 
     def __init__(self, name: str = "card"):
-        self.id, self.epoch, self.index, self.sinks, self.heard = name, 0, 0, [], []
-        self.asked = self.given = 0
-        self._wanted, self._last_key = False, -SPACING
+        self.id, self.index, self.heard = name, 0, []
         t = np.arange(TICK_SAMPLES) / SOUND_RATE
         self._beep = (LEVEL * 32767 * np.sin(2 * np.pi * 1000 * t)).astype(np.int16)
         self._ground = (np.add.outer(np.arange(HEIGHT), np.arange(WIDTH)) % 128 + 64).astype(np.uint8)[..., None].repeat(3, 2)
-        self._video, self._sound = VideoEncoder(WIDTH, HEIGHT, MediaConfig(keyframe_seconds=10)), OpusEncoder(MediaConfig())
-
-    def add_sink(self, sink) -> None:
-        self.sinks.append(sink)
-
-    def remove_sink(self, sink) -> None:
-        self.sinks.remove(sink)
-
-    def ask_keyframe(self) -> None:
-        self.asked += 1
-        self._wanted = True
+        self._encoding = ThreadPoolExecutor(1)
+        self._broadcast = Broadcast(WIDTH, HEIGHT, MediaConfig(keyframe_seconds=10), self._encoding, monotonic, Metrics(version="card"))
+        self.sinks, self.ask_keyframe = self._broadcast.sinks, self._broadcast.ask_keyframe
+        self.add_sink, self.remove_sink = self._broadcast.add, self._broadcast.remove
 
     async def push_audio(self, pcm, rate, **said) -> None:
         self.heard.append((pcm, rate))
-
-    def interrupt(self) -> None:
-        self.epoch += 1
-        for sink in self.sinks:
-            sink.flush(self.epoch)
 
     def tick(self) -> Tick:
         """The next picture, made now."""
@@ -81,24 +68,15 @@ class Card:
         picture = np.roll(self._ground, 4 * self.index, 1)
         picture[:16] = bar_code(round(time.time() * 1000))
         picture[100:140] = 255 if flash else 0
-        return Tick(self.index, self.epoch, "idle", picture, self._beep if flash else np.zeros(TICK_SAMPLES, np.int16))
-
-    def step(self, now: float) -> None:
-        """Encode the next tick and hand it to every sink."""
-        tick, key = self.tick(), self._wanted and now - self._last_key >= SPACING
-        if key:
-            self._wanted, self._last_key, self.given = False, now, self.given + 1
-        for packet in (*self._video.encode(tick, now, key), *self._sound.encode(tick, now)):
-            for sink in [s for s in self.sinks if packet.codec in s.wants]:
-                sink.put(packet)
-        self.index += 1
+        return Tick(self.index, 0, "idle", picture, self._beep if flash else np.zeros(TICK_SAMPLES, np.int16))
 
     async def run(self) -> None:
-        due = monotonic()
+        pacer = Pacer(monotonic())
         while True:
-            await asyncio.sleep(max(0.0, due - monotonic()))
-            self.step(now := monotonic())
-            due = due + 1 / FPS if now - due < LATE else now + 1 / FPS  # CLK-2: re-anchored, no burst
+            await asyncio.sleep(max(0.0, pacer.due - monotonic()))
+            pacer.tick(monotonic())
+            await self._broadcast.send(self.tick())
+            self.index += 1
 
 
 @contextlib.asynccontextmanager

@@ -20,8 +20,8 @@ SMALLEST = 192  # pixels of the shorter side that a smaller picture still has: b
 class Broadcast:
     """The sinks of one session and the encoders they need. width, height: of the ticks' pictures.
 
-    Encoding runs on `executor`; ticks go one at a time, so packets keep their order. An encoder is made when the first
-    sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. filler: why
+    Pictures are encoded on `executor`, after sound has left; ticks go one at a time, so packets keep their order. An encoder is
+    made when the first sink wants its codec and dropped with the last. encode_seconds: of the last tick, for the latency budget. filler: why
     that tick's picture is an old one (metrics.FILLERS), or None. every, small: one picture in so many is encoded, and at
     half its width and height, where all who take it are browsers, since files and servers cannot follow (ladder.py).
     """
@@ -76,19 +76,22 @@ class Broadcast:
         if H264 in self._encoders:
             self._encoder(H264)
         left_out = tick.index % self.every > 0
-        encoders = {codec: encoder for codec, encoder in self._encoders.items() if not (left_out and codec == H264)}
         keyframe = not left_out and self._keyframe and made - self._last_keyframe >= KEYFRAME_PAUSE
         if keyframe:
             self._keyframe, self._last_keyframe = False, made
-        packets = []
-        if encoders:
-            packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, encoders, tick, made, keyframe)
-            self.encode_seconds = self._clock() - made
-        for sink in tuple(self.sinks):
-            for item in (tick, *packets):
-                if ("raw" if item is tick else item.codec) in sink.wants:
-                    sink.put(item)
+        encoders = {codec: encoder for codec, encoder in self._encoders.items() if codec in self._wanted()}
+        pictures = {codec: encoders.pop(codec) for codec in (H264,) if codec in encoders}
+        self._hand_out(tick, *self._encoded(encoders, tick, made, False))  # sound is encoded in no time, and regular if it waits for nothing
+        if pictures and not left_out:
+            self._hand_out(*await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, pictures, tick, made, keyframe))
+        self.encode_seconds = self._clock() - made
         self._count(tick, [sink for sink in self.sinks if not left_out or "raw" in sink.wants])
+
+    def _hand_out(self, *items: Tick | Packet) -> None:
+        for sink in tuple(self.sinks):
+            for item in items:
+                if ("raw" if isinstance(item, Tick) else item.codec) in sink.wants:
+                    sink.put(item)
 
     def _count(self, tick: Tick, reached: list[Sink]) -> None:
         now = self._clock()

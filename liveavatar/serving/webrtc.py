@@ -18,6 +18,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -218,6 +219,7 @@ class Viewer:
         self._barrier, self._wall = asyncio.Event(), WallClock()
         self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
         self._sign, self._reports, self._channel, self._microphone = clock(), {}, None, None
+        self._early: deque[packets.Packet] = deque(maxlen=2)  # a tick's sound, which comes before its picture
         self._tasks: set[asyncio.Task] = set()
         self._closing: asyncio.Task | None = None
         policy = RTCIceTransportPolicy.RELAY if relay_only else RTCIceTransportPolicy.ALL
@@ -285,7 +287,7 @@ class Viewer:
     # -- packets.Sink
 
     def put(self, item: packets.Packet) -> None:
-        """Into its edge; pictures from the first keyframe on, sound from then too, nothing of a past epoch."""
+        """Into its edge; pictures from the first keyframe on, sound from its tick on, nothing of a past epoch."""
         picture = item.codec == packets.H264
         if item.epoch < self._epoch:
             self._stale += 1
@@ -293,9 +295,13 @@ class Viewer:
                 self._gap()
         elif self._usable(item, picture):
             self._whole = self._whole or picture
-            self.edges[item.codec].put(item)
+            for piece in (item, *(sound for sound in self._early if picture and sound.made == item.made)):
+                self.edges[piece.codec].put(piece)
+            self._early.clear()
             if not self._barrier.is_set() and all(len(self.edges[codec]) for codec in self.wants):
                 self._barrier.set()
+        elif not picture:
+            self._early.append(item)
 
     def _usable(self, item: packets.Packet, picture: bool) -> bool:
         if picture:
