@@ -91,7 +91,7 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
                     desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
-                    webhooks=Webhooks(settings.outputs.private, metrics.webhook),
+                    webhooks=Webhooks(settings.outputs.private, metrics.webhook, metrics.edge),
                     outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings),
                                     broke=metrics.recording_failed),
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),

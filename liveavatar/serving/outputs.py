@@ -90,9 +90,13 @@ class Outputs:
         """Those of one session, also a while after its end."""
         return list(self._open.get(session_id, {}).values())
 
+    def known(self) -> list[Output]:
+        """Those of all sessions, also a while after their end."""
+        return [output for mine in self._open.values() for output in mine.values()]
+
     def running(self) -> list[Output]:
         """Those of all sessions that are not over."""
-        return [output for mine in self._open.values() for output in mine.values() if not output.task.done()]
+        return [output for output in self.known() if not output.task.done()]
 
     def get(self, session_id: str, output_id: str) -> Output:
         """Raises NotFound."""

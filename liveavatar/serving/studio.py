@@ -21,6 +21,7 @@ from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Capacity
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.testcard import start_test_card
+from liveavatar.serving.traffic import watch_session
 from liveavatar.telemetry import now as monotonic
 
 WARM_BLOCKS = 6  # made before anybody is let in; the first pays for what is compiled and cached
@@ -140,6 +141,7 @@ class Studio:
         session.start(engine_session)
         self.metrics.session_created(session.mode, self.config.engine_kind, self.clock() - began)
         session.on_end(lambda: self.sessions.pop(session.id, None))
+        watch_session(self.metrics, session, lambda: self.engine)
         return session
 
     async def _opened(self, role: Role) -> Session:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from liveavatar.serving.packets import Level
 from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
 from liveavatar.serving.ssrf import check_url, request
 
@@ -69,6 +70,10 @@ class Webhook:
         self._waiting.append(event)
         self._something.set()
 
+    def level(self) -> Level:
+        """Events that wait."""
+        return Level(len(self._waiting), WAITING, self.drops)
+
     def end(self) -> None:
         """run() returns when what waits has been delivered."""
         self._ending = True
@@ -112,11 +117,12 @@ class Webhook:
 class Webhooks:
     """All targets of one server; deliveries end with their session. private: networks that are allowed although not public.
 
-    count(outcome): told of each delivery: delivered, retried, failed, refused.
+    count(outcome): told of each delivery: delivered, retried, failed, refused. edge: watches a queue (Metrics.edge).
     """
 
-    def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None):
-        self._private, self._count = private, count
+    def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None,
+                 edge: Callable[[str, Callable[[], Level]], Callable[[], None]] = lambda name, read: lambda: None):  # fmt: skip
+        self._private, self._count, self._edge = private, count, edge
         self._tasks: set[asyncio.Task] = set()
 
     async def check(self, url: str) -> None:
@@ -139,6 +145,8 @@ class Webhooks:
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        unwatch = self._edge("webhooks", hook.level)
+        task.add_done_callback(lambda task: unwatch())
 
     async def close(self, seconds: float) -> None:
         """Give what waits so many seconds, then forget it."""
