@@ -126,7 +126,6 @@ class Studio:
     async def open(self, role: Role, *, mode: str | None = None) -> LiveSession:
         """A running session. Raises Capacity (full, draining or no chain), InputError (portrait, prompt)."""
         if self.reasons:
-            self.metrics.session_rejected("draining" if self.draining else "capacity")
             raise Capacity("; ".join(self.reasons), kind="draining" if self.draining else "capacity")
         self._reserved += 1
         began = self.clock()

@@ -31,6 +31,12 @@ Lookup = Callable[[str], Source]  # raises NotFound
 Authorise = Callable[[Request, str | None, str], Awaitable[None]]  # (request, session or None, scope); raises Unauthorized, Forbidden
 
 
+class TooMany(RateLimited):
+    """Viewers of one session."""
+
+    kind, what = "quota", "viewers"
+
+
 class PreconditionRequired(Problem):
     """PATCH without If-Match."""
 
@@ -69,7 +75,7 @@ class Viewers:
         """A viewer and our SDP; raises RateLimited beyond the limit, Unprocessable for an offer without our codecs."""
         viewers = self._open.setdefault(session.id, {})
         if len(viewers) >= self._limit:
-            raise RateLimited(f"this session has {self._limit} viewers", kind="quota")
+            raise TooMany(f"this session has {self._limit} viewers")
         viewer = Viewer(session, ice=self.ice(session.id), relay_only=self.ice.network.relay_only, heard=heard, told=self._reports(),
                         gone=lambda viewer: self._forget(session.id, viewer))  # fmt: skip
         viewers[viewer.id] = viewer  # before anything is waited for: the limit counts who is on the way
