@@ -118,9 +118,13 @@ export class Player extends EventTarget {
     this.timers.push(
       setInterval(async () => {
         if (channel.readyState !== "open") return;
-        const {inbound} = await this._stats(),
+        const stats = await this._stats(),
+          {inbound} = stats,
+          {rtt, offset} = await this.figures(stats),
           report = {};
         for (const name of TOLD) if (Number.isFinite(inbound.video?.[name])) report[name] = inbound.video[name];
+        if (rtt !== null) report.roundTripTime = rtt;
+        if (offset !== null) report.soundLate = offset;
         channel.send(JSON.stringify({type: "stats", report}));
       }, REPORT_MS),
     );
@@ -137,11 +141,11 @@ export class Player extends EventTarget {
   }
 
   // Seconds, except fps. offset: sound against picture as they are played, sound late > 0.
-  async figures() {
+  async figures(stats) {
     const {
       inbound: {video = {}, audio = {}},
       pair,
-    } = await this._stats();
+    } = stats ?? (await this._stats());
     const buffered = kind => (kind.jitterBufferEmittedCount ? kind.jitterBufferDelay / kind.jitterBufferEmittedCount : null);
     const both = video.estimatedPlayoutTimestamp && audio.estimatedPlayoutTimestamp;
     return {
