@@ -17,6 +17,7 @@ from liveavatar.runtime.engine import Engine, Session, resolve
 from liveavatar.runtime.placement import cut
 from liveavatar.runtime.scheduler import PipeTime
 from liveavatar.serving.live import LiveSession, Role
+from liveavatar.serving.logs import about
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Capacity
 from liveavatar.serving.settings import ServeConfig
@@ -137,7 +138,8 @@ class Studio:
         session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock, metrics=self.metrics,
                               mark=self._marker(role, *still.shape[:2]))  # fmt: skip
         self.sessions[session.id] = session
-        session.start(engine_session)
+        with about(session=session.id):
+            session.start(engine_session)
         self.metrics.session_created(session.mode, self.config.engine_kind, self.clock() - began)
         session.on_end(lambda: self.sessions.pop(session.id, None))
         watch_session(self.metrics, session, lambda: self.engine)

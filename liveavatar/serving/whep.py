@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from liveavatar.serving.ice import IceServers, links
+from liveavatar.serving.logs import about
 from liveavatar.serving.offers import Offer, read_fragment, read_offer
 from liveavatar.serving.problems import Invalid, NotFound, Problem, RateLimited, TooLarge, Unsupported
 from liveavatar.serving.settings import ServeConfig
@@ -79,7 +80,8 @@ class Viewers:
         viewer = Viewer(session, ice=self.ice(session.id), relay_only=self.ice.network.relay_only, heard=heard, told=self._reports(),
                         gone=lambda viewer: self._forget(session.id, viewer))  # fmt: skip
         viewers[viewer.id] = viewer  # before anything is waited for: the limit counts who is on the way
-        return viewer, await viewer.answer(offer)
+        with about(session=session.id):  # lines of aiortc and aioice, too
+            return viewer, await viewer.answer(offer)
 
     def _forget(self, session_id: str, viewer: Viewer) -> None:
         viewers = self._open.get(session_id, {})
