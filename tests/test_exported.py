@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import datetime
 import json
+import logging
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -17,9 +19,11 @@ from test_monitor import kept
 from viewer_kit import Peer
 
 from liveavatar.config import Config, RuntimeConfig
+from liveavatar.core import ConfigError
 from liveavatar.models.probe import Probe, ProbeSizes, save_probe
 from liveavatar.serving import server
 from liveavatar.serving.metrics import TABLE
+from liveavatar.serving.problems import RateLimited
 from liveavatar.serving.settings import AccessConfig, ListenConfig, MonitoringConfig, ServeConfig, StorageConfig
 from liveavatar.serving.signing import local_chain
 
@@ -78,14 +82,14 @@ async def on_air(http: httpx.AsyncClient, at) -> tuple:
 
 async def talk(live, peer: Peer) -> None:
     """A viewer reports; speech begins and is interrupted."""
-    await until(lambda: peer.channel.readyState == "open")
+    await until(lambda: peer.channel.readyState == "open", 30)
     peer.channel.send(json.dumps({"type": "stats", "report": {
         "framesDecoded": 10, "jitterBufferDelay": 1.0, "jitterBufferEmittedCount": 10, "freezeCount": 1, "pliCount": 1, "packetsLost": 1,
         "roundTripTime": 0.01, "soundLate": 0.02}}))  # fmt: skip
     await live.push_audio(tone(2.0), 16_000)
-    await until(lambda: live.state == "speaking")
+    await until(lambda: live.state == "speaking", 30)
     await live.interrupt()
-    await until(lambda: live._cut is None)
+    await until(lambda: live._cut is None, 30)
 
 
 async def misuse(http: httpx.AsyncClient, live) -> None:
@@ -108,10 +112,10 @@ def test_every_row_of_the_table_is_fed(tmp_path):
                 await asyncio.sleep(0.1)
             live._reopen = kept(gate := asyncio.Event(), live._reopen)
             at.desk.studio.engine.chain.fail()
-            await until(lambda: 'filler_active{output="webrtc",reason="restart"}' in values(at.metrics))
+            await until(lambda: live.broadcast.filler == "restart", 30)
             during |= values(at.metrics)
             gate.set()
-            await until(lambda: live.broadcast.filler is None, 20)
+            await until(lambda: live.broadcast.filler is None, 30)
             await peer.close()
             await http.delete(f"/v1/sessions/{live.id}")
             return during, values(at.metrics)
@@ -128,3 +132,26 @@ def test_every_row_of_the_table_is_fed(tmp_path):
     assert during["consent_expiry_timestamp_seconds"] == 4e9 and during['certificate_expiry_timestamp_seconds{certificate="tls"}'] > 1.7e9
     assert abs(after['stale_epoch_drops_total{edge="playout"}']) > 0 and after['sessions_rejected_total{reason="quota"}'] == 1
     assert sum(value for name, value in after.items() if name.startswith("sessions_ended_total")) == 1
+
+
+def test_settings_that_are_read_again(tmp_path):
+    """SIGHUP (17.4): limits per key and the log's level from now on; what cannot be read changes nothing."""
+    stricter = replace(whole(tmp_path), access=AccessConfig(offers_per_minute=1), monitoring=MonitoringConfig(log_level="error"))
+    levels = {name: logging.getLogger(name).level for name in (None, "liveavatar", "uvicorn")}
+    at = server.assemble(whole(tmp_path))[0].state.services
+    try:
+        server.reload(at, lambda: stricter)
+        assert logging.getLogger("liveavatar").level == logging.ERROR
+        at.quotas.count("offers", "k")
+        with pytest.raises(RateLimited):
+            at.quotas.count("offers", "k")
+
+        def broken() -> ServeConfig:
+            raise ConfigError("serve.yaml: unknown key")
+
+        server.reload(at, broken)
+        assert logging.getLogger("liveavatar").level == logging.ERROR
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        asyncio.run(at.close())
