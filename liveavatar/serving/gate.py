@@ -66,7 +66,8 @@ def count(metrics: Metrics, problem: Problem, path: str) -> None:
     elif problem.kind == "ssrf":
         metrics.ssrf_blocked(getattr(problem, "reason", "address"))
     elif UPLOADS.fullmatch(path) and problem.status in REJECTED:
-        metrics.upload_rejected("consent" if problem.kind.startswith("consent") else "pixels" if problem.kind == "pixels" else REJECTED[problem.status])
+        kind = problem.kind.split("_")[0]  # consent_required, consent_media ...
+        metrics.upload_rejected(kind if kind in ("consent", "pixels") else REJECTED[problem.status])
 
 
 class Gate:

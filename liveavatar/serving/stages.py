@@ -176,6 +176,6 @@ class Stages:
             return min(1.0, sum(seconds for _, seconds in self._recent(rank.work)) / WINDOW)
 
         here = Counter(journey.rank for (session, _), journey in self._journeys.items() if journey.ready is None and session in self._heard)
-        return [{"rank": n, "roles": list(self._seats[n].roles) if n < len(self._seats) else [], "busy": share(rank), "rss": rank.rss, "gpu": rank.gpu,
-                 "blocks": here[n]}
+        return [{"rank": n, "roles": list(self._seats[n].roles) if n < len(self._seats) else [], "busy": share(rank), "rss": rank.rss,
+                 "gpu": rank.gpu, "blocks": here[n]}
                 for n, rank in sorted(self.ranks.items())]  # fmt: skip

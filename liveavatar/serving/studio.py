@@ -136,7 +136,7 @@ class Studio:
         finally:
             self._reserved -= 1
         session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock, metrics=self.metrics,
-                              mark=self._marker(role, *still.shape[:2]))  # fmt: skip
+                              mark=self._marker(role, *still.shape[:2]), remark=lambda role: self._marker(role, *still.shape[:2]))  # fmt: skip
         self.sessions[session.id] = session
         with about(session=session.id):
             session.start(engine_session)
