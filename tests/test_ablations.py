@@ -113,5 +113,7 @@ def test_refusals_name_the_key():
         students.StudentsConfig(starts=("ode", "ode"))
     with pytest.raises(ConfigError, match="students.starts"):
         students.StudentsConfig(starts=("teacher",))
+    with pytest.raises(ConfigError, match="choose: people"):
+        choose.ChooseConfig(people=())
     with pytest.raises(ConfigError, match="blocks"):
         dataclasses.replace(ablations.AblationConfig(), blocks=3)

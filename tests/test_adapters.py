@@ -4,6 +4,7 @@ whole chain in miniature: forcing -> dmd -> export -> serving."""
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,6 +290,16 @@ def test_texts_that_were_not_encoded_are_named(miniature):
 
     with pytest.raises(InputError, match="a new face.*latents stage"):
         StoredConditions(miniature[0].run).encode("a new face")
+
+
+def test_a_text_is_encoded_once(tmp_path, monkeypatch):
+    """Captions come as a stream; a stage that goes on must not load umT5 for those it has."""
+    from liveavatar.training import stored
+
+    encoder = SimpleNamespace(encode=lambda caption: torch.full((1, 4), float(len(caption))))
+    monkeypatch.setattr(stored, "load_text_encoder", lambda base, dtype: encoder)
+    front_end = SimpleNamespace(features_of=lambda pcm, count: torch.zeros(1, 2, count))
+    assert [stored.store_conditions("base", tmp_path, (c for c in ("a face", "a face", "another")), front_end) for _ in range(2)] == [3, 0]
 
 
 def test_the_14b_recipe_is_valid():

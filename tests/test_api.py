@@ -56,6 +56,17 @@ OPERATIONS = {
     "POST /v1/sessions/{session_id}/whep": (("view",), {"content": "v=0", "headers": {"content-type": "application/sdp"}}),
     "PATCH /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
     "DELETE /v1/sessions/{session_id}/whep/{viewer_id}": (("view",), {}),
+    "POST /v1/channels !": (STEER, {"json": {"name": "day"}}),
+    "GET /v1/channels !": (LOOK, {}),
+    "GET /v1/channels/{channel} !": (LOOK, {}),
+    "PATCH /v1/channels/{channel} !": (STEER, {"json": {}}),
+    "DELETE /v1/channels/{channel} !": (STEER, {}),
+    "POST /v1/channels/{channel}:start !": (STEER, {}),
+    "POST /v1/channels/{channel}:stop !": (STEER, {}),
+    "POST /v1/channels/{channel}:switch !": (STEER, {"json": {}}),
+    "POST /v1/channels/{channel}/sounds !": (STEER, {"content": bytes(320), "headers": PCM}),
+    "DELETE /v1/channels/{channel}/sounds/{sound_id} !": (STEER, {}),
+    "GET /v1/channels/{channel}/outputs/{output}/hls/{name} !": (("view",), {}),
     "GET /v1/chain !": (RUN, {}),
     "GET /v1/audit !": (RUN, {}),
     "POST /v1/sessions/{session_id}/preview": (STEER, {}),
@@ -86,7 +97,8 @@ async def things(server, key: str) -> dict[str, str]:
     """One of everything that has an id, of the tenant with this key."""
     made = await server.http.post("/v1/consents", files={"media": portrait()}, data=STATEMENT, headers=bearer(key))
     avatar = await server.http.post("/v1/avatars", files={"portrait": portrait()}, data={"consent_id": made.json()["id"]}, headers=bearer(key))
-    return {"session_id": await server.opened(key), "avatar_id": avatar.json()["id"], "consent_id": made.json()["id"], "prefix": key[3:15],
+    await server.http.post("/v1/channels", json={"name": "night"}, headers=bearer(key))
+    return {"session_id": await server.opened(key), "channel": "night", "sound_id": "0" * 32, "output": "web", "avatar_id": avatar.json()["id"], "consent_id": made.json()["id"], "prefix": key[3:15],
             "output_id": "0" * 16, "viewer_id": "0" * 16, "name": "index.m3u8", "recording_id": recorded(server, "acme")}
 
 

@@ -190,6 +190,7 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await page.set_input_files("#panel_provenance input", next(folder.rglob("*.mp4")))
     await page.wait_for_selector("#panel_provenance [role=status] >> text=/watermark/")
 
+    await channel_on_air(page, server)
     await add_a_face(page)
     await page.click("#tab_sessions")
     await page.wait_for_selector("#panel_sessions td >> text=/speaking|idle/")
@@ -201,6 +202,22 @@ async def visit_tabs(page, server, folder: Path) -> None:
     await page.click("#tab_server")
     await page.wait_for_selector("#panel_server code >> text=/whep$/")
     await shot(page, "server")
+
+
+async def channel_on_air(page, server) -> None:
+    """Started, switched to another face and stopped with buttons that ask once more."""
+    await server.http.post("/v1/channels", json={"name": "night"})
+    await page.click("#tab_channels")
+    await page.click("#panel_channels button")
+    await page.wait_for_selector("#panel_channels .pill >> text=On air")
+    await page.select_option("#panel_channels select", "trained_9")
+    for words in ("Switch", "Sure?"):
+        await page.click(f"#panel_channels button >> text={words}")
+    await page.wait_for_selector("#panel_channels dd >> text=trained 9")
+    await shot(page, "channels")
+    for words in ("Stop", "Sure?"):
+        await page.click(f"#panel_channels button >> text={words}")
+    await page.wait_for_selector("#panel_channels .pill >> text=Off air")
 
 
 async def add_a_face(page) -> None:
@@ -237,7 +254,7 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(tmp_path):
                 await moving(page)
                 assert await page.is_disabled("#mic") and await page.is_disabled("#interrupt") and await page.is_disabled("#text")
                 assert await page.query_selector("#tab_chain") is None, "the chain is the operator's"
-                for tab in ("health", "sessions", "outputs", "provenance", "server", "log"):
+                for tab in ("health", "sessions", "outputs", "channels", "provenance", "server", "log"):
                     await page.tap(f"#tab_{tab}")
                     assert await page.evaluate("document.documentElement.scrollWidth <= 390"), tab
                 await shot(page, "phone_dark")

@@ -197,11 +197,11 @@ def test_a_student_of_the_wrong_distribution_reaches_the_mixture():
 
 def test_trajectories_pass_through_the_student_levels():
     target, noise = Mixture((0.5, -1.0, 0.3), (0.5, 1.0, 0.3)), torch.randn(2, 1, 6, 1, 1)
-    states = ode.integrate(target, TABLE, levels.teacher_grid(TABLE, 6, 5.0), noise, 2)
+    states = ode.integrate(target, levels.teacher_grid(TABLE, 6, 5.0), 6, noise, 2)
     assert states.shape == (2, 5, 1, 6, 1, 1) and torch.equal(states[:, 0], noise)
     for k, sigma in enumerate(TABLE[1:4], start=1):  # going on from a stored state ends where the whole way ended
         rest = levels.teacher_grid(TABLE[k:], 6, 5.0)
-        assert rest[0] == sigma and torch.allclose(ode.integrate(target, TABLE[k:], rest, states[:, k], 2)[:, -1], states[:, -1], atol=1e-5)
+        assert rest[0] == sigma and torch.allclose(ode.integrate(target, rest, 6, states[:, k], 2)[:, -1], states[:, -1], atol=1e-5)
 
 
 def test_ode_loss_counts_noised_blocks_only():
@@ -373,6 +373,7 @@ def test_students_of_other_starts_are_trained_apart(micro, tmp_path):
     again, short = every_turn(micro), StudentsConfig(iterations=2)
     made = [train_students(short, again.dmd, again.forcing, again.export.sigmas, tmp_path, again.seed, again.texts(), 0) for _ in range(2)]
     assert made[0] == made[1] == {start: tmp_path / "ablations" / start for start in ("forcing", "ode")}
+    assert (tmp_path / "ablations/ode/ode.pt").readlink() == tmp_path / "ode.pt", "the link that moves, not an old checkpoint that is deleted"
     ends = [load_checkpoint(folder / "dmd.pt") for folder in made[0].values()]
     assert [int(end["iteration"]) for end in ends] == [2, 2] and not same(ends[0]["model"], ends[1]["model"])
     assert all(len(rows(folder, "dmd")) == 2 for folder in made[0].values())

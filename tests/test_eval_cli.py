@@ -62,9 +62,10 @@ def test_evaluations_are_checked_before_anything_is_made(tmp_path):
 
 
 def test_shipped_evaluations_load():
-    for name in ("eval_tiny", "eval_long"):
-        order = jobs.read_evaluation(f"configs/{name}.yaml")
-        assert order.drift is not None and not order.given().given
+    for name in ("tiny", "short", "long"):
+        order = jobs.read_evaluation(f"configs/eval_{name}.yaml")
+        assert (order.drift is None) == (name == "short") and not order.given().given
+        assert order.suite is None or order.suite.build == name
 
 
 def test_gates_on_the_command_line():
@@ -227,6 +228,37 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
     assert made == ["i0.mp4", "i1.mp4"]
     system = read_report(tmp_path / "out/report.json").system
     assert "transformer.safetensors" in system.weights and system.name == "liveavatar"
+    (tmp_path / "other.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(Ours, "weights", staticmethod(lambda config: {"transformer.safetensors": tmp_path / "other.safetensors"}))
+    assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
+    assert made == ["i0.mp4", "i1.mp4"] * 2, "other weights' videos are not passed off as these"
+
+
+def test_a_video_that_was_broken_off_is_made_again(tmp_path, small_suite, monkeypatch):
+    """What is half written plays, as a shorter video would."""
+    from liveavatar.__main__ import Ours
+
+    made = []
+
+    def generate(config, portrait, audio, out, prompt, seed, trace):
+        made.append(out.name)
+        shutil.copy(small_suite.folder / out.name.replace(".mp4", ".gt.mp4"), out)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ours, "generate", staticmethod(generate))
+    path = order(tmp_path, small_suite)
+    run("evaluate", "suite", path, "suite.videos=null")
+    assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
+    assert made == ["i0.mp4", "i1.mp4", "i1.mp4"]
+
+
+def test_another_suite_than_the_one_asked_for_and_people_without_consent_are_refused(tmp_path, small_suite):
+    people = small_suite.folder / "suite.json"
+    people.write_text(people.read_text().replace('"synthetic": true', '"synthetic": false'))
+    assert "i0 shows a person: say licence and consent" in error_of("evaluate", order(tmp_path, small_suite))
+    people.write_text(people.read_text().replace('"synthetic": false', '"synthetic": true'))
+    assert "holds suite_small 1, not suite_short 1, seed 2" in error_of("evaluate", order(tmp_path, small_suite), "suite.build=short", "suite.seed=2")
 
 
 def test_one_video_of_any_system(tmp_path):

@@ -106,6 +106,7 @@ def test_one_file_gets_every_measure(judged):
     assert judged["lmd"].value < 0.01 and judged["psnr_full"].value > 35
     assert judged["response_gap_slope"].value == pytest.approx(1, abs=0.15)
     assert judged["face_share"].value == 1
+    assert 50 < judged["face_x"].value < 78 and 40 < judged["face_y"].value < 90 and 20 < judged["face_iod"].value < 50, "pixels of 128"
 
 
 def test_what_needs_weights_says_so(judged):

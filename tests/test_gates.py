@@ -12,6 +12,7 @@ from drawn_clips import drawn_clip, write_corpus
 from typer.testing import CliRunner
 
 from liveavatar.__main__ import app
+from liveavatar.conditioning.phones import WIDE_OPEN
 from liveavatar.config import load
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.evaluation import gate_measures as gm
@@ -55,7 +56,7 @@ def test_closure_counts_shut_lips_around_the_phone():
     gap[6] = 0.0  # 40 ms after the middle of m
     shut, share = gm.closure([gap], [clip])
     assert shut.tolist() == [True, False] and share == 0.5
-    assert gm.closure([gap], [clip], gm.OPEN_PHONES)[1] == 0
+    assert gm.closure([gap], [clip], WIDE_OPEN)[1] == 0
     assert np.isnan(gm.closure([gap], [clip], ("zh",))[1])
 
 

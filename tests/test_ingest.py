@@ -216,6 +216,12 @@ def test_refusals(tmp_path):
         recipe.run("data", MICRO, [f"videos.folder={tmp_path}", "videos.licence=CC0", "videos.consent=all", f"data.folder={tmp_path}"])
 
 
+def test_one_rank_reads_the_videos_for_all(tmp_path, monkeypatch):
+    """Two would give the same numbers to their clips."""
+    monkeypatch.setattr(recipe, "rank_and_world", lambda: (1, 2))
+    recipe.run("data", MICRO, [f"videos.folder={tmp_path}", "videos.licence=CC0", "videos.consent=all", f"data.folder={tmp_path}"])
+
+
 # ---------------------------------------------------------------- shards
 
 

@@ -1,6 +1,7 @@
 """Captions in other words say what they should, and the text code learns to say it too."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,21 @@ def test_the_code_is_learned_kept_and_resumed(tmp_path):
     ids, mask = textcode.tokens(["red shirt", "a much longer caption than that"])
     padded = reader.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0, :10]
     assert torch.allclose(padded, rows[0], atol=1e-5), "padding in training changes nothing"
+
+
+def test_it_is_trained_wherever_the_weights_lie():
+    """Captions come from the CPU; meta stands for a GPU."""
+    class Encoder(torch.nn.Module):  # transformers asks what is in a mask, which meta does not know
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 32, device=input_ids.device))
+
+    reader = textcode.Reader(config(1), 32, 0)
+    reader.encoder = Encoder()
+    reader.to("meta")
+    logits, colours = reader(*textcode.tokens(["red shirt", "a man"]))
+    batch = textcode.said(np.random.default_rng(0), 2).to(torch.device("meta"))
+    tensors = [colours, batch.colours, batch.told, *logits.values(), *batch.values.values()]
+    assert {t.device.type for t in tensors} == {"meta"} and colours.shape == batch.colours.shape
 
 
 def test_refusals(tmp_path):

@@ -134,6 +134,26 @@ def test_a_student_can_learn_words_and_keep_the_rest(micro, tmp_path):
     assert all(name.startswith("text_embedding.") or ".cross_attn." in name for name in moved)
 
 
+def test_the_face_is_learned_from_the_avatar_that_is_kept(micro):
+    """As sure as clips teach the backdrop, their mouths are a mean: one that agrees with what is kept has no error but in the lowest row."""
+    r = micro[0]
+    model = casting.cast_of(r.forcing, r.run, r.seed).averaged("forcing", "student")[0]
+    batch = forcing.EncodedReader(r.run, r.forcing, r.texts(), 0).batch(draws_of(0, "keep", 0), 2)
+    silent, sigma = torch.zeros(1, model.config.text_dim), torch.full((2, batch.latents.shape[2] // 3), 0.8)
+    weight = torch.full_like(batch.weight, 2.0)
+    weight[..., -1, :] = 0
+    batch = dataclasses.replace(batch, context=[silent] * 2, weight=weight)
+
+    def loss(weight, kept):
+        return float(forcing.clip_loss(model, r.forcing, dataclasses.replace(batch, weight=weight), draws_of(0, "keep", 1), sigma, kept=kept)[0].detach())
+
+    kept = forcing.Kept(model, silent)
+    assert loss(weight, kept) < 1e-12 < 1e-3 < loss(weight, None)
+    shirt = torch.zeros_like(weight)
+    shirt[..., -1, :] = 5.0
+    assert loss(shirt, kept) == loss(shirt, None)
+
+
 def test_a_piece_of_a_clip_keeps_its_own_sound_and_portrait(micro):
     r = micro[0]
     made = forcing.read_encoded(shards.clip_paths(Path(r.run) / "latents", "train")[0])
@@ -165,6 +185,8 @@ def test_the_exported_folder_loads_and_speaks(micro):
     assert "out/transformer.safetensors" in media and "Computer-generated" in media
     settings = json.loads((Path(r.export.folder) / "liveavatar.json").read_text())
     assert settings["geometry"]["height"] == 64 and settings["sampler"]["sigmas"][-1] == 0
+    kept = forcing.Kept.load(r.export.folder)
+    assert torch.equal(kept.silent_prompt, text.encode("").float()) and not any(p.requires_grad for p in kept.model.parameters())
 
 
 def test_the_teacher_learns_and_makes_a_whole_scene(micro):

@@ -43,6 +43,11 @@ class Clip:
     def caption(self) -> str:
         return self.card["caption"]
 
+    @property
+    def sound(self) -> np.ndarray:
+        """pcm as float32 [n] in -1..1."""
+        return self.pcm.astype(np.float32) / 32768.0
+
     def cut(self, pictures: int) -> Clip:
         """The first so many pictures and their labels; sound and card stay whole."""
         timed = ("frames", "mouth", "eyes", "aperture", "width", "lid", "units", "pose")

@@ -18,6 +18,7 @@ PHONES = frozenset(
     "aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p pau r s sh t th uh "
     "uw v w y z zh".split()
 )
+LIPS_MEET, WIDE_OPEN = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
 VOWELS = frozenset("aa ae ah ao aw ax ay eh er ey ih iy ow oy uh uw".split())
 PAUSE = "pau"
 RECOGNISER = {"lw": 2.0, "beam": 1e-20, "pbeam": 1e-20}  # of phones without words: of three settings tried the best on six utterances

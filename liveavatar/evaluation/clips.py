@@ -1,13 +1,13 @@
-"""A judged file: its pictures with their own times, its sound on the same clock, in flat memory.
+"""A judged file: its pictures with their own times, its sound on the same clock, in flat memory; and sound to make one from.
 
 Time is what the file says (pts), never index over rate. Nothing is scaled or encoded again on the way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator
+import wave
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from liveavatar.core import SAMPLE_RATE, InputError
+from liveavatar.evaluation.provenance import sha256
 
 MAX_GAP_SECONDS = 0.02  # between the end of one piece of sound and the time stamp of the next; more is silence in the file
 
@@ -40,8 +41,7 @@ class VideoFile:
 
     @cached_property
     def sha256(self) -> str:
-        with open(self.path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(self.path)
 
     @property
     def card(self) -> dict:
@@ -137,3 +137,11 @@ def _laid_out(pieces: Iterator[tuple[float, np.ndarray]], start: float, end: flo
         kept.append(piece)
         length += len(piece)
     return np.concatenate(kept) if kept else np.zeros(0, np.float32)
+
+
+def write_sound(path: Path, pieces: Iterable[np.ndarray]) -> None:
+    """A wav, 16 kHz mono 16 bit, of pieces float32 [n] in order."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
+        for piece in pieces:
+            file.writeframes(np.round(np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from liveavatar.conditioning.face import FaceTracker
 from liveavatar.conditioning.visemes import expected_mouth
 from liveavatar.evaluation import plots, sync
 from liveavatar.evaluation.clips import VideoFile
@@ -20,29 +19,36 @@ MOST = 6
 
 def draw(suite: Suite, videos: Path, items: Sequence[Item], folder: Path) -> tuple[str, ...]:
     """Lag curves and a contact sheet of the worst items, the mouth and the response of the very worst; returns plots/NAME.svg of each."""
+    return tuple(f"plots/{name}.svg" for name in _drawn(suite, videos, items, folder))
+
+
+def _drawn(suite: Suite, videos: Path, items: Sequence[Item], folder: Path) -> Iterator[str]:
+    """Names of the plots, as they are drawn."""
     ranked = sorted((item for item in items if item.picture), key=_headline)[:MOST]
     if not ranked:
-        return ()
+        return
     known = {item.id: item for item in suite.manifest.items}
     clips = {item.id: VideoFile(videos / f"{item.id}.mp4") for item in ranked}
-    tracks = {name: _track(clip) for name, clip in clips.items()}
+    tracks = {name: Track.through(clip) for name, clip in clips.items()}
     synthetic = suite.manifest.synthetic
     said_in = {name: sync.heard(clip.sound(), known[name].text)[0] for name, clip in clips.items()}
     plots.lag_curves(folder / "lag.svg", {name: sync.lag_curve(track, said_in[name]) for name, track in tracks.items()}, synthetic)
     plots.contacts(folder / "worst.svg", {_caption(item): _middle(clips[item.id]) for item in ranked}, "Worst items by sync_index", synthetic)
+    yield from ("lag", "worst")
     worst = ranked[0].id
     track, said = tracks[worst], said_in[worst]
     if not track.seen.any():
-        return tuple(f"plots/{name}.svg" for name in ("lag", "worst"))
+        return
     wanted = dict(zip(("gap", "width"), expected_mouth(said, track.times), strict=True))
     plots.mouth(folder / "mouth.svg", track.times, {"gap": track.gap, "width": track.width}, wanted, synthetic)
+    yield "mouth"
     motion = suite.path(known[worst], "gt_motion")
     if motion is None:
-        return tuple(f"plots/{name}.svg" for name in ("lag", "worst", "mouth"))
+        return
     truth = read_truth(motion)
     asked = {name: truth.at(name, track.times) for name in CHANNELS if name in truth.channels}
     plots.response(folder / "response.svg", asked, {name: track.channel(name) for name in asked}, synthetic)
-    return tuple(f"plots/{name}.svg" for name in ("lag", "worst", "mouth", "response"))
+    yield "response"
 
 
 def _headline(item: Item) -> float:
@@ -52,12 +58,6 @@ def _headline(item: Item) -> float:
 def _caption(item: Item) -> str:
     value = _headline(item)
     return f"{item.id}: {value:.2f}" if math.isfinite(value) else f"{item.id}: not measured"
-
-
-def _track(clip: VideoFile) -> Track:
-    tracker = FaceTracker()
-    seen = [(at, tracker.follow(picture)) for at, picture in clip.frames()]
-    return Track.of([at for at, _ in seen], [faces for _, faces in seen])
 
 
 def _middle(clip: VideoFile):

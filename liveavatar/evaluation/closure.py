@@ -7,12 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from liveavatar.conditioning.phones import Utterance
+from liveavatar.conditioning.phones import LIPS_MEET, WIDE_OPEN, Utterance
 from liveavatar.evaluation.landmarks import Track
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
 BACKEND = "pocketsphinx phones; tracked gap"
-CLOSED_PHONES, OPEN_PHONES = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
 WINDOW = 0.06  # seconds to either side of a phone's middle
 OPENED = 0.023  # IOD above rest from which lips count as apart: .03 on a mesh that reads .007 on closed lips
 REST_QUANTILE, MAX_REST = 5, 0.035  # of the video's own gap, per cent; no higher, or a mouth that never closes would be its own rest
@@ -32,8 +31,8 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
     if not track.seen.any():
         return _absent("no face")
     limit = min(float(np.nanpercentile(track.gap, REST_QUANTILE)), MAX_REST) + OPENED
-    shut, lags = _events(track, utterance, CLOSED_PHONES, limit)
-    falsely, _ = _events(track, utterance, OPEN_PHONES, limit)
+    shut, lags = _events(track, utterance, LIPS_MEET, limit)
+    falsely, _ = _events(track, utterance, WIDE_OPEN, limit)
     if len(shut) < MIN_EVENTS or len(falsely) < MIN_EVENTS:
         return _absent(f"too few phones: {len(shut)} of p b m, {len(falsely)} open vowels, {MIN_EVENTS} of each needed")
     found = {  # value, interval, n

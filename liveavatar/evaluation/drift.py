@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import wave
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 
 from liveavatar.config import build
 from liveavatar.core import SAMPLE_RATE, ConfigError, InputError
-from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.clips import VideoFile, write_sound
+from liveavatar.evaluation.provenance import sha256
 from liveavatar.evaluation.report import Gate, Measure, absent, bootstrap
 from liveavatar.evaluation.trend import FEWEST_POINTS, theil_sen
 
@@ -109,16 +109,11 @@ def _filler(parts: Sequence[np.ndarray], rng: np.random.Generator) -> Iterator[n
 
 def write_plan(folder: Path, seconds: float, seed: int, probe: np.ndarray, filler: np.ndarray, *, window: float = WINDOW, text: str = "") -> Plan:
     """audio.wav (16 kHz, 16 bit, mono) and plan.json in `folder`. filler float32 [n]: speech to take phrases from. Raises InputError, ConfigError."""
-    from liveavatar.evaluation.provenance import sha256
-
     starts, parts = window_starts(seconds, window), phrases(filler)
     if len(parts) < 2:
         raise InputError("the speech between probes must have at least two phrases with a pause between them")
     folder.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(folder / "audio.wav"), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
-        for piece in sound(starts, seconds, window, seed, probe, parts):
-            file.writeframes(np.round(np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes())
+    write_sound(folder / "audio.wav", sound(starts, seconds, window, seed, probe, parts))
     plan = Plan(seconds=seconds, window=window, seed=seed, starts=starts, sha256=sha256(folder / "audio.wav"), text=text)
     (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n", encoding="utf-8")
     return plan

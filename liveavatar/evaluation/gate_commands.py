@@ -58,14 +58,13 @@ def prompts(
 ) -> None:
     """Ask people for other clothes and backdrops: how often the colour named is shown, and a picture to look at."""
     from liveavatar import config as settings
-    from liveavatar.evaluation import gates as judge
     from liveavatar.evaluation import prompts as asked
     from liveavatar.evaluation.gate_runs import Avatar, grouped_clips
 
     config = settings.load(None, overrides or ())
     parts, ceiling = asked.wardrobe(data)
     avatar, people, rows = Avatar(config), asked.people_of(grouped_clips(data)), prompt or list(PICTURED)
-    answers = asked.answers_of(avatar, parts, people, judge.PROMPTS, config.seed)
+    answers = asked.answers_of(avatar, parts, people, asked.PER_PERSON, config.seed)
     for measure in asked.measures_of([answer for row in answers for answer in row], ceiling):
         typer.echo(f"{measure.name}: {measure} (n {measure.n}; {measure.reason})")
     asked.labelled(asked.table(avatar, people, rows, config.seed), ["portrait", *rows]).save(picture, quality=90)

@@ -6,17 +6,18 @@ different mouths make no correlation. A list argument has one array per clip.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from liveavatar.conditioning.clipfiles import Clip
+from liveavatar.conditioning.phones import LIPS_MEET
 from liveavatar.core import FPS
+from liveavatar.evaluation.quality import psnr
 
 LAGS = range(-10, 11)  # pictures: +-400 ms
 CLOSED = 0.03  # lips' gap in eye distances below which a mouth is shut (evaluation.md 2.4)
 CLOSURE_SECONDS = 0.06  # around the middle of a phone
-SHUT_PHONES, OPEN_PHONES = ("p", "b", "m"), ("aa", "ae", "ao", "aw", "ay")
 BLINK = 0.55  # of the usual opening: an eye below it is in a blink
 BLINK_GAP = 3  # pictures between two blinks; below it they are one
 STILL = 0.5  # grey levels: a pixel of the truth that varies less is background
@@ -97,7 +98,7 @@ def sanity(told: Arrays, truth: Arrays) -> dict[str, float]:
 # ---------------------------------------------------------------- closures
 
 
-def phone_gaps(gaps: Arrays, clips: Sequence[Clip], phones: Sequence[str]) -> np.ndarray:
+def phone_gaps(gaps: Arrays, clips: Sequence[Clip], phones: Collection[str]) -> np.ndarray:
     """Smallest gap within CLOSURE_SECONDS of the middle of every such phone, float [n]; one without a picture there is left out."""
     found = []
     for gap, clip in zip(gaps, clips, strict=True):
@@ -110,7 +111,7 @@ def phone_gaps(gaps: Arrays, clips: Sequence[Clip], phones: Sequence[str]) -> np
     return np.array(found)
 
 
-def closure(gaps: Arrays, clips: Sequence[Clip], phones: Sequence[str] = SHUT_PHONES) -> tuple[np.ndarray, float]:
+def closure(gaps: Arrays, clips: Sequence[Clip], phones: Collection[str] = LIPS_MEET) -> tuple[np.ndarray, float]:
     """(bool [n] shut at each such phone, share of them; not-a-number without any)."""
     shut = phone_gaps(gaps, clips, phones) < CLOSED
     return shut, float(shut.mean()) if len(shut) else float("nan")
@@ -142,12 +143,6 @@ def windows(series: np.ndarray, length: int) -> list[np.ndarray]:
 
 
 # ---------------------------------------------------------------- pictures
-
-
-def psnr(made: np.ndarray, truth: np.ndarray) -> float:
-    """dB between uint8 pictures of one shape."""
-    error = np.square(made.astype(np.float64) - truth).mean()
-    return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
 
 
 def box_psnr(made: np.ndarray, truth: np.ndarray, boxes: np.ndarray) -> float:

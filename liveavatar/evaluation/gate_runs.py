@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
 from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
-from liveavatar.core import FPS, SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
+from liveavatar.core import SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
 from liveavatar.diffusion.rollout import cached_rollout
 from liveavatar.models.probe import Probe, Seen, identity_error
 from liveavatar.models.vae import StreamingVAE
@@ -28,13 +29,7 @@ from liveavatar.runtime.sources import open_source
 from liveavatar.runtime.stage_roles import build_stage
 
 SESSION = "gates"  # part of the noise's seed
-SAMPLES_PER_PICTURE = SAMPLE_RATE // FPS
 GROUPS = ("held", "default", "readings")  # unseen people; the avatar that ships; the same with people's recorded voices
-
-
-def float_pcm(clip: Clip) -> np.ndarray:
-    """float32 [n] of a clip's int16 sound."""
-    return clip.pcm.astype(np.float32) / 32768.0
 
 
 # ---------------------------------------------------------------- making
@@ -148,7 +143,7 @@ def take_clip(avatar: Avatar, probe: Probe, group: str, clip: Clip, seed: int) -
         raise InputError(f"a clip of {len(clip.frames)} pictures is shorter than a block of {avatar.geometry.frames_per_block}")
     if clip.frames.shape[1:3] != (avatar.geometry.height, avatar.geometry.width):
         raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {avatar.geometry.height}: render the held-out clips in its size")
-    made_latents, made = avatar.make(clip.reference, float_pcm(clip), clip.caption, blocks, seed)
+    made_latents, made = avatar.make(clip.reference, clip.sound, clip.caption, blocks, seed)
     latents, coded = round_trip(avatar.vae, clip.frames)
     count = len(made)
     return Take(group, clip.cut(count), coded[:count], made, latents[:, 1:], made_latents, probe.look(clip.frames[:count]),
@@ -225,12 +220,12 @@ class Watch:
 def looped(clips: list[Clip], pictures: int, per_block: int) -> tuple[int, Iterator[np.ndarray]]:
     """(period in pictures, chunks of pcm for so many pictures): the clips' sound again and again, so that windows one
     period apart say the same words; a period is a whole number of blocks."""
-    sound = [float_pcm(clip)[: len(clip.frames) * SAMPLES_PER_PICTURE] for clip in clips]
+    sound = [clip.sound[: len(clip.frames) * SAMPLES_PER_FRAME] for clip in clips]
     period = sum(len(clip.frames) for clip in clips) // per_block * per_block
-    once = np.concatenate(sound)[: period * SAMPLES_PER_PICTURE]
+    once = np.concatenate(sound)[: period * SAMPLES_PER_FRAME]
 
     def chunks() -> Iterator[np.ndarray]:
-        left = pictures * SAMPLES_PER_PICTURE
+        left = pictures * SAMPLES_PER_FRAME
         while left > 0:
             for start in range(0, min(left, len(once)), SAMPLE_RATE):
                 yield once[start : min(start + SAMPLE_RATE, left)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,16 +22,18 @@ import torch
 
 from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
 from liveavatar.conditioning.face import FaceTracker
+from liveavatar.conditioning.phones import LIPS_MEET, WIDE_OPEN
 from liveavatar.config import Config
 from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import prompts, provenance
-from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, float_pcm, grouped_clips, looped, round_trip, stream, take_clip
+from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, grouped_clips, looped, stream, take_clip
 from liveavatar.evaluation.likeness import Likeness, embedding
+from liveavatar.evaluation.quality import psnr
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
 from liveavatar.evaluation.trend import theil_sen
 from liveavatar.models.folders import DEFAULT_FOLDER, open_folder
-from liveavatar.models.probe import WEIGHTS, Probe, Seen, frechet, identity_error, load_probe
+from liveavatar.models.probe import WEIGHTS, Seen, frechet, identity_error, load_probe
 
 # training.md 6.3, to the letter. "_default" is the same on the avatar that ships instead of unseen people.
 DEMANDS = {
@@ -53,7 +57,6 @@ DEMANDS = {
     # Ours, for issue 3's "prompts that visibly work": 6.3 has nothing on prompts.
     "prompt_shirt": {"min": 0.8}, "prompt_background": {"min": 0.9},
 }  # fmt: skip
-PROMPTS = 12  # per person
 LIMITS = (
     "Rendered heads judged by a network trained on renders: never to be set beside figures of photoreal systems.",
     "probe_fd and probe_id come from our own probe; they are no FID and no face-recognition distance.",
@@ -96,6 +99,7 @@ class Judgement:
         self.folder = open_folder(config.model.path).path
         self.avatar = Avatar(config)
         self.clips = limited(grouped_clips(Path(job.data)), job.clips)
+        self.memory: list[tuple[int, float]] = []  # (pictures of the long stream, resident MB), while it runs
 
     def report(self, command: str) -> Report:
         """All measures, then the gates over them."""
@@ -131,7 +135,6 @@ class Judgement:
         period, chunks = looped(spoken, self.job.frames, self.avatar.geometry.frames_per_block)
         window = min(period, self.job.frames // 2)
         watch = Watch(self.probe, self.probe.look(own[0].reference[None]).identity[0], window, min(period, window))
-        self.memory: list[tuple[int, float]] = []
 
         def take(pictures: np.ndarray) -> None:
             watch(pictures)
@@ -170,7 +173,7 @@ class Judgement:
     def codec(self) -> list[Measure]:
         """What the codec alone loses, on unseen people."""
         takes = self.of("held")
-        whole = [gm.psnr(t.coded, t.clip.frames) for t in takes]
+        whole = [psnr(t.coded, t.clip.frames) for t in takes]
         mouth = [gm.box_psnr(t.coded, t.clip.frames, t.clip.mouth) for t in takes]
         measures = [self.count("vae_psnr", np.mean(whole), "dB", len(whole), "higher", bootstrap(whole)),
                     self.count("vae_mouth_psnr", np.mean(mouth), "dB", len(mouth), "higher", bootstrap(mouth))]
@@ -224,7 +227,7 @@ class Judgement:
 
     def _closures(self, takes: Sequence[Take], tail: str) -> list[Measure]:
         clips, measures = [t.clip for t in takes], []
-        for name, phones, better in (("closure", gm.SHUT_PHONES, "higher"), ("false_closure", gm.OPEN_PHONES, "lower")):
+        for name, phones, better in (("closure", LIPS_MEET, "higher"), ("false_closure", WIDE_OPEN, "lower")):
             for kind, gaps in (("", [t.seen.aperture for t in takes]), ("_real", [t.through.aperture for t in takes])):
                 shut, share = gm.closure(gaps, clips, phones)
                 measures.append(self.probed(f"{name}{kind}{tail}", share, "", len(shut), better, bootstrap(shut.astype(float))))
@@ -269,8 +272,8 @@ class Judgement:
         except InputError as missing:
             return [absent(f"prompt_{part}", str(missing)) for part in prompts.EXPLAINED]
         people = prompts.people_of(self.clips)
-        self.say(f"{PROMPTS} prompts for each of {len(people)} people")
-        answers = prompts.answers_of(self.avatar, parts, people, PROMPTS, self.job.seed)
+        self.say(f"{prompts.PER_PERSON} prompts for each of {len(people)} people")
+        answers = prompts.answers_of(self.avatar, parts, people, prompts.PER_PERSON, self.job.seed)
         return prompts.measures_of([answer for row in answers for answer in row], ceiling)
 
     def long_run(self) -> list[Measure]:
@@ -331,12 +334,12 @@ class Judgement:
         exact = replace(self.config, model=replace(self.config.model, dtype="float32", device="cpu"),
                         runtime=replace(self.config.runtime, threads=torch.get_num_threads()))  # another number sums in another order
         self.say("streaming against the rollout, fp32")
-        whole = Avatar(exact).make(clip.reference, float_pcm(clip), clip.caption, blocks, self.job.seed)[1]
+        whole = Avatar(exact).make(clip.reference, clip.sound, clip.caption, blocks, self.job.seed)[1]
         streamed: list[np.ndarray] = []
         size, ahead = self.avatar.geometry.samples_per_block, self.avatar.source.lookahead_samples
-        stream(exact, clip.reference, clip.caption, self.job.seed, iter([float_pcm(clip)[: blocks * size + ahead]]), streamed.append)
+        stream(exact, clip.reference, clip.caption, self.job.seed, iter([clip.sound[: blocks * size + ahead]]), streamed.append)
         pieces = np.concatenate(streamed)[: len(whole)]
-        served = self.avatar.make(clip.reference, float_pcm(clip), clip.caption, blocks, self.job.seed)[1]
+        served = self.avatar.make(clip.reference, clip.sound, clip.caption, blocks, self.job.seed)[1]
         levels = "grey levels"
         measures = [self.count("streaming_difference", np.abs(pieces.astype(int) - whole).max(), levels, len(whole)),
                     self.count("served_dtype_difference", np.abs(served.astype(int) - whole).mean(), levels, len(whole),
@@ -344,7 +347,7 @@ class Judgement:
         if self.job.full is None:
             return [*measures, absent("half_file_difference", "needs --full: the same checkpoint saved in float32", unit=levels, better="lower")]
         full = Avatar(replace(exact, model=replace(exact.model, path=str(self.job.full))))
-        other = full.make(clip.reference, float_pcm(clip), clip.caption, blocks, self.job.seed)[1]
+        other = full.make(clip.reference, clip.sound, clip.caption, blocks, self.job.seed)[1]
         return [*measures, self.count("half_file_difference", np.abs(other.astype(int) - whole).mean(), levels, len(whole))]
 
     def files(self) -> list[Measure]:
@@ -389,15 +392,8 @@ def ratio(value: float, usual: float) -> float:
 
 def limited(clips: list, most: int | None) -> list:
     """At most `most` clips of every group, the first ones."""
-    kept: dict[str, int] = {}
-    for group, _ in clips:
-        kept[group] = kept.get(group, 0)
-    chosen = []
-    for group, clip in clips:
-        if most is None or kept[group] < most:
-            kept[group] += 1
-            chosen.append((group, clip))
-    return chosen
+    earlier: dict[str, itertools.count] = defaultdict(itertools.count)
+    return [(group, clip) for group, clip in clips if most is None or next(earlier[group]) < most]
 
 
 def teacher_clips(folder: Path, clips: Sequence) -> list[tuple[str, dict, np.ndarray]]:

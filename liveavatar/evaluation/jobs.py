@@ -23,7 +23,7 @@ from liveavatar.evaluation.backends import Backends, Given
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
-SUITES = {"tiny": "suite_tiny", "short": "suite_short", "long": "suite_long"}
+SUITES = ("tiny", "short", "long")  # of suite.NAMED
 
 
 # ---------------------------------------------------------------- what the user says
@@ -52,7 +52,7 @@ class SuiteSettings:
 
     def __post_init__(self):
         if self.build is not None:
-            one_of("suite.build", self.build, tuple(SUITES))
+            one_of("suite.build", self.build, SUITES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +159,9 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     what, out, config = order.suite, Path(order.out), None if order.config is None else Path(order.config)
     suite, backends = open_suite(what, setting), order.given()
     if what.videos is None:
-        made_by = setting.ours
-        videos = _make_videos(suite, out / "videos", config, setting)
+        videos, system = _make_videos(suite, out / "videos", config, setting, system_of(order.system, setting.ours, config))
     else:
-        made_by, videos = None, Path(what.videos)
+        videos, system = Path(what.videos), system_of(order.system, None, None)
     setting.say(f"judging {len(suite.manifest.items)} videos of {videos}")
     items = judge_suite(suite, videos, backends=backends, language=order.language)
     metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, what.real))
@@ -176,33 +175,47 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     drawn = closeup.draw(suite, videos, items, out / "plots")
     origin = Origin(name=suite.manifest.name, version=suite.manifest.version, sha256=suite.sha256, synthetic=synthetic)
     return finish(setting.begin(
-        "suite", system_of(order.system, made_by, config), origin, items=items, metrics=metrics, sanity=checks,
+        "suite", system, origin, items=items, metrics=metrics, sanity=checks,
         gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
         exclusions=tuple(f"{item.id}: {m.reason}" for item in items for m in item.measures if m.name == "judged"),
         limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
 
 
 def open_suite(what: SuiteSettings, setting: Setting):
-    """The suite's folder, built first where it is missing and the settings say how."""
+    """The suite's folder, built first where it is missing and the settings say how. Raises InputError where another suite is there."""
     from liveavatar.evaluation import suite as suites
 
-    folder = Path(what.folder)
+    folder, name, version = Path(what.folder), f"suite_{what.build}", f"1, seed {what.seed}"
     if what.build is not None and not (folder / suites.MANIFEST).exists():
-        setting.say(f"building {SUITES[what.build]} in {folder}")
-        return suites.build(folder, SUITES[what.build], f"1, seed {what.seed}", suites.NAMED[what.build](what.seed), setting.ours.stage())
-    return suites.read_suite(folder)
+        setting.say(f"building {name} in {folder}")
+        return suites.build(folder, name, version, suites.NAMED[what.build](what.seed), setting.ours.stage())
+    found = suites.read_suite(folder)
+    if what.build is not None and (found.manifest.name, found.manifest.version) != (name, version):
+        raise InputError(f"{folder}: holds {found.manifest.name} {found.manifest.version}, not {name} {version}: name another folder")
+    return found
 
 
-def _make_videos(suite, folder: Path, config: Path | None, setting: Setting) -> Path:
-    """ID.mp4 of every item by our own generation; those that are there already are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in suite.manifest.items:
-        target = folder / f"{item.id}.mp4"
-        if not target.exists():
-            setting.say(f"making {target}")
-            setting.ours.generate(config, suite.path(item, "portrait"), suite.path(item, "audio"), target, item.prompt, item.seed,
-                                  folder / f"{item.id}.trace.jsonl")
-    return folder
+def _make_videos(suite, folder: Path, config: Path | None, setting: Setting, system: System) -> tuple[Path, System]:
+    """ID.mp4 of every item by our own generation, and the system that made them. Whole ones that are there already are kept if
+    they are of the same suite, config and weights, with the commit they were made at."""
+    card, asked = folder / "made.json", {"suite": suite.sha256, "config": system.config_sha256, "weights": system.weights}
+    made = json.loads(card.read_text(encoding="utf-8")) if card.exists() else {}
+    kept = {name: made.get(name) for name in asked} == asked
+    missing = [item for item in suite.manifest.items if not (kept and (folder / f"{item.id}.mp4").exists())]
+    if not kept:
+        made = asked | {"commits": []}
+        for item in missing:
+            (folder / f"{item.id}.mp4").unlink(missing_ok=True)
+    if missing:
+        made["commits"] = [*dict.fromkeys([*made["commits"], system.commit])]
+        (folder / "part").mkdir(parents=True, exist_ok=True)
+        card.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    for item in missing:
+        part, trace = folder / "part" / f"{item.id}.mp4", folder / f"{item.id}.trace.jsonl"  # one that was broken off would play too
+        setting.say(f"making {folder / part.name}")
+        setting.ours.generate(config, suite.path(item, "portrait"), suite.path(item, "audio"), part, item.prompt, item.seed, trace)
+        part.replace(folder / part.name)
+    return folder, replace(system, commit=", ".join(made["commits"]))
 
 
 def _distribution(suite, videos: Path, backends: Backends, real: str | None) -> list[Measure]:
@@ -248,15 +261,17 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
     from liveavatar.evaluation import drift
     from liveavatar.evaluation.clips import VideoFile
     from liveavatar.evaluation.judge import judge_video
+    from liveavatar.evaluation.likeness import own_face
 
     what, out = order.drift, Path(order.out)
     plan = plan_drift(what, out, setting)
     target, trace, portrait = _stream(order, plan, setting)
     video, backends = VideoFile(target), order.given()
+    start = own_face(drift.Window(video, plan.starts[0], plan.window))
 
     def judge(window) -> list[Measure]:
         setting.say(f"judging {window.start:g} s")
-        return judge_video(window, portrait=portrait, text=plan.text or None, language=order.language, backends=backends)
+        return judge_video(window, portrait=portrait, text=plan.text or None, language=order.language, backends=backends, start=start)
 
     found, marks = drift.probes(video, plan, judge), _marks(trace)
     slopes = [*drift.trends(found), _seam(video, marks, trace)]

@@ -40,13 +40,14 @@ class Portrait:
 
 def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, *, reference: str | Path | VideoFile | None = None,
                 truth: Truth | None = None, text: str | None = None, phones: tuple[Phone, ...] | None = None,
-                portrait: str | Path | None = None, language: str = "en", backends: Backends | None = None) -> list[Measure]:
+                portrait: str | Path | None = None, language: str = "en", backends: Backends | None = None,
+                start: np.ndarray | None = None) -> list[Measure]:
     """Every measure of one video; what cannot be measured says why.
 
     audio: a recording in place of the video's own sound, from the video's second 0. reference: what the video should show,
     picture by picture. truth: what the face was told to do. text: what is said; or phones, on the clock of the sound; with
-    neither, phones are recognised. portrait: who it should be. backends: the user's weights. Raises InputError on files
-    that cannot be judged.
+    neither, phones are recognised. portrait: who it should be. backends: the user's weights. start: likeness.own_face of the
+    stream whose part this is. Raises InputError on files that cannot be judged.
     """
     file, other = _file(video), None if reference is None else _file(reference)
     pcm = _pcm(file, audio)
@@ -59,7 +60,7 @@ def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, 
         *([] if truth is None else landmarks.response(watched.track, truth, None if model is None else model.track)),
         *watched.steady.measures(None if model is None else model.steady), *watched.still.measures(), steadiness.jerk(watched.track),
         *steadiness.motion_energy(watched.track, _silence(utterance, watched.track.times)),
-        *watched.likeness.measures(None if who is None else who.embedding), *watched.quality.measures(other is not None),
+        *watched.likeness.measures(None if who is None else who.embedding, start), *watched.quality.measures(other is not None),
         *_by_weights(watched, model, pcm, who, backends or Backends()),
     ]  # fmt: skip
 

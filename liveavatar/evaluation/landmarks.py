@@ -14,6 +14,7 @@ import numpy as np
 from liveavatar.conditioning import face
 from liveavatar.conditioning.face import Face
 from liveavatar.evaluation import series
+from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.report import Measure, absent
 
 BACKEND = "mediapipe-0.10.21 468 mesh + eye rim"
@@ -42,6 +43,15 @@ class Track:
         nothing = np.full((468, 3), np.nan, np.float32)
         points = [faces[0].landmarks if faces else nothing for faces in found]
         return Track(np.asarray(times, float), np.stack(points) if points else nothing[None][:0], np.array([len(f) for f in found], int))
+
+    @staticmethod
+    def through(file: VideoFile) -> Track:
+        """What a new tracker sees in all of a video."""
+        tracker, times, found = face.FaceTracker(), [], []
+        for at, picture in file.frames():
+            times.append(at)
+            found.append(tracker.follow(picture))
+        return Track.of(times, found)
 
     @property
     def seen(self) -> np.ndarray:
@@ -198,4 +208,18 @@ def tracking(track: Track) -> list[Measure]:
         Measure(name="several_faces_share", value=float(np.mean(track.faces > 1)), unit="", better="lower", n=len(track.times), backend=BACKEND),
         Measure(name="tracker_noise_gap", value=GAP_FLOOR, unit="IOD", better="lower", n=0, backend=BACKEND,
                 reason="standard deviation on a still face at 128 pixels"),
+        *_place(track),
     ]  # fmt: skip
+
+
+def _place(track: Track) -> list[Measure]:
+    """Where the face is and how large: mean of its rigid points, distance of the outer eye corners."""
+    middle = track.points[:, list(STABLE), :2].mean(1)
+    made = []
+    for name, values in (("face_x", middle[:, 0]), ("face_y", middle[:, 1]), ("face_iod", track.eye_distance)):
+        if not track.seen.any():
+            made.append(absent(name, "no face", unit="px", better="target", backend=BACKEND))
+        else:
+            made.append(Measure(name=name, value=float(np.nanmean(values)), unit="px", better="target", n=int(track.seen.sum()), backend=BACKEND,
+                                interval=series.mean_interval(track.times, values)))  # fmt: skip
+    return made

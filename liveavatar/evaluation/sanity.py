@@ -86,7 +86,7 @@ class Bench:
         truth, said = read_truth(self.suite.path(self.item, "gt_motion")), self._said(self.item)
         exact = VideoFile(self.suite.path(self.item, "gt_video"))
         frames = np.stack([frame for _, frame in exact.frames()])
-        real = _tracked(exact)
+        real = Track.through(exact)
         self._speech(real, said)
         self._mouth(real, truth, said)
         self._still(frames[:BRIEF], real, said)
@@ -108,13 +108,13 @@ class Bench:
     def _mouth(self, real: Track, truth: Truth, said: Utterance) -> None:
         """Against the reference itself: A; pictures 200 ms late: B; lips half as far apart: E."""
         late = Track(real.times + SHIFT, real.points, real.faces)
-        mumbled = _tracked(VideoFile(self.suite.path(self.item, "mumbled_video")))
+        mumbled = Track.through(VideoFile(self.suite.path(self.item, "mumbled_video")))
         for variant, track in (("A", real), ("B", late), ("E", mumbled)):
             self.note(variant, [*landmarks.distances(track, real), *landmarks.response(track, truth, real)])
         self.note("E", closure.closure(mumbled, said))
 
     def _still(self, frames: np.ndarray, real: Track, said: Utterance) -> None:
-        seen = _tracked(self._written("D", still(frames)))
+        seen = Track.through(self._written("D", still(frames)))
         again = np.arange(len(real.times)) % len(seen.times)  # the rest of a still video is the same once more
         frozen = Track(real.times, seen.points[again], seen.faces[again])
         silent = np.zeros(len(real.times), bool)
@@ -132,7 +132,7 @@ class Bench:
                 seen.see(at, frame)
             self.note(variant, seen.measures())
         self.note("A", [stability.jerk(Track(real.times[:BRIEF], real.points[:BRIEF], real.faces[:BRIEF]))])
-        self.note("F", [stability.jerk(_tracked(files["F"]))])
+        self.note("F", [stability.jerk(Track.through(files["F"]))])
 
     def _people(self, exact: VideoFile) -> None:
         who = read_portrait(self.suite.path(self.item, "portrait"))
@@ -159,14 +159,6 @@ class Bench:
 
 def _one_a_second(file: VideoFile):
     return ((at, frame) for k, (at, frame) in enumerate(file.frames()) if k % max(1, round(file.fps)) == 0)
-
-
-def _tracked(file: VideoFile) -> Track:
-    tracker, times, faces = FaceTracker(), [], []
-    for at, frame in file.frames():
-        times.append(at)
-        faces.append(tracker.follow(frame))
-    return Track.of(times, faces)
 
 
 # ---------------------------------------------------------------- the orders

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +20,10 @@ from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone
 from liveavatar.config import build as build_dataclass
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
-from liveavatar.evaluation.clips import VideoFile
+from liveavatar.evaluation.clips import VideoFile, write_sound
 from liveavatar.evaluation.judge import judge_video
 from liveavatar.evaluation.landmarks import Truth
+from liveavatar.evaluation.provenance import sha256
 from liveavatar.evaluation.report import Item, absent
 
 SCHEMA = "suite/1"
@@ -50,7 +50,8 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteItem:
-    """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash."""
+    """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash; consent: how the person shown
+    agreed, required where it is one."""
 
     id: str
     portrait: str
@@ -64,6 +65,7 @@ class SuiteItem:
     gt_video: str = ""
     mumbled_video: str = ""  # the same with the lips half as far apart: for the sanity ranking
     gt_motion: str = ""
+    consent: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
 
 
@@ -137,7 +139,10 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
     folder.mkdir(parents=True, exist_ok=True)
     items = tuple(_write(folder, line, render(line)) for line in lines)
     manifest = Manifest(schema=SCHEMA, name=name, version=version, synthetic=True, items=items)
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    said = asdict(manifest)
+    for item in said["items"]:
+        del item["consent"]  # nobody was asked: heads are rendered
+    (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return read_suite(folder)
 
 
@@ -145,27 +150,24 @@ def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
     names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav"}
     Image.fromarray(made.portrait).save(folder / names["portrait"])
     if line.spoken:
-        write_sound(folder / names["audio"], made.pcm[: round(line.seconds * SAMPLE_RATE)])
+        write_sound(folder / names["audio"], _minutes(made.pcm[: round(line.seconds * SAMPLE_RATE)]))
     else:
         names |= {"gt_video": f"{line.id}.gt.mp4", "mumbled_video": f"{line.id}.mumbled.mp4", "gt_motion": f"{line.id}.motion.npz"}
         pcm = made.pcm[: round(len(made.frames) * SAMPLE_RATE / FPS)].astype(np.float32)
-        write_sound(folder / names["audio"], pcm)
+        write_sound(folder / names["audio"], _minutes(pcm))
         write_video(folder / names["gt_video"], made.frames, pcm)
         write_video(folder / names["mumbled_video"], made.mumbled, pcm)
         write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
-    hashes = {name: _sha256(folder / name) for name in names.values()}
+    hashes = {name: sha256(folder / name) for name in names.values()}
     return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones, licence=LICENCE,
                      sha256=hashes, **names)  # fmt: skip
 
 
-def write_sound(path: Path, pcm: np.ndarray) -> None:
-    """A wav of sound float32 [n] 16 kHz, 16 bit, a minute at a time: an hour of it as numbers is larger than as a file."""
-    piece = 60 * SAMPLE_RATE
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
-        for start in range(0, len(pcm), piece):
-            file.writeframes(np.clip(np.round(pcm[start : start + piece] * 32767), -32768, 32767).astype("<i2").tobytes())
+def _minutes(pcm: np.ndarray) -> Iterator[np.ndarray]:
+    """Sound minute by minute: an hour of it as other numbers is larger than as a file."""
+    for start in range(0, len(pcm), 60 * SAMPLE_RATE):
+        yield pcm[start : start + 60 * SAMPLE_RATE]
 
 
 def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray) -> None:
@@ -190,7 +192,8 @@ def read_truth(path: Path) -> Truth:
 
 
 def read_suite(folder: str | Path) -> Suite:
-    """A suite's folder, every file checked against its hash. Raises InputError naming the first that is missing or another."""
+    """A suite's folder, every file checked against its hash. Raises InputError naming the first that is missing or another, and
+    where people are shown without licence or consent."""
     folder = Path(folder)
     path = folder / MANIFEST if folder.is_dir() else folder
     try:
@@ -205,15 +208,12 @@ def read_suite(folder: str | Path) -> Suite:
     if manifest.schema != SCHEMA:
         raise InputError(f"{path}: schema {manifest.schema!r}: must be {SCHEMA}")
     for item in manifest.items:
+        if not manifest.synthetic and not (item.licence.strip() and item.consent.strip()):
+            raise InputError(f"{path}: {item.id} shows a person: say licence and consent")
         for name, wanted in item.sha256.items():
-            if not (path.parent / name).is_file() or _sha256(path.parent / name) != wanted:
+            if not (path.parent / name).is_file() or sha256(path.parent / name) != wanted:
                 raise InputError(f"{path.parent / name}: missing or not the suite's file: build the suite again")
     return Suite(path.parent, manifest, hashlib.sha256(text).hexdigest())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- a system's videos for a suite

@@ -62,7 +62,6 @@ class Stream:
                     return line["t"]
         return None
 
-
     def steps(self) -> list[tuple[float, str]]:
         """(seconds of the stream, what) of everything that changed on the way."""
         shown = {line["block"]: line["pts"] for line in reversed(self["sent"])}  # of a block's first picture
@@ -178,19 +177,19 @@ class Onset:
 
 def onsets(run: Recording, stream: Stream) -> list[Onset]:
     """Every utterance of a stream whose first picture was sent; of an unpaced one only the first, the rest was queued."""
-    found = [onset for sample in _starts(stream) if (onset := _onset(run, stream, sample)) is not None]
+    found = [onset for sample in _starts(stream, run.head["sample_rate"]) if (onset := _onset(run, stream, sample)) is not None]
     return found if stream.pace == "live" else found[:1]
 
 
-def _starts(stream: Stream) -> list[int]:
-    """Samples at which speech begins after QUIET, by what was received, or (live) by the time of receiving."""
+def _starts(stream: Stream, rate: int) -> list[int]:
+    """Samples, `rate` a second, at which speech begins after QUIET, by what was received, or (live) by the time of receiving."""
     starts, last_sample, last_time = [], -np.inf, -np.inf
-    quiet = QUIET * 16000
+    quiet = QUIET * rate
     for line in stream["received"]:
         if line["speech"] is None:
             continue
         first, last = line["speech"]
-        if first - last_sample > quiet or (stream.pace == "live" and line["t"] - last_time > QUIET + (line["stop"] - line["start"]) / 16000):
+        if first - last_sample > quiet or (stream.pace == "live" and line["t"] - last_time > QUIET + (line["stop"] - line["start"]) / rate):
             starts.append(first)
         last_sample, last_time = last, line["t"]
     return starts

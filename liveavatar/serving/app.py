@@ -13,11 +13,13 @@ from starlette.staticfiles import StaticFiles
 
 from liveavatar import __version__
 from liveavatar.serving import (
-    answers, livekit_compat, routes_avatars, routes_chain, routes_outputs, routes_provenance, routes_recordings, routes_server, routes_sessions,
-    routes_talk, routes_watermark, stream_socket, viewer_report, whep,
+    answers, livekit_compat, routes_avatars, routes_chain, routes_channels, routes_outputs, routes_provenance, routes_recordings, routes_server,
+    routes_sessions, routes_talk, routes_watermark, stream_socket, viewer_report, whep,
 )  # fmt: skip
 from liveavatar.serving.access import Access
 from liveavatar.serving.audit import Audit
+from liveavatar.serving.channel_runner import Channels, Crew
+from liveavatar.serving.channel_store import ChannelStore
 from liveavatar.serving.consent import ConsentLog
 from liveavatar.serving.conversations import Conversations, Parts
 from liveavatar.serving.desk import Desk, Lease, Usable
@@ -32,13 +34,13 @@ from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.realtime import Backend
 from liveavatar.serving.recorder import Sign
-from liveavatar.serving.services import BEARER, Services, Speak
+from liveavatar.serving.services import BEARER, Services
 from liveavatar.serving.settings import ServeConfig, TalkConfig
 from liveavatar.serving.signing import Signer
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import Studio
-from liveavatar.serving.voices import Voice, key_of, open_voice
+from liveavatar.serving.voices import Speak, Voice, key_of, open_voice
 from liveavatar.serving.watermark import server_key
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.whep import Viewers
@@ -66,7 +68,7 @@ def create_app(studio: Studio, settings: ServeConfig, *, metrics: Metrics | None
         app.include_router(routes_server.metrics)
     answers.install(app)
     routes = (routes_server, routes_avatars, routes_provenance, routes_watermark, routes_sessions, routes_outputs, routes_recordings,
-              routes_chain, stream_socket)  # fmt: skip
+              routes_channels, routes_chain, stream_socket)  # fmt: skip
     for router in (routes_server.probes, *(module.router for module in routes), livekit_compat.router()):
         app.include_router(router)
     microphone = at.microphone
@@ -87,16 +89,18 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     quotas, folder = Quotas(settings.access), Path(settings.storage.folder)
     store, consents = AvatarStore(folder / "avatars"), ConsentLog(folder)
     voice = None if speak else open_voice(settings.speech)
+    speak = voice.speak if voice else speak
     audit = Audit(folder, lambda: metrics.provenance_failed("log"))
     audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
+    desk = Desk(studio, settings, quotas, _usable(store, consents), told=audit.note)
+    outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings), broke=metrics.recording_failed)
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                    desk=Desk(studio, settings, quotas, _usable(store, consents), told=audit.note), audit=audit,
+                    desk=desk, audit=audit, outputs=outputs,
+                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak)),
                     webhooks=Webhooks(settings.outputs.private, metrics.webhook, metrics.edge),
-                    outputs=Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings),
-                                    broke=metrics.recording_failed),
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
-                    stages=stages or Stages(metrics, engine=settings.engine_kind), speak=voice.speak if voice else speak,
+                    stages=stages or Stages(metrics, engine=settings.engine_kind), speak=speak,
                     conversations=conversations or (Conversations(_parts(settings.talk, voice)) if settings.talk else None))  # fmt: skip
 
 
@@ -168,7 +172,7 @@ def _guard(app: FastAPI, at: Services) -> None:
     app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, metrics=at.metrics, bounds=(
         ("/v1/avatars|/v1/consents|/v1/compat/bithuman", access.image_bytes + FORM_BYTES),
         ("/v1/watermark:detect", routes_watermark.VIDEO_BYTES),
-        ("/v1/sessions/[^/]+/audio", access.audio_bytes),
+        ("/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds", access.audio_bytes),
     ))  # fmt: skip
     if listen.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(listen.origins), allow_methods=["GET", "POST", "PATCH", "DELETE"],
@@ -178,6 +182,7 @@ def _guard(app: FastAPI, at: Services) -> None:
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     at: Services = app.state.services
+    at.channels.resume()
     tasks = [asyncio.create_task(work) for work in (at.desk.run(), at.probe.run(), at.outputs.housekeep())]
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,13 +35,15 @@ log = structlog.get_logger("liveavatar.sessions")
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """A session somebody wants. idle_seconds, length_seconds: None: the server's; 0 never comes from a client."""
+    """A session somebody wants. idle_seconds, length_seconds: None: the server's; 0 never comes from a client. endless: a channel's,
+    which neither of them ends (API-2)."""
 
     avatar: str
     mode: str | None = None
     prompt: str | None = None
     idle_seconds: float | None = None
     length_seconds: float | None = None
+    endless: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -207,9 +210,12 @@ class Desk:
 
     def _admit(self, principal: Principal, wish: Wish, session: LiveSession) -> Lease:
         limits, now = self.settings.sessions, self._clock()
+        idle, length = (min(wished or most, most) for wished, most in ((wish.idle_seconds, limits.idle_seconds),
+                                                                       (wish.length_seconds, limits.length_seconds)))  # fmt: skip
+        if wish.endless:
+            idle = length = math.inf
         lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode,
-                      opened=now, seen=now, created=self._wall(), idle_seconds=min(wish.idle_seconds or limits.idle_seconds, limits.idle_seconds),
-                      length_seconds=min(wish.length_seconds or limits.length_seconds, limits.length_seconds))  # fmt: skip
+                      opened=now, seen=now, created=self._wall(), idle_seconds=idle, length_seconds=length)  # fmt: skip
 
         def failed(error: Exception) -> None:
             problem = as_problem(error)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from liveavatar.config import build
+from liveavatar.core import ConfigError
 
 PRIVATE, PRIVATE_FOLDER = 0o600, 0o700
+UNFINISHED = "."  # how the names of folders begin that are being written or erased
+Kept = TypeVar("Kept")
 
 
 def private_folder(path: Path) -> Path:
@@ -38,6 +48,39 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_record(cls: type[Kept], file: Path) -> Kept:
+    """The dataclass that was written there as JSON. Raises ConfigError for a file that says anything else."""
+    try:
+        return build(cls, json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: not the {cls.__name__} that was written there ({error}): restore it or remove its folder") from None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A private folder to be filled, which is at `path` when the block ends well, and nowhere before."""
+    beside = private_folder(path.with_name(UNFINISHED + path.name))
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+    beside.rename(path)
+    flush_folder(path.parent)
+
+
+def erase_folder(path: Path) -> None:
+    """Gone in one step, then file by file."""
+    shutil.rmtree(path.rename(path.with_name(UNFINISHED + path.name)))
+
+
+def sweep(folder: Path) -> None:
+    """At start: remove what a crash left half written or half erased in `folder`."""
+    for path in folder.iterdir():
+        if path.name.startswith(UNFINISHED):
+            shutil.rmtree(path)
 
 
 def secret_file(path: Path) -> bytes:

@@ -47,6 +47,11 @@ class OutputStatus:
     drops: int = 0
 
 
+def longest_pause(config: OutputsConfig, failures: int) -> float:
+    """Seconds to wait at most before the next try, after so many failures in a row."""
+    return min(config.retry_limit_seconds, config.retry_seconds * 2 ** min(failures - 1, 30))
+
+
 class Destination:
     """A Sink (packets.Sink) that keeps a server or folder fed; whoever makes it runs run() as a task until after close().
 
@@ -190,8 +195,7 @@ class Destination:
         self._report("output.down", {**self._facts(), "reason": reason, "failures": failures})
         if failures == ALERT_FAILURES:
             self._report("output.failing", {**self._facts(), "reason": reason, "failures": failures})
-        longest = min(self._config.retry_limit_seconds, self._config.retry_seconds * 2 ** min(failures - 1, 30))
-        return self._rng.uniform(0, longest)
+        return self._rng.uniform(0, longest_pause(self._config, failures))
 
     async def _wait(self, seconds: float) -> None:
         with suppress(TimeoutError):

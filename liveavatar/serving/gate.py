@@ -27,7 +27,7 @@ BODY_BYTES = 65_536  # of a request whose route says nothing else; SDP, too (18.
 FORM_BYTES = 65_536  # round a file in a form
 PROXIED = ("forwarded", "x-forwarded-for", "via")
 SAFE = ("GET", "HEAD", "OPTIONS")
-UPLOADS = re.compile(r"/v1/avatars|/v1/consents|/v1/sessions/[^/]+/audio")
+UPLOADS = re.compile(r"/v1/avatars|/v1/consents|/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds")
 REJECTED = {403: "consent", 413: "size", 415: "type", 422: "decode"}  # as the metric says it
 POLICY = "; ".join((  # of the console: its own files alone, nothing inline, nothing from elsewhere, in no frame
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data: blob:", "media-src 'self' blob: mediastream:",

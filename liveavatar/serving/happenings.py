@@ -27,6 +27,11 @@ class Happenings:
         self._clock, self._events = clock, deque[Event](maxlen=KEPT)
         self._last, self._over, self._waiting = 0, False, set[asyncio.Future]()
 
+    @property
+    def last(self) -> int:
+        """Number of the newest event; 0 before the first."""
+        return self._last
+
     def __iter__(self):
         """Those that are kept, oldest first."""
         return iter(tuple(self._events))

@@ -82,6 +82,7 @@ class LiveSession:
         self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
         self.gauges, self.ladder = Gauges(), Ladder()
+        self.resting: str | None = None  # why a channel lets it idle (metrics.FILLERS): schedule, between two entries; degraded, for want of one
         self._reopen, self._mark, self._sleep = reopen, mark, sleep
         self._engine: Session | None = None
         self._offset, self._pushed, self._asked = 0, Signal(), None  # offset: a position of speech less the engine's
@@ -306,7 +307,7 @@ class LiveSession:
         if late > LATE_SECONDS:
             self.metrics.reanchored("late")
         if kind != "filler":
-            self.broadcast.filler = None
+            self.broadcast.filler = self.resting if kind == "idle" else None
         else:
             if self.broadcast.filler is None and self._speaking and self.speech.waiting:
                 self.metrics.audio_underrun(self.mode)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from liveavatar.serving.problems import RateLimited
 from liveavatar.serving.settings import AccessConfig
+from liveavatar.serving.voices import Sound
 
 FAILURES = 20  # wrong keys or tokens a minute from one address
 AUDIO_UNIT = 0.01  # seconds of audio to one count
@@ -59,6 +61,12 @@ class Quotas:
     def spoke(self, key: str, seconds: float) -> None:
         """So much audio was taken; the last push of a day may go over."""
         self._fixed.hit(self._audio, "audio", key, cost=math.ceil(seconds / AUDIO_UNIT))
+
+    async def counted(self, key: str, chunks: AsyncIterator[Sound]) -> AsyncGenerator[Sound]:
+        """Sound as it is made: it counts like any other."""
+        async for pcm, rate in chunks:
+            self.spoke(key, len(pcm) / rate)
+            yield pcm, rate
 
     def failed(self, address: str) -> None:
         """A wrong key or token came from this address."""

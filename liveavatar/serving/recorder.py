@@ -26,7 +26,7 @@ from pathlib import Path
 
 from liveavatar.core import FPS, LiveAvatarError
 from liveavatar.serving.durable import flush_folder, private_folder, replace_file
-from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus
+from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus, longest_pause
 from liveavatar.serving.packets import AAC, H264, Edge, Level, Packet, Tick
 from liveavatar.serving.settings import OutputsConfig, StorageConfig
 from liveavatar.serving.writer import Writer
@@ -236,10 +236,8 @@ class Recorder:
 
     async def _pause(self) -> None:
         """After a failure; what came meanwhile is lost."""
-        failures = min(self.status.failures, 30)
-        seconds = min(self._outputs.retry_limit_seconds, self._outputs.retry_seconds * 2 ** (failures - 1))
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), seconds)
+            await asyncio.wait_for(self._closing.wait(), longest_pause(self._outputs, self.status.failures))
         self._carried.clear()
         self._edge = self._fresh_edge()
 

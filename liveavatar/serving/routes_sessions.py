@@ -29,14 +29,20 @@ SessionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$", description="128
 def view(lease: Lease, desk) -> SessionView:
     """What its owner may know of a session."""
     session, home = lease.session, f"/v1/sessions/{lease.id}"
-    ends, idle = desk.ends(lease)
     return SessionView(
         id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None,
         epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height,
         viewers=session.stats()["viewers"], created_at=lease.created, metadata=lease.wish.metadata,
-        lease=None if lease.over else LeaseView(ends_at=ends, idle_ends_at=min(ends, idle)),
+        lease=None if lease.over else _ends(lease, desk),
         links={"self": home, **{name: f"{home}/{name}" for name in ("stream", "whep", "stats", "audio", "say", "interrupt", "tokens", "outputs")}},
     )  # fmt: skip
+
+
+def _ends(lease: Lease, desk) -> LeaseView:
+    if lease.wish.endless:
+        return LeaseView(ends_at=None, idle_ends_at=None)
+    ends, idle = desk.ends(lease)
+    return LeaseView(ends_at=ends, idle_ends_at=min(ends, idle))
 
 
 # ---------------------------------------------------------------- open, look, end
@@ -108,9 +114,7 @@ async def session_stats(session_id: SessionId, who: Who, at: At) -> dict:
 @router.post("/{session_id}/heartbeat", response_model=LeaseView, responses=problems(403, 404, 409))
 async def heartbeat(session_id: SessionId, who: Who, at: At) -> LeaseView:
     """Somebody still wants it: the idle lease begins anew."""
-    lease = at.desk.running(who, session_id, VIEW, PUBLISH, CONTROL)
-    ends, idle = at.desk.ends(lease)
-    return LeaseView(ends_at=ends, idle_ends_at=min(ends, idle))
+    return _ends(at.desk.running(who, session_id, VIEW, PUBLISH, CONTROL), at.desk)
 
 
 # ---------------------------------------------------------------- steer
@@ -190,14 +194,7 @@ def spoken(lease: Lease, text: str, epoch: int | None, segment: int | None, who:
     if at.speak is None:
         raise Unprocessable("this server has no voice: see speech.voice", kind="voice")
     at.quotas.may_speak(who.key)
-    return _fed(lease, _counted(at.speak(text), who, at), epoch, segment, True, None)
-
-
-async def _counted(chunks, who: Principal, at: Services):
-    """Synthesised sound counts like any other."""
-    async for pcm, rate in chunks:
-        at.quotas.spoke(who.key, len(pcm) / rate)
-        yield pcm, rate
+    return _fed(lease, at.quotas.counted(who.key, at.speak(text)), epoch, segment, True, None)
 
 
 def _fed(lease: Lease, chunks, epoch: int | None, segment: int | None, end: bool, seconds: float | None) -> Accepted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from fastapi.security import HTTPBearer
 from liveavatar.serving.access import ANYBODY as OPERATOR
 from liveavatar.serving.access import VIEW, Access, Principal
 from liveavatar.serving.audit import Audit
+from liveavatar.serving.channel_runner import Channels
 from liveavatar.serving.consent import ConsentLog
 from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.desk import Desk
@@ -28,11 +29,10 @@ from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.store import AvatarStore
+from liveavatar.serving.voices import Speak
 from liveavatar.serving.webhooks import Webhooks
 from liveavatar.serving.webrtc import Heard
 from liveavatar.serving.whep import Viewers
-
-Speak = Callable[[str], AsyncGenerator[tuple[np.ndarray, int], None]]  # text -> (mono PCM, Hz), as it is made
 
 GOODBYE_SECONDS = 10.0  # for recordings to be finished and webhooks to be delivered when the server ends
 
@@ -55,6 +55,7 @@ class Services:
     webhooks: Webhooks
     audit: Audit
     outputs: Outputs
+    channels: Channels
     viewers: Viewers
     metrics: Metrics
     probe: LoopProbe
@@ -94,6 +95,7 @@ class Services:
 
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""
+        await self.channels.close()
         await self.desk.close_all("drain")
         if self.conversations is not None:
             await self.conversations.aclose()

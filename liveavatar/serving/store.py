@@ -7,15 +7,12 @@ import io
 import json
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from liveavatar.config import build
-from liveavatar.core import ConfigError
-from liveavatar.serving.durable import flush_folder, private_folder, replace_file
+from liveavatar.serving.durable import erase_folder, private_folder, read_record, replace_file, sweep, whole_folder
 from liveavatar.serving.problems import Conflict, NotFound
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -23,7 +20,6 @@ DEFAULT = "default"
 AVATAR_ID = re.compile(r"av_[0-9a-f]{32}")
 THUMBNAIL = 192  # pixels a side, at most
 EVERYBODY = ""  # owner of what is embedded
-UNFINISHED = "."  # how the names of folders begin that are being written or erased
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +42,11 @@ class AvatarStore:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         self._folder, self._clock = private_folder(folder), clock
-        self._sweep()
+        sweep(self._folder)
         self._files = {DEFAULT: ASSETS / "portrait.png", **{path.stem: path for path in sorted((ASSETS / "portraits").iterdir())}}
         self._avatars = {name: _embedded(name, path) for name, path in self._files.items()}
         for home in sorted(path for path in self._folder.iterdir() if AVATAR_ID.fullmatch(path.name)):
-            self._avatars[home.name], self._files[home.name] = _read(home), home / "portrait.png"
-
-    def _sweep(self) -> None:
-        """A crash may have left halves."""
-        for path in self._folder.iterdir():
-            if path.name.startswith(UNFINISHED):
-                shutil.rmtree(path)
+            self._avatars[home.name], self._files[home.name] = read_record(Avatar, home / "avatar.json"), home / "portrait.png"
 
     def list(self, sees: Callable[[str], bool]) -> list[Avatar]:
         """Those whose owner is seen, the embedded first."""
@@ -82,11 +72,10 @@ class AvatarStore:
         """portrait: PNG that we encoded ourselves, never what a client sent. Blocks on the disk."""
         avatar = Avatar(id=f"av_{secrets.token_hex(16)}", name=name, owner=owner, consent=consent, media=media,
                         digest=hashlib.sha256(portrait).hexdigest(), created=self._clock())  # fmt: skip
-        home = private_folder(self._folder / f"{UNFINISHED}{avatar.id}")
-        for file, data in (("portrait.png", portrait), ("thumbnail.webp", _small(portrait)), ("avatar.json", json.dumps(asdict(avatar)).encode())):
-            replace_file(home / file, data)
-        home = home.rename(self._folder / avatar.id)
-        flush_folder(self._folder)
+        home, record = self._folder / avatar.id, json.dumps(asdict(avatar)).encode()
+        with whole_folder(home) as folder:
+            for file, data in (("portrait.png", portrait), ("thumbnail.webp", _small(portrait)), ("avatar.json", record)):
+                replace_file(folder / file, data)
         self._avatars[avatar.id], self._files[avatar.id] = avatar, home / "portrait.png"
         return avatar
 
@@ -95,8 +84,7 @@ class AvatarStore:
         if self.get(avatar_id).owner == EVERYBODY:
             raise Conflict("the embedded avatars are always there")
         del self._avatars[avatar_id], self._files[avatar_id]
-        gone = (self._folder / avatar_id).rename(self._folder / f"{UNFINISHED}{avatar_id}")
-        shutil.rmtree(gone)
+        erase_folder(self._folder / avatar_id)
 
     def with_consent(self, consent: str) -> list[Avatar]:
         """Those that live on this record."""
@@ -105,14 +93,6 @@ class AvatarStore:
 
 def _embedded(name: str, path: Path) -> Avatar:
     return Avatar(id=name, name=name, owner=EVERYBODY, consent=None, media=None, digest=hashlib.sha256(path.read_bytes()).hexdigest(), created=0.0)
-
-
-def _read(home: Path) -> Avatar:
-    file = home / "avatar.json"
-    try:
-        return build(Avatar, json.loads(file.read_text(encoding="utf-8")), str(file))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: not the record of an avatar ({error}): restore it or remove its folder") from None
 
 
 def _small(picture: bytes) -> bytes:

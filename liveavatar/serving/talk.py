@@ -52,7 +52,7 @@ class Talk:
         self._told_state, self._told_turn = "", 0
 
     async def __aenter__(self) -> Talk:
-        self._seen = max((event.number for event in self.avatar.happenings), default=0)
+        self._seen = self.avatar.happenings.last
         self._tasks = [asyncio.create_task(run) for run in (self._act(), self._recognise(), self._watch())]
         return self
 

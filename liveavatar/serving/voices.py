@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import wave
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from liveavatar.serving.problems import BufferFull, Problem, Unprocessable
 from liveavatar.serving.settings import SpeechConfig
 
 Sound = tuple[np.ndarray, int]  # int16 [n] mono, Hz
+Speak = Callable[[str], AsyncGenerator[Sound]]  # text -> its sound, as it is made
 
 VOICES = ("hibari", "flite", "openai")
 TEXT_LIMIT = 5000  # characters of one request

@@ -94,10 +94,10 @@ class SessionChange(Wire):
 
 
 class LeaseView(Wire):
-    """When the session ends by itself. idle_ends_at: unless somebody looks, speaks or sends a heartbeat."""
+    """When the session ends by itself. idle_ends_at: unless somebody looks, speaks or sends a heartbeat. None: a channel's does not."""
 
-    ends_at: float
-    idle_ends_at: float
+    ends_at: float | None
+    idle_ends_at: float | None
 
 
 class SessionView(Wire):

@@ -8,6 +8,7 @@ nothing else.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -30,7 +31,6 @@ from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.levels import student_table
 from liveavatar.training.students import PAPERS, StudentsConfig, name_of
-from liveavatar.training.synth import speech
 from liveavatar.training.synth.head import HeadRenderer
 
 WINDOW = 60  # pictures at the start and at the end that are compared for drift
@@ -100,8 +100,8 @@ class AblationConfig:
     students: StudentsConfig | None = None  # further rows: students that Stage 2 made of other starts, trained here first
 
     def __post_init__(self):
-        if self.blocks * 12 < 2 * WINDOW or not self.people or not self.arms:
-            raise ConfigError(f"ablations: blocks={self.blocks}: at least {2 * WINDOW // 12}; at least one of people and arms")
+        if self.blocks * preview.BLOCK < 2 * WINDOW or not self.people or not self.arms:
+            raise ConfigError(f"ablations: blocks={self.blocks}: at least {2 * WINDOW // preview.BLOCK}; at least one of people and arms")
         if len({arm.name for arm in self.arms_with_students}) < len(self.arms_with_students):
             raise ConfigError("ablations.arms: names must differ")
 
@@ -144,7 +144,7 @@ def figures(made: list[np.ndarray], seen: list[Seen], truth: list[Seen], scenes:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all arms share."""
+    """What all arms share, read once."""
 
     forcing: ForcingConfig
     vae: StreamingVAE
@@ -152,23 +152,28 @@ class Bench:
     scenes: list[preview.Scene]
     text: TextEncoder
 
-    @property
+    @functools.cached_property
     def captions(self) -> list[torch.Tensor]:
         """Text rows of the scenes."""
         return [self.text.encode(scene.caption) for scene in self.scenes]
 
-    def features(self, videos: Sequence[np.ndarray]) -> np.ndarray:
-        """Probe features of all pictures of several videos uint8 [T,S,S,3]."""
-        return np.concatenate([self.probe.look(pictures).features for pictures in videos])
+    @functools.cached_property
+    def truth(self) -> list[Seen]:
+        """What the probe reads off the true pictures of the scenes."""
+        return [self.probe.look(scene.truth) for scene in self.scenes]
+
+    @functools.cached_property
+    def portraits(self) -> list[np.ndarray]:
+        """Identity embedding [E] of each scene's portrait."""
+        return [self.probe.look(scene.reference[None]).identity[0] for scene in self.scenes]
 
     @classmethod
-    def build(cls, config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int, text: TextEncoder) -> "Bench":
-        """Render the scenes (the slow part) and load codec and judge."""
-        renderer = HeadRenderer(data.size, data.supersample)
-        seconds = 12 * config.blocks / FPS + corpus.LOOKAHEAD_SECONDS
-        spoken = speech.synthesize(seed + 11, seconds, (speech.HELD_OUT_VOICE,))
-        scenes = [preview.make_scene(data, renderer, person, spoken, config.blocks, seed + i) for i, person in enumerate(config.people)]
-        return cls(forcing, StreamingVAE.from_folder(run / "vae"), load_probe(config.probe or run / "probe")[0], scenes, text)
+    def build(cls, people: Sequence[int], blocks: int, probe: str, forcing: ForcingConfig, data: corpus.DataConfig, run: Path, seed: int,
+              text: TextEncoder) -> "Bench":
+        """Render so many BLOCKs of each of `people` (the slow part) and load codec and judge. probe: its folder, "" for RUN/probe."""
+        renderer, said = HeadRenderer(data.size, data.supersample), preview.spoken(blocks, seed + 11)
+        scenes = [preview.make_scene(renderer, person, said, blocks, seed + i) for i, person in enumerate(people)]
+        return cls(forcing, StreamingVAE.from_folder(run / "vae"), load_probe(probe or run / "probe")[0], scenes, text)
 
     def row(self, arm: Arm, run: Path, stage: str, sigmas: Sequence[float], seed: int) -> dict:
         """Generate and judge one arm of RUN."""
@@ -177,9 +182,8 @@ class Bench:
         table = student_table(arm.steps, 5.0) if arm.steps else sigmas
         how = {"history": HistoryMode.parse(arm.history), "refresh_block": arm.refresh_block, "kind": SINKS[arm.sink]}
         made = [preview.generate(model, self.vae, rows, self.forcing, scene, table, seed, **how) for scene, rows in zip(self.scenes, self.captions)]
-        seen, truth = ([self.probe.look(p) for p in side] for side in (made, [scene.truth for scene in self.scenes]))
-        references = [self.probe.look(scene.reference[None]).identity[0] for scene in self.scenes]
-        return {"arm": arm.name, "stage": arm.stage or stage, "iteration": iteration, **figures(made, seen, truth, self.scenes, references),
+        seen = [self.probe.look(pictures) for pictures in made]
+        return {"arm": arm.name, "stage": arm.stage or stage, "iteration": iteration, **figures(made, seen, self.truth, self.scenes, self.portraits),
                 "seconds": round(time.monotonic() - started, 1), "paper": arm.paper}
 
 
@@ -188,7 +192,7 @@ def ablate(config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConf
     """Run every arm whose checkpoint is there and write RUN/ablations/table.{json,md}; arms without one say so in the table.
     Raises WeightsError without codec or probe."""
     run = Path(run)
-    bench, rows = Bench.build(config, forcing, data, run, seed, text), []
+    bench, rows = Bench.build(config.people, config.blocks, config.probe, forcing, data, run, seed, text), []
     folder = run / "ablations"
     folder.mkdir(exist_ok=True)
     for arm in config.arms_with_students:
@@ -203,7 +207,7 @@ def table_text(config: AblationConfig, rows: Sequence[dict]) -> str:
     """The table in Markdown."""
     names = [name for row in rows for name, value in row.items() if isinstance(value, float) and name != "seconds"]
     columns = list(dict.fromkeys(names))
-    lines = [f"Ablations: {len(config.people)} rendered people unknown to the model, {config.blocks * 0.48:.0f} s each, held-out voice. Scores of our own probe; "
+    lines = [f"Ablations: {len(config.people)} rendered people unknown to the model, {config.blocks * preview.BLOCK / FPS:.0f} s each, held-out voice. Scores of our own probe; "
              "the papers' columns are other metrics on other data and show a direction only.", "",
              "| arm | checkpoint | " + " | ".join(columns) + " | papers |", "|---" * (len(columns) + 3) + "|"]
     for row in rows:

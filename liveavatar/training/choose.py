@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from liveavatar.core import ConfigError, InputError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import frechet
 from liveavatar.training import data as corpus
 from liveavatar.training import preview
-from liveavatar.training.ablations import AblationConfig, Arm, Bench
+from liveavatar.training.ablations import Arm, Bench
 from liveavatar.training.checkpoints import State, Stored, checkpoint_path, save_checkpoint
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.teacher import TeacherConfig
 
 GATES = {"aperture slope": (0.9, 1.1), "head motion ratio": (0.85, 1.15)}  # training.md 6.3
-CLIP_BLOCKS = 7  # as many as a training clip has: a teacher makes no more at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,9 @@ class ChooseConfig:
     blocks: int = 14
     probe: str = ""
 
-    def bench(self, blocks: int) -> AblationConfig:
-        """The same for ablations' Bench."""
-        return AblationConfig(people=self.people, blocks=max(blocks, 10), probe=self.probe)
+    def __post_init__(self):
+        if not self.people or self.blocks < 1:
+            raise ConfigError(f"choose: people={self.people}: at least one; blocks={self.blocks}: at least 1")
 
 
 def score(row: dict[str, float]) -> float:
@@ -75,7 +76,7 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
     names = candidates(run, stage, start)
     if not names:
         raise InputError(f"{run}: no checkpoint of {start} or {stage} to choose from")
-    bench = Bench.build(config.bench(config.blocks), forcing, data, run, seed, text)
+    bench = Bench.build(config.people, config.blocks, config.probe, forcing, data, run, seed, text)
     rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
     ranked = sorted(({**row, "gates": gates_met(row), "score": score(row)} for row in rows), key=lambda row: (-row["gates"], -row["score"]))
     checkpoint_path(run, "chosen").unlink(missing_ok=True)  # or another choice of the same iteration would pass for this one
@@ -89,13 +90,13 @@ def check_teacher(config: ChooseConfig, teach: TeacherConfig, forcing: ForcingCo
     """probe_fd of the teacher's own clips and of the student's before Stage 2; written to RUN/teacher_check.json.
     Raises ConfigError where the student is the better one."""
     run = Path(run)
-    bench = Bench.build(config.bench(CLIP_BLOCKS), forcing, data, run, seed, text)
-    scenes = [scene.cut(12 * CLIP_BLOCKS) for scene in bench.scenes]
+    bench = Bench.build(config.people, preview.CLIP_BLOCKS, config.probe, forcing, data, run, seed, text)
     models = {"teacher": preview.load_model(forcing, run, seed, "teacher")[0], "student": preview.load_model(forcing, run, seed, start)[0]}
-    made = {"teacher": [preview.generate_whole(models["teacher"], bench.vae, bench.text, forcing, teach, scene, seed) for scene in scenes],
-            "student": [preview.generate(models["student"], bench.vae, rows, forcing, scene, sigmas, seed) for scene, rows in zip(scenes, bench.captions)]}
-    truth = bench.features([scene.truth for scene in scenes])
-    found = {name: frechet(bench.features(pictures), truth) for name, pictures in made.items()}
+    made = {"teacher": [preview.generate_whole(models["teacher"], bench.vae, bench.text, forcing, teach, scene, seed) for scene in bench.scenes],
+            "student": [preview.generate(models["student"], bench.vae, rows, forcing, scene, sigmas, seed)
+                        for scene, rows in zip(bench.scenes, bench.captions)]}
+    truth = np.concatenate([seen.features for seen in bench.truth])
+    found = {name: frechet(np.concatenate([bench.probe.look(p).features for p in pictures]), truth) for name, pictures in made.items()}
     (run / "teacher_check.json").write_text(json.dumps({"probe_fd": found, "start": start}, indent=1))
     if found["student"] < found["teacher"]:
         raise ConfigError(f"dmd: the student ({start}) is better than its teacher, probe_fd {found['student']:.3f} against {found['teacher']:.3f}: "

@@ -14,13 +14,12 @@ import numpy as np
 
 from liveavatar.conditioning.phones import align
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
-from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, clip_paths, read_arrays, write_arrays, write_clip
+from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, clip_paths, missing, read_arrays, write_arrays, write_clip
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import DRESS as DRESS_PARTS
 from liveavatar.training.synth.people import Identity
 
-LOOKAHEAD_SECONDS = 0.16  # audio kept beyond the last picture: the front end looks 0.125 s ahead
 DRESS, PORTRAITS = 1, 2  # what a generator beside a clip's own is for
 SPLITS = ("train", "held", "default")  # default: the avatar that ships, with words and voices it was not trained on
 
@@ -85,7 +84,7 @@ def window_of(utterance: speech.Utterance, start: float, seconds: float) -> spee
 def windows_of(utterance: speech.Utterance, config: DataConfig) -> list[speech.Utterance]:
     """The utterance cut into pieces of a clip's length, a rest of less than half of one left out."""
     seconds = config.pictures / FPS
-    return [window_of(utterance, k * seconds, seconds + LOOKAHEAD_SECONDS) for k in range(max(1, round(utterance.seconds / seconds)))]
+    return [window_of(utterance, k * seconds, seconds + speech.LOOKAHEAD_SECONDS) for k in range(max(1, round(utterance.seconds / seconds)))]
 
 
 def load_readings(names: tuple[str, ...]) -> list[speech.Utterance]:
@@ -115,7 +114,7 @@ def choose_speech(config: DataConfig, split: str, index: int, seed: int, rng: np
     """What is said in a clip: silence, a window of a real reading, or a synthetic voice."""
     if split == "default" and index >= config.default_clips:
         return recordings[index - config.default_clips]
-    seconds = config.pictures / FPS + LOOKAHEAD_SECONDS
+    seconds = config.pictures / FPS + speech.LOOKAHEAD_SECONDS
     kind = rng.random()
     if split != "train":
         return speech.synthesize(seed, seconds, (speech.HELD_OUT_VOICE,))
@@ -125,11 +124,6 @@ def choose_speech(config: DataConfig, split: str, index: int, seed: int, rng: np
         reader = recordings[int(rng.integers(len(recordings)))]
         return window_of(reader, float(rng.uniform(0, max(0.0, reader.seconds - 0.8 * seconds))), seconds)
     return speech.synthesize(seed, seconds, speech.TRAIN_VOICES)
-
-
-def neutral_picture(renderer: HeadRenderer, identity: Identity) -> np.ndarray:
-    """uint8 [S,S,3]: closed mouth, open eyes, looking into the camera."""
-    return renderer.render(identity, np.zeros(52, np.float32)).rgb
 
 
 def make_clip(config: DataConfig, split: str, index: int, base_seed: int, renderer: HeadRenderer,
@@ -150,7 +144,7 @@ def make_clip(config: DataConfig, split: str, index: int, base_seed: int, render
     def stack(name: str) -> np.ndarray:
         return np.array([getattr(p, name) for p in pictures], np.float32)
 
-    return Clip(frames=np.stack([p.rgb for p in pictures]), reference=neutral_picture(renderer, identity),
+    return Clip(frames=np.stack([p.rgb for p in pictures]), reference=renderer.neutral(identity),
                 pcm=np.clip(np.round(utterance.pcm * 32767), -32768, 32767).astype(np.int16),
                 mouth=stack("mouth_box"), eyes=stack("eye_boxes"), aperture=stack("aperture"), width=stack("width"),
                 lid=stack("lid"), units=track.units, pose=track.pose, card=card)
@@ -205,14 +199,14 @@ def exchanged(config: DataConfig) -> list[tuple[str, ...]]:
 def render_portraits(config: DataConfig, seed: int) -> int:
     """Render the portraits that are not there yet of every clip that is; returns for how many clips."""
     kinds = exchanged(config)
-    todo = [p for p in clip_paths(config.folder, "train") if not portraits_path(p).exists()] if kinds else []
+    todo = missing(clip_paths(config.folder, "train"), portraits_path) if kinds else []
     renderer = HeadRenderer(config.size, config.supersample) if todo else None
     for path in todo:
         card = read_arrays(path)[0]
         rng = np.random.default_rng([PORTRAITS, seed, card["seed"]])
         others = [Identity(**card["identity"]).dressed(rng, parts) for parts in kinds]
         write_arrays(portraits_path(path), {"captions": [other.caption for other in others], "exchanged": kinds},
-                     portraits=np.stack([neutral_picture(renderer, other) for other in others]))
+                     portraits=np.stack([renderer.neutral(other) for other in others]))
     return len(todo)
 
 

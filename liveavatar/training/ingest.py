@@ -19,11 +19,12 @@ import numpy as np
 from PIL import Image
 
 from liveavatar.conditioning import face
+from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
 from liveavatar.training import footage, shards
-from liveavatar.training.data import LOOKAHEAD_SECONDS, DataConfig
+from liveavatar.training.data import DataConfig
+from liveavatar.training.synth.speech import LOOKAHEAD_SECONDS
 
-SAMPLES_PER_PICTURE = SAMPLE_RATE // FPS
 LIP_OUTLINE = (61, 291, 0, 17)  # mouth corners, top and bottom of the lips
 NATURAL_LAG_MS = 40.0  # that sound trails a natural face by
 FIRST_PERSON = 2_000_000  # seeds of people in videos begin here, one per file; the generator's are below
@@ -183,7 +184,7 @@ def stretches(first: int, last: int, pictures: int, longest: int) -> list[tuple[
 
 def sound_at(pcm: np.ndarray, first: int, pictures: int) -> np.ndarray:
     """float32 of so many pictures and the audio look-ahead; silence beyond the end."""
-    start, count = first * SAMPLES_PER_PICTURE, pictures * SAMPLES_PER_PICTURE + round(LOOKAHEAD_SECONDS * SAMPLE_RATE)
+    start, count = first * SAMPLES_PER_FRAME, pictures * SAMPLES_PER_FRAME + round(LOOKAHEAD_SECONDS * SAMPLE_RATE)
     piece = pcm[start : start + count]
     return np.concatenate([piece, np.zeros(count - len(piece), np.float32)])
 
@@ -220,7 +221,7 @@ def sync_reason(pieces: list[Piece], pictures: int, pcm: np.ndarray, config: Vid
     """Why sound and mouth of a stretch do not belong together; "" when they do or nobody judges."""
     if judge is None or all(piece.reason for piece in pieces):
         return ""
-    verdict = judge([faces for piece in pieces for faces in piece.faces], pcm[: pictures * SAMPLES_PER_PICTURE])
+    verdict = judge([faces for piece in pieces for faces in piece.faces], pcm[: pictures * SAMPLES_PER_FRAME])
     if verdict is None:
         return "sync unknown"
     confidence, lag = verdict

@@ -49,6 +49,14 @@ def cell_weight(mouth: np.ndarray, eyes: np.ndarray, side: int, stride: int, mou
     return 1 + torch.cat([cells[:1], later])
 
 
+def face_cells(weight: torch.Tensor) -> torch.Tensor:
+    """Where a face is: cells of mouth and eyes, whose weight [B,1,F,h,w] is above 1, bool of that shape. Not in the
+    lowest row, which may weigh more for its shirt."""
+    face = weight > 1
+    face[..., -1, :] = False
+    return face
+
+
 def forcing_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Weighted mean of |v - (eps - x0)|^2 (training.md 2.1). All [B,16,F,h,w]; weight broadcasts, mean of it need not be 1."""
     error = (velocity.float() - (noise - latents)).square()

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from liveavatar.core import ConfigError
-from liveavatar.diffusion.denoise import euler
-from liveavatar.diffusion.rollout import ClipCondition, Velocity
+from liveavatar.diffusion.rollout import ClipCondition, Velocity, level_parallel
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.training import shards
 from liveavatar.training.casting import Transformer, cast_of
@@ -62,14 +61,13 @@ class Trajectories:
 
 
 @torch.no_grad()
-def integrate(velocity: Velocity, table: Sequence[float], grid: Sequence[float], noise: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Euler over `grid`, which contains `table`; the states at the values of `table`, [B,k+1,C,F,h,w]."""
-    x, states = noise, []
-    for sigma, after in zip(grid, grid[1:]):
-        if sigma in table:
-            states.append(x)
-        x = euler(x, velocity(x, torch.full((len(x), blocks), sigma)), sigma, after)
-    return torch.stack([*states, x], dim=1)
+def integrate(velocity: Velocity, grid: Sequence[float], pieces: int, noise: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Euler over `grid` from noise [B,C,F,h,w]; the states at its start, after every `pieces` steps and at its end,
+    [B,k+1,C,F,h,w]. grid: as levels.teacher_grid."""
+    states = [noise]
+    for first in range(0, len(grid) - 1, pieces):
+        states.append(level_parallel(velocity, grid[first : first + pieces + 1], states[-1], blocks))
+    return torch.stack(states, dim=1)
 
 
 def draw_states(rng: np.random.Generator, batch: int, blocks: int, levels: int, same_share: float, clean_share: float) -> torch.Tensor:
@@ -136,7 +134,7 @@ def store_trajectories(config: OdeConfig, forcing: ForcingConfig, sigmas: Sequen
                                   *draw_position(forcing, draws.numpy))
         velocity = config.guidance.velocity(teacher, condition, reader.silence, reader.rows_of(""))
         noise = torch.randn(batch.latents.shape, generator=draws.torch).to(device)
-        states = integrate(velocity, sigmas, grid, noise, batch.latents.shape[2] // forcing.block_latents)
+        states = integrate(velocity, grid, config.pieces, noise, batch.latents.shape[2] // forcing.block_latents)
         write_trajectories(trajectory_path(run, index), Trajectories(states, condition), sigmas)
     return len(todo)
 

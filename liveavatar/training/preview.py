@@ -6,6 +6,7 @@ other, nothing else.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,15 +23,20 @@ from liveavatar.diffusion.rollout import ClipCondition, cached_rollout
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import Probe
 from liveavatar.models.s2v import CausalS2V
-from liveavatar.models.vae import StreamingVAE
+from liveavatar.models.vae import DecoderState, StreamingVAE
 from liveavatar.training import data as corpus
 from liveavatar.training import forcing, shards
 from liveavatar.training.casting import averaged_model
-from liveavatar.training.codec import to_bytes, to_float
+from liveavatar.training.codec import to_bytes
+from liveavatar.training.probing import agreement, best_lag
+from liveavatar.training.stored import silence_of
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 from liveavatar.training.teacher import TeacherConfig, sample
+
+BLOCK = 12  # pictures, .48 s: what lengths of speech are counted in
+CLIP_BLOCKS = 7  # as many as a training clip has: a teacher makes no more at once
 
 
 @dataclass(frozen=True)
@@ -43,50 +49,53 @@ class Scene:
     pcm: np.ndarray
     caption: str
 
-    def cut(self, pictures: int) -> Scene:
-        """Its beginning; the sound keeps what is looked ahead to."""
-        return replace(self, truth=self.truth[:pictures], aperture=self.aperture[:pictures])
+
+def spoken(blocks: int, seed: int) -> speech.Utterance:
+    """So many BLOCKs of the held-out voice, with what is looked ahead to."""
+    return speech.synthesize(seed, BLOCK * blocks / FPS + speech.LOOKAHEAD_SECONDS, (speech.HELD_OUT_VOICE,))
 
 
-def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, utterance: speech.Utterance, blocks: int, seed: int) -> Scene:
-    """Render `identity` saying `utterance` for so many blocks of 12 pictures."""
+def make_scene(renderer: HeadRenderer, identity: int, utterance: speech.Utterance, blocks: int, seed: int) -> Scene:
+    """Render `identity` saying `utterance` for so many BLOCKs."""
     who = Identity.sample(identity)
-    track = director.direct(utterance, 12 * blocks, seed)
+    track = director.direct(utterance, BLOCK * blocks, seed)
     pictures = renderer.render_clip(who, track.units, track.pose, track.translation, track.gaze)
-    return Scene(corpus.neutral_picture(renderer, who), np.stack([p.rgb for p in pictures]),
-                 np.array([p.aperture for p in pictures], np.float32), utterance.pcm, who.caption)
+    return Scene(renderer.neutral(who), np.stack([p.rgb for p in pictures]), np.array([p.aperture for p in pictures], np.float32),
+                 utterance.pcm, who.caption)
+
+
+def _prepared(vae: StreamingVAE, config: forcing.ForcingConfig, scene: Scene, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], DecoderState]:
+    """Of the whole blocks of a scene: portrait latents [z,M,h,w], features [L,Ca,T], noise of each, a decoder that has seen the portrait."""
+    held, blocks, state = forcing.held_portrait(vae, scene.reference, config), len(scene.truth) // config.block_pictures, vae.new_state()
+    features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), config.block_pictures * blocks)
+    shape = (vae.z_dim, config.block_latents, *held.shape[-2:])
+    vae.decode(held, state)
+    return held, features, [noise(seed, "preview", b, shape) for b in range(blocks)], state
 
 
 def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
              sigmas: Sequence[float], seed: int, **how) -> np.ndarray:
     """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets.
     how: options of cached_rollout."""
-    held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
-    count = len(scene.truth) // 12
-    features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), 12 * count).split(12, dim=-1)
-    shape = (vae.z_dim, config.block_latents, *held.shape[-2:])
-    noises = [noise(seed, "preview", b, shape) for b in range(count)]
-    state, made = vae.new_state(), []
-    vae.decode(held, state)
-    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks, seed=seed, **how):
-        made.append(to_bytes(vae.decode(block, state)))
-    return np.concatenate(made)
+    held, features, noises, state = _prepared(vae, config, scene, seed)
+    blocks = cached_rollout(model, sigmas, noises, features.split(config.block_pictures, dim=-1), rows, held[:, :1], held,
+                            ring_blocks=config.window_blocks, seed=seed, **how)
+    return np.concatenate([to_bytes(vae.decode(block, state)) for block in blocks])
 
 
 def generate_whole(model: CausalS2V, vae: StreamingVAE, text: TextEncoder, config: forcing.ForcingConfig, teach: TeacherConfig, scene: Scene,
                    seed: int) -> np.ndarray:
     """As generate, by the bidirectional teacher: the whole scene at once, guided, with its sampler."""
-    held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
-    front_end, blocks = LogMelFrontEnd(), len(scene.truth) // 12
-    features = front_end.features_of(scene.pcm.astype(np.float32), 12 * blocks)
+    held, features, noises, state = _prepared(vae, config, scene, seed)
     condition = ClipCondition(features[None], [text.encode(scene.caption)], held[None, :, :1], held[None], config.window_blocks, causal=False)
-    velocity = teach.guidance.velocity(model, condition, front_end.features_of(np.zeros(0, np.float32), 1), text.encode(""))
-    shape = (vae.z_dim, config.block_latents, *held.shape[-2:])
-    start = torch.cat([noise(seed, "preview", b, shape) for b in range(blocks)], dim=1)
-    latents = sample(velocity, start[None], blocks, teach.sampler)[0]
-    state = vae.new_state()
-    vae.decode(held, state)
+    velocity = teach.guidance.velocity(model, condition, silence_of(text), text.encode(""))
+    latents = sample(velocity, torch.cat(noises, dim=1)[None], len(noises), teach.sampler)[0]
     return to_bytes(vae.decode(latents, state))
+
+
+def taught_path(run: str | Path, clip: Path) -> Path:
+    """Where a held-out clip file as the teacher makes it lies."""
+    return shards.clip_path(Path(run) / "teacher_clips", clip.parent.name, shards.number_of(clip))
 
 
 @torch.no_grad()
@@ -94,32 +103,26 @@ def teacher_clips(config: forcing.ForcingConfig, teach: TeacherConfig, data_fold
     """What the teacher makes of the held-out clips, as clip files under RUN/teacher_clips: same labels and card, its own pictures.
     Those that are there stay; returns how many were made."""
     paths = [p for split in ("held", "default") for p in shards.clip_paths(data_folder, split)]
-    todo = [p for p in paths if not shards.clip_path(Path(run) / "teacher_clips", p.parent.name, shards.number_of(p)).exists()]
+    todo = shards.missing(paths, functools.partial(taught_path, run))
     if not todo:
         return 0
     model, vae = load_model(config, run, seed, "teacher")[0], StreamingVAE.from_folder(Path(run) / "vae")
     for path in todo:
         clip = shards.read_clip(path)
-        clip = clip.cut(len(clip.frames) // 12 * 12)
-        scene = Scene(clip.reference, clip.frames, clip.aperture, clip.pcm.astype(np.float32) / 32768.0, clip.caption)
+        clip = clip.cut(len(clip.frames) // config.block_pictures * config.block_pictures)
+        scene = Scene(clip.reference, clip.frames, clip.aperture, clip.sound, clip.caption)
         frames = generate_whole(model, vae, text, config, teach, scene, seed)
-        shards.write_clip(shards.clip_path(Path(run) / "teacher_clips", path.parent.name, shards.number_of(path)), replace(clip, frames=frames))
+        shards.write_clip(taught_path(run, path), replace(clip, frames=frames))
     return len(todo)
 
 
 # ---------------------------------------------------------------- the judge
 
 
-def follow(judged: np.ndarray, aperture: np.ndarray) -> dict[str, float]:
-    """Correlation and slope of judged [T] on true aperture [T], best lag in pictures, correlation with the truth shuffled."""
-    def correlation(lag: int) -> float:
-        a, b = (judged[lag:], aperture[: len(aperture) - lag]) if lag >= 0 else (judged[:lag], aperture[-lag:])
-        return float(np.corrcoef(a, b)[0, 1])
-
-    lags = {lag: correlation(lag) for lag in range(-4, 5)}
+def follow(judged: np.ndarray, aperture: np.ndarray) -> dict[str, float | None]:
+    """Correlation, slope and error of judged [T] on true aperture [T], best lag in pictures, correlation with the truth shuffled."""
     other = np.roll(aperture, len(aperture) // 2)
-    return {"r": lags[0], "slope": float(np.polyfit(aperture, judged, 1)[0]), "lag": max(lags, key=lags.get),
-            "shuffled": float(np.corrcoef(judged, other)[0, 1])}
+    return agreement(judged, aperture) | {"lag": best_lag([judged], [aperture]), "shuffled": agreement(judged, other)["r"]}
 
 
 # ---------------------------------------------------------------- the stage
@@ -140,15 +143,15 @@ def load_model(config: forcing.ForcingConfig, run: str | Path, seed: int, stage:
 def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, sigmas: Sequence[float],
             text: TextEncoder, stage: str = "forcing", blocks: int = 12, teach: TeacherConfig | None = None, probe: Probe | None = None) -> dict:
     """Sheet (truth above, generated below, for three people) and numbers, into RUN/preview/STAGE_ITERATION.{png,json}. probe: the
-    judge of the mouth; None: without figures of it. teach: how the stage `teacher` is sampled, which makes seven blocks, as many as it was trained on."""
-    blocks = 7 if stage == "teacher" else blocks
+    judge of the mouth; None: without figures of it. teach: how the stage `teacher` is sampled, which makes CLIP_BLOCKS."""
+    blocks = CLIP_BLOCKS if stage == "teacher" else blocks
     model, iteration = load_model(config, run, seed, stage)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     renderer = HeadRenderer(data.size, data.supersample)
-    utterance = speech.synthesize(seed + 7, 12 * blocks / FPS + corpus.LOOKAHEAD_SECONDS, (speech.HELD_OUT_VOICE,))
+    utterance = spoken(blocks, seed + 7)
     rows, report = [], {"stage": stage, "iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
     for name, identity in (("default", data.default_identity), ("trained", data.first_identity + 4), ("held", 1_000_000)):
-        scene = make_scene(data, renderer, identity, utterance, blocks, seed)
+        scene = make_scene(renderer, identity, utterance, blocks, seed)
         if stage == "teacher":
             made = generate_whole(model, vae, text, config, teach, scene, seed)
         else:

@@ -7,6 +7,7 @@ are painted over, or identity would be read off the backdrop.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -211,7 +212,7 @@ def decode_clips(config: ProbeConfig, folders: list[str], run: str | Path, decod
     them. Returns how many this one did."""
     paths, (rank, world) = rendered_clips(folders), rank_and_world()
     chosen = paths[:: max(1, len(paths) // max(1, config.codec_clips))][: config.codec_clips]
-    todo = [p for p in chosen[rank::world] if not decoded_path(decoded, p).exists()]
+    todo = shards.missing(chosen[rank::world], functools.partial(decoded_path, decoded))
     if todo:
         vae = StreamingVAE.from_folder(config.codec or Path(run) / "vae")
         with torch.autocast("cpu", torch.bfloat16, enabled=config.loop.bf16):

@@ -23,7 +23,7 @@ from liveavatar.training import (
     students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
-from liveavatar.training.groups import device_of, join, launched, meet
+from liveavatar.training.groups import device_of, grouped, join, launched, meet, rank_and_world
 from liveavatar.training.memory import ClipConfig
 from liveavatar.training.stored import StoredConditions
 
@@ -133,8 +133,11 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
 
 
-def run_data(recipe: Recipe) -> None:
-    """Render the corpus (what is missing of it)."""
+def run_data(recipe: Recipe, sync_judge: ingest.SyncJudge | None = None) -> None:
+    """Render what is missing of the corpus, or make it of the videos where the recipe names some."""
+    if recipe.videos is not None:
+        ingest.ingest(recipe.videos, recipe.data, sync_judge)
+        return
     data.render_corpus(recipe.data, recipe.seed)
     data.render_portraits(recipe.data, recipe.seed)
 
@@ -168,8 +171,7 @@ def run_text(recipe: Recipe) -> None:
 
 def run_latents(recipe: Recipe) -> None:
     """Encode what is not encoded yet; ranks share the clips."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    forcing.encode_corpus(recipe.forcing, recipe.data.folder, recipe.run, rank, world)
+    forcing.encode_corpus(recipe.forcing, recipe.data.folder, recipe.run, *rank_and_world())
     meet()
 
 
@@ -255,7 +257,7 @@ ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablati
 
 def first_rank() -> bool:
     """True on the rank that writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank_and_world()[0] == 0
 
 
 def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync_judge: ingest.SyncJudge | None = None) -> None:
@@ -269,15 +271,12 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync
     for name in names:
         if not _asked_for(recipe, name):
             raise ConfigError(f"{config_path}: stage {name}: {_why_not(recipe, name)}")
-    joined = launched() and not dist.is_initialized()  # Ray Train has joined already
+    joined = launched() and not grouped()  # Ray Train has joined already
     if joined:
         join()
     try:
         for name in names:
-            if name == "data" and recipe.videos is not None:
-                ingest.ingest(recipe.videos, recipe.data, sync_judge)
-            else:
-                _run_stage(name, recipe)
+            _run_stage(name, recipe, {"sync_judge": sync_judge} if name == "data" else {})
     finally:
         if joined:
             dist.destroy_process_group()
@@ -301,10 +300,11 @@ def _why_not(recipe: Recipe, name: str) -> str:
     return f"the recipe has no {OPTIONAL[name]} section"
 
 
-def _run_stage(name: str, recipe: Recipe) -> None:
-    if recipe.processes == 1 or name in ALONE or dist.is_initialized():
+def _run_stage(name: str, recipe: Recipe, asked: dict) -> None:
+    """asked: further arguments of a stage that runs alone."""
+    if recipe.processes == 1 or name in ALONE or grouped():
         if name not in ALONE or first_rank():
-            _work(name, recipe)
+            _work(name, recipe, **asked)
         return meet()
     with tempfile.TemporaryDirectory(prefix="train") as folder:
         mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)
@@ -319,12 +319,12 @@ def _rank_main(rank: int, name: str, recipe: Recipe, meeting: str) -> None:
         dist.destroy_process_group()
 
 
-def _work(name: str, recipe: Recipe) -> None:
+def _work(name: str, recipe: Recipe, **asked) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, min(threads, recipe.forcing.loop.threads)))
     try:
         if name in planning.PLANNED:
             planning.refuse_what_cannot_fit(recipe, name, device_of(getattr(recipe, name).loop.device))
-        (STAGES | SIDE_STAGES)[name](recipe)
+        (STAGES | SIDE_STAGES)[name](recipe, **asked)
     finally:
         torch.set_num_threads(threads)

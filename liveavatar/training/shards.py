@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,16 @@ import numpy as np
 from liveavatar.conditioning.clipfiles import Clip, clip_path, clip_paths, number_of, read_arrays, read_clip, write_arrays, write_clip
 from liveavatar.core import ConfigError, InputError
 
-__all__ = ["GENERATOR_VERSION", "Clip", "Packed", "clip_path", "clip_paths", "number_of", "pack", "read_arrays", "read_clip", "write_arrays",
-           "write_clip"]  # fmt: skip
+__all__ = ["GENERATOR_VERSION", "Clip", "Packed", "clip_path", "clip_paths", "missing", "number_of", "pack", "read_arrays", "read_clip",
+           "write_arrays", "write_clip"]  # fmt: skip
 
 GENERATOR_VERSION = 1  # raise when the same seed would give other bytes
 CARD, ARRAY = ".json", ".npy"
+
+
+def missing(paths: Iterable[Path], place: Callable[[Path], Path]) -> list[Path]:
+    """Those of `paths` of which place(path) was not made yet: with them a stage that was stopped goes on."""
+    return [path for path in paths if not place(path).exists()]
 
 
 def pack(folder: str | Path, split: str, per_shard: int = 256) -> list[Path]:

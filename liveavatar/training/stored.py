@@ -59,7 +59,7 @@ def store_conditions(base: str, run: str | Path, captions: Iterable[str], front_
     if not (folder / "silence.npz").exists():
         # One picture by itself: of a second of silence the middle, so that nothing but silence is in reach.
         write_rows(folder / "silence.npz", front_end.features_of(np.zeros(16_000, np.float32), 25)[..., 12:13], {})
-    missing = sorted({"", *captions} - {c for c in {"", *captions} if caption_path(folder, c).exists()})
+    missing = sorted(caption for caption in {"", *captions} if not caption_path(folder, caption).exists())
     encoder = load_text_encoder(base, dtype=torch.bfloat16) if missing else None
     for caption in missing:
         write_rows(caption_path(folder, caption), encoder.encode(caption), {"caption": caption})

@@ -51,7 +51,7 @@ def train_students(config: StudentsConfig, dmd: DmdConfig, forcing: ForcingConfi
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*READS, f"{start}.pt", f"{dmd.teacher}.pt"):
             if not (folder / name).is_symlink():
-                (folder / name).symlink_to((run / name).resolve())
+                (folder / name).symlink_to(run.resolve() / name)  # not where that points to: older checkpoints are deleted
         loop = dmd.loop if config.iterations is None else replace(dmd.loop, iterations=config.iterations)
         train_dmd(replace(dmd, start=start, loop=loop), forcing, sigmas, folder, seed, text, default_identity)
         folders[start] = folder

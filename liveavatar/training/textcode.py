@@ -7,8 +7,9 @@ says in the mean of its rows, so that afterwards one linear layer finds it too. 
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ class Reader(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Tokens and mask int64 [B,n] -> (per trait: logits [B, its values], colours of DRESS in sRGB [B,2,3])."""
+        """Tokens and mask int64 [B,n], on any device -> (per trait: logits [B, its values], colours of DRESS in sRGB [B,2,3])."""
+        ids, mask = (t.to(self.head.weight.device) for t in (ids, mask))
         rows = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         mean = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         *logits, colours = self.head(mean).split([*self.sizes, 3 * len(DRESS)], dim=1)
@@ -82,6 +84,11 @@ class Said:
     values: dict[str, torch.Tensor]
     colours: torch.Tensor
     told: torch.Tensor
+
+    def to(self, device: torch.device) -> Said:
+        """The same on another device; captions are bytes until they are read."""
+        values = {trait: t.to(device) for trait, t in self.values.items()}
+        return replace(self, values=values, colours=self.colours.to(device), told=self.told.to(device))
 
 
 def said(rng: np.random.Generator, count: int) -> Said:
@@ -110,9 +117,15 @@ def _told(person: Identity, looks: str, parts) -> dict[str, str]:
     return dict.fromkeys(VALUES, UNSAID) | told
 
 
+@functools.cache
+def byte_tokenizer() -> ByT5Tokenizer:
+    """The one of all captions; it has no state."""
+    return ByT5Tokenizer()
+
+
 def tokens(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Bytes int64 [B,n] with the end token, padded, and their mask."""
-    made = ByT5Tokenizer()(captions, padding=True, return_tensors="pt")
+    made = byte_tokenizer()(captions, padding=True, return_tensors="pt")
     return made.input_ids, made.attention_mask
 
 
@@ -130,7 +143,7 @@ def train_text(config: TextConfig, width: int, run: str | Path, seed: int, stop_
     trainer = Trainer("text", reader, config.loop, run, seed)
 
     def loss_of(draws: Draws):
-        return reading_loss(reader, said(draws.numpy, config.loop.batch), config.colours)
+        return reading_loss(reader, said(draws.numpy, config.loop.batch).to(trainer.device), config.colours)
 
     losses = trainer.run(loss_of, stop_after)
     if trainer.iteration == config.loop.iterations:
@@ -159,4 +172,4 @@ def text_encoder_of(model: dict, seed: int, config: TextConfig | None = None, ru
         reader = Reader(config, model["text_dim"], seed)
         load_average(reader, checkpoint_path(run, "text"))
         encoder = reader.encoder
-    return TextEncoder(encoder.eval().requires_grad_(False), ByT5Tokenizer())
+    return TextEncoder(encoder.eval().requires_grad_(False), byte_tokenizer())

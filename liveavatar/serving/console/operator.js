@@ -2,6 +2,7 @@
 
 import {$, fill, h, twice} from "./dom.js";
 import {Chain} from "./chain.js";
+import {Channels} from "./channels.js";
 import {Facts} from "./facts.js";
 import {History} from "./history.js";
 import {Outputs} from "./outputs.js";
@@ -20,6 +21,7 @@ export class Operator {
       health: new Curves(app),
       sessions: new Sessions(app),
       outputs: new Outputs(app),
+      channels: new Channels(app),
       provenance: new Provenance(app),
       log: new Log(app),
       server: new Facts(app),
@@ -174,7 +176,7 @@ class Sessions {
       session.owner,
       session.state,
       span(now - session.created_at),
-      session.lease ? span(session.lease.ends_at - now) : "–",
+      session.lease?.ends_at ? span(session.lease.ends_at - now) : "–",
       String(session.viewers),
     ];
     const watch = here

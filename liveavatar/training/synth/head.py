@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from liveavatar.conditioning.visemes import ARKIT_UNITS
 from liveavatar.training.synth import raster, shade
 from liveavatar.training.synth.people import FEATURES, Identity
-from liveavatar.training.synth.raster import ARKIT_UNITS
 
 
 @dataclass
@@ -141,6 +141,10 @@ class HeadRenderer:
         """One picture: units [52] in 0..1, pose and gaze in degrees, translation in pictures."""
         row = [np.asarray(x, np.float32)[None] for x in (units, pose, translation, gaze)]
         return self.render_clip(identity, *row)[0]
+
+    def neutral(self, identity: Identity, yaw: float = 0.0) -> np.ndarray:
+        """uint8 [size,size,3]: closed mouth, open eyes, looking ahead; the head turned by yaw degrees."""
+        return self.render(identity, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0)).rgb
 
     def render_clip(self, identity: Identity, units: np.ndarray, pose: np.ndarray,
                     translation: np.ndarray, gaze: np.ndarray) -> list[Picture]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from liveavatar.conditioning.phones import PAUSE, Phone
+from liveavatar.conditioning.phones import LIPS_MEET, PAUSE, WIDE_OPEN, Phone
 from liveavatar.conditioning.visemes import ARKIT_UNITS
 from liveavatar.core import FPS, ConfigError
 from liveavatar.training.synth import director, speech
@@ -15,10 +15,8 @@ from liveavatar.training.synth.people import Identity
 
 PARTING = ("jawOpen", "mouthClose", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight")
 MUMBLE = 0.5  # share of the lips' parting that is left
-LOOKAHEAD_SECONDS = 0.16
 FRAMINGS = {"close": 0.0, "turned": 15.0}  # degrees of yaw
 TRIES = 200  # sentences looked at for one that has something of everything
-LIPS_MEET, WIDE_OPEN = frozenset("p b m".split()), frozenset("aa ae ao aw ay".split())
 ENOUGH = 4  # phones of either kind
 SPEECH, PAUSES, SILENCE = (4.0, 9.0), (0.5, 3.0), 20.0  # seconds, of a stream: pieces of speech, pauses, the longest silence
 LONG_PAUSE, MOST_PAUSE = 0.3, 0.06  # seconds; share of the time that such pauses may take
@@ -62,7 +60,7 @@ def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, secon
               "yaw": track.pose[:, 0], "pitch": track.pose[:, 1], "roll": track.pose[:, 2]}  # fmt: skip
     return Performance(
         frames=np.stack([p.rgb for p in clear]), mumbled=np.stack([p.rgb for p in mumbled]),
-        portrait=renderer.render(who, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0)).rgb, pcm=said.pcm, phones=said.phones, text=said.text,
+        portrait=renderer.neutral(who, yaw), pcm=said.pcm, phones=said.phones, text=said.text,
         caption=who.caption, motion={name: np.asarray(values, np.float32) for name, values in motion.items()},
     )  # fmt: skip
 
@@ -97,8 +95,8 @@ class Stage:
             raise ConfigError(f"framing {line.framing!r}: must be one of {', '.join(FRAMINGS)}")
         if line.spoken:
             who, said = Identity.sample(line.identity), spoken_stream(line.seed, line.seconds, line.voice)
-            portrait = self._renderer.render(who, np.zeros(len(ARKIT_UNITS), np.float32), (FRAMINGS[line.framing], 0, 0)).rgb
+            portrait = self._renderer.neutral(who, FRAMINGS[line.framing])
             return Performance(None, None, portrait, said.pcm, said.phones, said.text, who.caption, {})
-        said = dense_speech(line.seed, line.seconds + LOOKAHEAD_SECONDS, line.voice)
+        said = dense_speech(line.seed, line.seconds + speech.LOOKAHEAD_SECONDS, line.voice)
         made = perform(self._renderer, line.identity, said, line.seconds, line.seed, FRAMINGS[line.framing])
         return replace(made, pcm=speech.augment(made.pcm, line.seed)) if line.noisy else made

