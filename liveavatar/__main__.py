@@ -256,16 +256,19 @@ def serve(
     overrides: Overrides = None,
     engine: Annotated[Optional[str], typer.Option(metavar="model|testcard", help="What makes the pictures. Default: the config's.")] = None,
 ) -> None:
-    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once."""
+    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits and log level anew."""
     from liveavatar.config import load
 
     with _needs("serve", "uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client"):
         from liveavatar.serving import server
         from liveavatar.serving.settings import ServeConfig
 
-    settings = load(config, [*(overrides or ()), *([f"engine_kind={engine}"] if engine else [])], cls=ServeConfig)
+    def read() -> ServeConfig:
+        return load(config, [*(overrides or ()), *([f"engine_kind={engine}"] if engine else [])], cls=ServeConfig)
+
+    settings = read()
     try:
-        server.run(settings, typer.echo)
+        server.run(settings, typer.echo, read)
     except OSError as error:
         from liveavatar.core import ConfigError
 

@@ -137,6 +137,9 @@ def test_a_person_speaks_through_the_avatar_and_an_operator_watches(running_brow
 
             await talk(page)
             await visit_tabs(page, server, tmp_path)
+            for name in ("webrtc_rtt_seconds", "webrtc_jitter_buffer_seconds", "webrtc_av_offset_seconds"):  # what the page reports (MET-2)
+                while f'{name}_count{{sink="webrtc"}}' not in server.at.metrics.exposition().decode():
+                    await asyncio.sleep(0.2)
             await page.click("#language")
             assert await page.inner_text("#tab_sessions") == "会话" and await page.get_attribute("html", "lang") == "zh-CN"
             await shot(page, "chinese")

@@ -60,6 +60,7 @@ def wait(until, seconds: float = 120.0) -> None:
 def test_a_drain_lets_sessions_finish(server):
     process, client = server
     session = client.post("/v1/sessions", json={}).json()["id"]
+    process.send_signal(signal.SIGHUP)  # reads the settings again, and goes on (17.4)
     assert client.get("/startupz").status_code == client.get("/livez").status_code == 200
     process.send_signal(signal.SIGTERM)
     wait(lambda: client.get("/readyz").status_code == 503)
@@ -70,7 +71,7 @@ def test_a_drain_lets_sessions_finish(server):
     assert client.delete(f"/v1/sessions/{session}").status_code == 204
     assert process.wait(60) == 0
     out = process.stdout.read()
-    assert "draining" in out and session in out and not re.search(r"la_[0-9a-f]{12}_|Traceback|ERROR", out), out
+    assert "settings_reloaded" in out and "draining" in out and session in out and not re.search(r"la_[0-9a-f]{12}_|Traceback|ERROR", out), out
 
 
 def test_a_second_signal_ends_it_now(tmp_path):

@@ -129,7 +129,7 @@ def test_back_off_doubles_with_full_jitter_and_alerts_once():
     assert out.status.failures == 9 and out.status.state == "closed" and out.status.last_error == "rtmp://live.example/app/*** is not allowed"
     assert "k3y" not in repr(seen)
     out.put(PICTURE)  # after the end: forgotten
-    assert out.depth == 0
+    assert out.level().depth == 0
 
 
 def test_sound_waits_for_the_first_keyframe_and_time_starts_there(monkeypatch):

@@ -142,6 +142,29 @@ def test_a_dead_chain_is_started_again_the_picture_goes_on_and_no_word_is_lost(p
     assert indices == list(range(indices[0], indices[0] + len(indices)))  # not one tick without a picture
 
 
+def test_the_mark_names_who_is_shown(portrait):
+    """The watermark says which avatar it is (WM-1): after another portrait it says the other one."""
+    drawn = {"a": 10, "b": 20}
+
+    def marker(role, height, width):
+        return lambda picture: np.full_like(picture, drawn[role.avatar])
+
+    async def run():
+        made = Studio(ServeConfig(engine_kind="testcard"), marker=marker)
+        await made.start()
+        live = await made.open(role(portrait))
+        live.add_sink(viewer := Viewer())
+        await until(lambda: viewer.ticks)
+        await live.set_reference("b", portrait)
+        count = len(viewer.ticks)
+        await until(lambda: len(viewer.ticks) > count + 1)
+        await made.aclose()
+        return [int(tick.picture[0, 0, 0]) for tick in viewer.ticks]
+
+    seen = asyncio.run(run())
+    assert seen[0] == 10 and seen[-1] == 20
+
+
 def test_full_closed_and_refused(portrait):
     async def run():
         async with studio(room=1) as s:

@@ -47,7 +47,7 @@ class Scene:
         for _ in range(pictures):
             self.station.tick()
             await asyncio.sleep(0.01)
-        while self.recorder.depth or self.recorder.writer.count < self.recorder.writer.sent:
+        while len(self.recorder._edge) or self.recorder.writer.count < self.recorder.writer.sent:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
@@ -179,7 +179,7 @@ def test_a_full_or_dead_disk_never_holds_the_picture_up(tmp_path):
         os.kill(scene.recorder.writer.pid, signal.SIGSTOP)  # the disk hangs
         for _ in range(150):  # 6 s of media at once: the queue takes 2 s of each, the rest is dropped
             scene.station.tick()
-            assert scene.recorder.depth <= 2 * 25 + 2 * 47 + 2
+            assert len(scene.recorder._edge) <= 2 * 25 + 2 * 47 + 2
         await scene.station.play(lambda: len(scene.named("recording_failed")) == 2)
         assert "no progress" in scene.named("recording_failed")[1]["reason"]
         await scene.written(15)

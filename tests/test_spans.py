@@ -87,9 +87,11 @@ def test_a_block_is_a_trace_with_its_roles_inside():
     found = sent([line("open", 0.5, pace="live"), line("opened", 0.9), line("admitted", 1.0, epoch=2, block=4, start=0, stop=7680),
                   work(1.4, 1.1, 1.3), line("ready", 1.6, epoch=2, block=4, count=12), line("interrupt", 1.7, epoch=3),
                   work(1.8, 901.0, 901.1),  # late, and from a host whose clock is another
-                  line("admitted", 2.0, epoch=3, block=5, start=0, stop=0), {"event": "trace", "t": 9.0}])  # fmt: skip
-    opened, first, block, interrupt, late, lost = found
-    assert [span.name for span in found] == ["open", "step1", "block", "interrupt", "step1", "block"]
+                  line("admitted", 2.0, epoch=3, block=5, start=0, stop=0), {**line("open", 2.1, pace="live"), "session": "never"},
+                  {"event": "trace", "t": 9.0}])  # fmt: skip
+    opened, first, block, interrupt, late, lost, never = found
+    assert [span.name for span in found] == ["open", "step1", "block", "interrupt", "step1", "block", "open"]
+    assert facts(never) == {"session": "never", "pace": "live", "lost": True} and times(never) == pytest.approx((2.1, 9.0), abs=1e-5)
     assert first.parent_span_id == late.parent_span_id == block.span_id and first.trace_id == block.trace_id != lost.trace_id
     assert facts(block) == {"session": "s", "epoch": 2, "block": 4, "samples": 7680}
     assert facts(first) == {"session": "s", "block": 4, "what": "Block", "role": "Denoiser1", "rank": 1}

@@ -37,8 +37,12 @@ def stages_of(config: Config) -> tuple[tuple[str, ...], ...]:
 
 def seats_of(config: Config, stages: Sequence[Sequence[str]] | None = None) -> tuple[Seat, ...]:
     """Every rank's seat, by rank. stages: instead of the config's. Raises ConfigError unless runtime.shards fits the stages."""
-    stages = stages or stages_of(config)
-    shards = config.runtime.shards or (1,) * len(stages)
+    return seated(stages or stages_of(config), config.runtime.shards)
+
+
+def seated(stages: Sequence[Sequence[str]], shards: Sequence[int] | None) -> tuple[Seat, ...]:
+    """As seats_of, of a cut and its runtime.shards."""
+    shards = shards or (1,) * len(stages)
     if len(shards) != len(stages):
         raise ConfigError(f"runtime.shards={list(shards)}: give one number for each of the {len(stages)} stages")
     seats: list[Seat] = []

@@ -16,7 +16,8 @@ def open_trace(config: Config, source: StageSource, clock: Callable[[], float], 
         return NoTrace()
     g = source.geometry
     facts = {"width": g.width, "height": g.height, "steps": config.steps_run, "model": config.model.path, "dtype": config.model.dtype,
-             "device": config.model.device, "launcher": config.runtime.launcher, "stages": config.stages, "seed": config.seed}
+             "device": config.model.device, "launcher": config.runtime.launcher, "stages": config.stages,
+             "shards": config.runtime.shards, "seed": config.seed}
     return Trace(config.runtime.trace, clock, watch, started=process_start(), sample_rate=SAMPLE_RATE, fps=FPS,
                  samples_per_block=g.samples_per_block, frames_per_block=g.frames_per_block, lookahead=source.lookahead_samples,
                  facts=facts)

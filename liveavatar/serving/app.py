@@ -97,7 +97,7 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
                     desk=desk, audit=audit, outputs=outputs,
                     channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak)),
-                    webhooks=Webhooks(settings.outputs.private, metrics.webhook),
+                    webhooks=Webhooks(settings.outputs.private, metrics.webhook, metrics.edge),
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
                     stages=stages or Stages(metrics, engine=settings.engine_kind), speak=speak,

@@ -11,6 +11,7 @@ from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.metrics import Metrics, sink_kind
 from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Packet, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
+from liveavatar.serving.traffic import watch_sink
 
 DEAD_BAND = 0.01  # seconds a picture may be late (CLK-2)
 KEYFRAME_PAUSE = 0.5  # seconds between keyframes that viewers ask for (7.3)
@@ -34,12 +35,16 @@ class Broadcast:
         self._encoders: dict[str, VideoEncoder | OpusEncoder | AacEncoder] = {}
         self._keyframe, self._last_keyframe = False, float("-inf")
         self._sent: float | None = None  # when the tick before left
+        self._last: Tick | None = None
+        self._group, self._filling = tuple[Packet, ...](), list[Packet]()  # pictures from a keyframe up to the next: the last whole ones
+        self._watched: dict[int, Callable[[], None]] = {}  # id of a sink -> what ends its metrics
 
     def add(self, sink: Sink) -> None:
         """From the next tick on; a keyframe comes as soon as one may. Raises ConfigError when nothing here can encode."""
         for codec in sink.wants & set(CODECS):
             self._encoder(codec)
         self.sinks.append(sink)
+        self._watched[id(sink)] = watch_sink(self._metrics, sink, self._clock)
         if H264 in sink.wants:
             self._keyframe = True
 
@@ -47,11 +52,17 @@ class Broadcast:
         """No more for this one. May be called often."""
         if sink in self.sinks:
             self.sinks.remove(sink)
+            self._watched.pop(id(sink))()
         for codec in self._encoders.keys() - self._wanted():
             del self._encoders[codec]
 
     def _wanted(self) -> set[str]:
         return set().union(*(sink.wants for sink in self.sinks))
+
+    @property
+    def aired(self) -> tuple[Packet, ...] | Tick | None:
+        """What left last: where anybody takes encoded pictures those from one keyframe up to the next, else a tick. None, (): nothing yet."""
+        return self._group if H264 in self._wanted() else self._last
 
     def ask_keyframe(self) -> None:
         """A viewer cannot decode: the next picture is a keyframe, at most every KEYFRAME_PAUSE seconds."""
@@ -83,8 +94,10 @@ class Broadcast:
         pictures = {codec: encoders.pop(codec) for codec in (H264,) if codec in encoders}
         self._hand_out(tick, *self._encoded(encoders, tick, made, False))  # sound is encoded in no time, and regular if it waits for nothing
         if pictures and not left_out:
-            self._hand_out(*await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, pictures, tick, made, keyframe))
-        self.encode_seconds = self._clock() - made
+            packets = await asyncio.get_running_loop().run_in_executor(self._executor, self._encoded, pictures, tick, made, keyframe)
+            self._keep(packets)
+            self._hand_out(*packets)
+        self._last, self.encode_seconds = tick, self._clock() - made
         self._count(tick, [sink for sink in self.sinks if not left_out or "raw" in sink.wants])
 
     def _hand_out(self, *items: Tick | Packet) -> None:
@@ -92,6 +105,12 @@ class Broadcast:
             for item in items:
                 if ("raw" if isinstance(item, Tick) else item.codec) in sink.wants:
                     sink.put(item)
+
+    def _keep(self, pictures: list[Packet]) -> None:
+        for packet in pictures:
+            if packet.keyframe:
+                self._group, self._filling = tuple(self._filling), []
+            self._filling.append(packet)
 
     def _count(self, tick: Tick, reached: list[Sink]) -> None:
         now = self._clock()
@@ -122,5 +141,6 @@ class Broadcast:
         """The session is over."""
         for sink in tuple(self.sinks):
             sink.close()
+            self._watched.pop(id(sink))()
         self.sinks.clear()
         self._encoders.clear()

@@ -67,7 +67,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                                         "now {{output}} {{reason}}": level("filler_active", "output, reason")}),
         Panel("Picture", "percentunit", {"brightness {{output}}": level("frame_luma_mean", "output"), "change {{output}}": level("frame_change_ratio", "output"),
                                          "likeness {{output}}": level("identity_similarity", "output"),
-                                         "likeness asked for {{output}}": level("identity_similarity_floor", "output")}),
+                                         "likeness asked for": level("identity_similarity_floor", "")}),
     ),
     "Conversation": (
         Panel("Speech to picture", "s", {"p50": share("first_frame_seconds", "", 0.5), "p95": share("first_frame_seconds", "")}),
@@ -101,8 +101,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               limits=(5, 10)),
         Panel("Connections made again", "none", {"{{output}}": "sum by (output) (increase(~output_reconnects_total{$only}[15m]))",
                                                  "recordings: {{reason}}": "sum by (reason) (increase(~recording_errors_total{$only}[15m]))"}, 6),
-        Panel("Viewers' round trip and jitter buffer (p95)", "s", {"round trip": share("webrtc_rtt_seconds", ""), "jitter buffer": share(
-            "webrtc_jitter_buffer_seconds", "")}, 12),
+        Panel("Viewers' round trip, jitter buffer and sound after picture (p95)", "s", {"round trip": share("webrtc_rtt_seconds", ""),
+              "jitter buffer": share("webrtc_jitter_buffer_seconds", ""), "sound after picture": share("webrtc_av_offset_seconds", "")}, 12),
         Panel("Viewers' trouble", "cps", {"freezes": rate("webrtc_freezes_total", "sink"), "lost packets": rate("webrtc_packets_lost_total", "sink"),
                                           "key pictures asked for": rate("webrtc_pli_total", "sink")}, 12),
     ),

@@ -48,6 +48,14 @@ class Wish:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def refusal(error: LiveAvatarError) -> str:
+    """Why a session was not opened: a label of sessions_rejected_total."""
+    kind = as_problem(error).kind
+    if kind.startswith("consent"):
+        return "consent"
+    return kind if kind in ("capacity", "draining", "engine", "quota", "rate") else "invalid"
+
+
 class Ended:
     """What can still be asked of a session that is over. It holds nothing of the session itself, which is gone."""
 
@@ -169,8 +177,15 @@ class Desk:
     async def open(self, principal: Principal, wish: Wish) -> Lease:
         """A new session of the asker's. Slots are reserved before anything is built; what fails leaves nothing behind.
 
-        Raises Forbidden, NotFound (avatar), RateLimited (quota, rate), Capacity.
+        Raises Forbidden, NotFound (avatar), RateLimited (quota, rate), Capacity, InputError (prompt).
         """
+        try:
+            return await self._open(principal, wish)
+        except LiveAvatarError as error:
+            self.studio.metrics.session_rejected(refusal(error))
+            raise
+
+    async def _open(self, principal: Principal, wish: Wish) -> Lease:
         principal.need_key()
         if self.studio.draining:
             raise Capacity("the server is shutting down", kind="draining", retry_after=30)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from liveavatar.core import FPS, LiveAvatarError
-from liveavatar.serving.packets import H264, Edge, Packet, Tick
+from liveavatar.serving.packets import H264, Edge, Level, Packet, Tick
 from liveavatar.serving.settings import OutputsConfig
 from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.writer import Writer
@@ -68,11 +68,12 @@ class Destination:
         self.wants = frozenset({H264, self.form.sound})
         self.status = OutputStatus(name=name, kind=target.kind, url=target.shown)
         self.writer: Writer | None = None
+        self.left: Callable[[Packet], None] = lambda packet: None  # told of each as it leaves
         self._size, self._config, self._check = (width, height), config, check
         self._ask_keyframe, self._report, self._clock, self._rng = ask_keyframe, report, clock, rng or random.Random()
         self._edge: Edge | None = None  # None: nobody to send to
         self._origin: int | None = None  # tick that is 0 at the far end, the same for all connections
-        self._connections, self._lives, self._dropped, self._live_since = 0, 0, 0, None
+        self._connections, self._lives, self._dropped, self._stale, self._live_since = 0, 0, 0, 0, None
         self._closing = asyncio.Event()
 
     # ---- the Sink
@@ -93,10 +94,10 @@ class Destination:
         if self._edge is not None:
             self._edge.close()
 
-    @property
-    def depth(self) -> int:
-        """Packets that wait."""
-        return 0 if self._edge is None else len(self._edge)
+    def level(self) -> Level:
+        """Of the edge; drops and stale packets of all there were."""
+        edge = Level(0, EDGE_SECONDS * FPS) if self._edge is None else self._edge.level()
+        return edge._replace(drops=self._dropped + edge.drops, stale=self._stale + edge.stale)
 
     # ---- connections
 
@@ -154,6 +155,7 @@ class Destination:
         if self._origin is None:
             self._origin = packet.pts * FPS // packet.rate
         await writer.send(packet, self._origin)
+        self.left(packet)
 
     def _outlived(self, packet: Packet) -> bool:
         """Whether the field of the time stamps is nearly full; then the next connection counts from its own start."""
@@ -163,7 +165,7 @@ class Destination:
 
     def _drop_edge(self) -> None:
         if self._edge is not None:
-            self._dropped += self._edge.drops
+            self._dropped, self._stale = self._dropped + self._edge.drops, self._stale + self._edge.stale
         self._edge = None
         self._set(drops=self._dropped)
 
@@ -176,8 +178,7 @@ class Destination:
         return {"output": self.name, "kind": self.target.kind, "url": self.target.shown}
 
     def _progressed(self, size: int) -> None:
-        drops = self._dropped + (self._edge.drops if self._edge is not None else 0)
-        self._set(bytes=self.status.bytes + size, progress=self._clock(), drops=drops)
+        self._set(bytes=self.status.bytes + size, progress=self._clock(), drops=self.level().drops)
         if self._live_since is not None and self.status.failures and self._clock() - self._live_since > STEADY_SECONDS:
             self._set(failures=0)
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from liveavatar.serving.access import ADMIN, Access, Principal
 from liveavatar.serving.metrics import Metrics
-from liveavatar.serving.problems import Forbidden, Problem, TooLarge, Unauthorized
+from liveavatar.serving.problems import Forbidden, Problem, RateLimited, TooLarge, Unauthorized
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.settings import ListenConfig
 
@@ -31,7 +31,6 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 UPLOADS = re.compile(r"/v1/avatars|/v1/consents|/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds")
 COUNTED = re.compile(r"/v1/avatars|/v1/consents|/v1/compat/bithuman|/v1/watermark:detect")  # against a day's bytes; audio by its seconds
 REJECTED = {403: "consent", 413: "size", 415: "type", 422: "decode"}  # as the metric says it
-LIMITED = {name: name for name in ("sessions", "offers", "audio", "buffer_full")}
 POLICY = "; ".join((  # of the console: its own files alone, nothing inline, nothing from elsewhere, in no frame
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data: blob:", "media-src 'self' blob: mediastream:",
     "connect-src 'self'", "worker-src 'self'", "font-src 'self'", "manifest-src 'self'", "form-action 'none'", "base-uri 'none'",
@@ -64,14 +63,13 @@ def count(metrics: Metrics, problem: Problem, path: str) -> None:
     """A refusal, in the metrics."""
     if problem.status == 401 or problem.kind == "scope":
         metrics.auth_failed(problem.kind)
-    elif problem.status == 429:
-        metrics.rate_limited(LIMITED.get(problem.kind) or LIMITED.get(getattr(problem, "what", ""), "requests"))
+    elif isinstance(problem, RateLimited):
+        metrics.rate_limited(problem.what)
     elif problem.kind == "ssrf":
         metrics.ssrf_blocked(getattr(problem, "reason", "address"))
     elif UPLOADS.fullmatch(path) and problem.status in REJECTED:
-        metrics.upload_rejected("consent" if problem.kind.startswith("consent") else REJECTED[problem.status])
-    elif path == "/v1/sessions" and problem.kind.startswith("consent"):
-        metrics.session_rejected("consent")
+        kind = problem.kind.split("_")[0]  # consent_required, consent_media ...
+        metrics.upload_rejected(kind if kind in ("consent", "pixels") else REJECTED[problem.status])
 
 
 class Gate:

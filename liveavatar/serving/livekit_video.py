@@ -18,7 +18,7 @@ import numpy as np
 
 from liveavatar.core import ConfigError
 from liveavatar.serving.live import LiveSession
-from liveavatar.serving.packets import SOUND_RATE, TICK_SAMPLES, Mark, Tick
+from liveavatar.serving.packets import SOUND_RATE, TICK_SAMPLES, Level, Mark, Tick
 from liveavatar.serving.problems import Conflict
 from liveavatar.serving.voices import say_to
 
@@ -196,6 +196,10 @@ class SessionVideo(VideoGenerator):
             task = asyncio.create_task(self._cut())
             self._cuts.add(task)
             task.add_done_callback(self._cuts.discard)
+
+    def level(self) -> Level:
+        """Ticks that wait."""
+        return Level(len(self._ticks), WAITING_TICKS, self.drops)
 
     def close(self) -> None:
         """The session is over: the stream of frames ends."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from liveavatar.serving.packets import CODECS, Sink
+from liveavatar.serving.packets import CODECS, Level, Sink
 from liveavatar.serving.settings import ENGINES, MODES
 
 PREFIX = "liveavatar_"
@@ -24,6 +23,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 prometheus_client.disable_created_metrics()  # a second series for each, which nobody asks for
 
 SINKS = ("webrtc", "rtmp", "hls", "whip", "record", "livekit", "pipecat", "socket")
+SENDERS = ("webrtc", "rtmp", "hls", "whip", "record")  # of these, those whose packets we see leave
 EDGES = ("audio_in", "engine_in", "playout", "viewer", "rtmp", "hls", "whip", "record", "livekit", "pipecat", "events", "webhooks")
 STAGES = ("condition", *(f"step{k}" for k in range(8)), "decode", "other")
 PROCESSES = ("head", *(f"rank{n}" for n in range(64)))
@@ -94,14 +94,14 @@ TABLE = {row.name: row for row in (
     _gauge("realtime_factor", "Media seconds the engine could make per second for each session at work; below 1 it falls behind.", min, group=None),
     _histogram("block_seconds", "A role's work on one block.", BLOCKS, group=None, stage=STAGES),
     _histogram("encode_seconds", "Encoding one picture or piece of sound, once for all who watch.", QUICK, codec=CODECS),
-    _histogram("send_seconds", "From the playout to the transport.", QUICK, sink=SINKS),
+    _histogram("send_seconds", "From the playout to the transport.", QUICK, sink=SENDERS),
     _histogram("first_frame_seconds", "From the start of speech to its first picture sent.", SPEECH, engine=ENGINES),
     _histogram("time_to_silence_seconds", "From an interruption to silence.", SILENCE, sink=SINKS),
     _counter("interrupts_total", "Interruptions.", reason=("api", "audio", "livekit", "pipecat", "realtime", "viewer")),
     _counter("stale_epoch_drops_total", "What an interruption made worthless, thrown away.", edge=EDGES),
-    _histogram("av_offset_seconds", "Sound minus picture; above 0 the sound is late.", OFFSETS, sink=SINKS),
-    _gauge("av_drift_seconds", "Change of that offset since the start, of the worst session.", worst, sink=SINKS),
-    _counter("clock_reanchors_total", "Media clocks set anew.", reason=("late", "jump", "restart")),
+    _histogram("av_offset_seconds", "Sound minus picture as they leave, mean of a second; above 0 the sound is late.", OFFSETS, sink=SENDERS),
+    _gauge("av_drift_seconds", "Change of that offset since the start, of the worst viewer or destination.", worst, sink=SENDERS),
+    _counter("clock_reanchors_total", "Media clocks set anew.", reason=("late",)),
     _gauge("queue_depth", "Items in the fullest queue of this kind.", max, edge=EDGES),
     _gauge("queue_capacity", "Items that queue can hold.", max, edge=EDGES),
     _gauge("audio_buffered_seconds", "Speech that waits, of the session with the most.", max, group=None),
@@ -113,26 +113,29 @@ TABLE = {row.name: row for row in (
     _counter("output_reconnects_total", "Connections to a destination made again.", output=None),
     _counter("output_bytes_total", "Bytes a destination took.", output=None),
     _gauge("output_last_progress_timestamp_seconds", "When a destination last took a packet, Unix time.", min, output=None),
-    _counter("recording_errors_total", "Recordings that broke.", reason=("disk_full", "io", "slow", "sign")),
+    _counter("recording_errors_total", "Recordings that broke.", reason=("disk_full", "io", "sign")),
     _histogram("webrtc_rtt_seconds", "Round trips, as viewers report them.", QUICK, sink=("webrtc",)),
     _histogram("webrtc_jitter_buffer_seconds", "Time in viewers' jitter buffers.", QUICK, sink=("webrtc",)),
+    _histogram("webrtc_av_offset_seconds", "Sound minus picture as browsers play them; above 0 the sound is late.", OFFSETS, sink=("webrtc",)),
     _counter("webrtc_freezes_total", "Freezes viewers saw.", sink=("webrtc",)),
     _counter("webrtc_pli_total", "Key pictures viewers asked for.", sink=("webrtc",)),
     _counter("webrtc_packets_lost_total", "Packets viewers missed.", sink=("webrtc",)),
     _gauge("engine_up", "1 while the chain takes blocks.", min, group=None),
-    _counter("engine_restarts_total", "Chains built again.", group=None, reason=("rank_failure", "hung", "start", "requested")),
+    _counter("engine_restarts_total", "Chains built again.", group=None, reason=("rank_failure",)),
     _histogram("engine_restore_seconds", "From a lost chain to a moving picture.", STARTS, group=None),
     _gauge("engine_last_progress_timestamp_seconds", "When the engine last gave a block, Unix time.", max, group=None),
     _gauge("identity_similarity", "Likeness to the portrait, of the worst session, 0..1.", min, output=None),
-    _gauge("identity_similarity_floor", "What it must not fall below.", max, output=None),
+    _gauge("identity_similarity_floor", "What it must not fall below.", max),
     _gauge("frame_luma_mean", "Mean brightness of the picture farthest from mid grey, 0..1.", extreme, output=None),
-    _gauge("frame_change_ratio", "Share of pixels that change between pictures, of the stillest session.", min, output=None),
-    _gauge("watermark_selfcheck_ratio", "Watermark bits read back right.", min, output=None),
-    _counter("provenance_errors_total", "Marks or signatures that failed.", reason=("watermark", "badge", "sign", "log")),
+    _gauge("frame_change_ratio", "Share of pixels that change within a second, of the stillest session.", min, output=None),
+    _gauge("watermark_selfcheck_ratio", "Watermark bits read back right, of the worst session.", min, output=None),
+    _counter("provenance_errors_total", "Marks that could not be read back, recordings not signed, lines lost to the audit log.",
+             reason=("watermark", "sign", "log")),
     _counter("auth_failures_total", "Requests without right.", reason=("missing", "key", "token", "expired", "audience", "scope")),
-    _counter("rate_limited_total", "Requests over a limit.", reason=("requests", "sessions", "offers", "viewers", "audio", "reports", "buffer_full")),
-    _counter("ssrf_blocked_total", "Addresses given by callers and refused.", reason=("scheme", "host", "address", "port", "redirect", "size", "time")),
-    _counter("uploads_rejected_total", "Files refused.", reason=("size", "type", "decode", "pixels", "face", "consent")),
+    _counter("rate_limited_total", "Requests over a limit.",
+             reason=("requests", "sessions", "offers", "viewers", "audio", "failures", "buffer_full")),
+    _counter("ssrf_blocked_total", "Addresses given by callers and refused.", reason=("scheme", "host", "address")),
+    _counter("uploads_rejected_total", "Files refused.", reason=("size", "type", "decode", "pixels", "consent")),
     _counter("webhook_deliveries_total", "Events told to webhooks.", outcome=("delivered", "retried", "failed", "refused")),
     _gauge("gpu_utilization_ratio", "Share of time the GPU was at work.", max, gpu=None),
     _gauge("gpu_memory_used_bytes", "Memory in use on the GPU.", max, gpu=None),
@@ -157,30 +160,7 @@ def sink_kind(sink: Sink) -> str:
     return kind if kind in SINKS else "socket"
 
 
-class Level(NamedTuple):
-    """A queue now. drops: since it was made."""
-
-    depth: float
-    capacity: float
-    drops: int
-
-
-class _Gauges(Collector):
-    """Gauges, put together when somebody asks."""
-
-    def __init__(self, sample: Callable[[Metric], dict[tuple[str, ...], float]]):
-        self._sample = sample
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        for row in (row for row in TABLE.values() if row.kind == "gauge"):
-            if samples := self._sample(row):
-                family = GaugeMetricFamily(PREFIX + row.name, row.help, labels=tuple(row.labels))
-                for labels, value in sorted(samples.items()):
-                    family.add_metric(labels, value)
-                yield family
-
-
-class Metrics:
+class Metrics(Collector):
     """The metrics of one server, in a registry of their own. `count` and `observe` from any thread, the rest from one.
 
     groups, outputs: the chains and the configured destinations (a destination a client makes counts under its kind).
@@ -192,11 +172,11 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self._open = {"version": (version,), "commit": (commit,), "group": tuple(groups), "output": (*SINKS, *outputs), "gpu": tuple(gpus),
                       "process": PROCESSES}  # fmt: skip
+        self.registry.register(self)  # the gauges, before the counters: what is counted as it is read is in the same scrape
         self._made = {row.name: self._make(row) for row in TABLE.values() if row.kind != "gauge"}
         self._set: dict[str, dict[tuple[str, ...], float]] = {}
         self._readers: dict[str, list[Callable]] = {}
         self._watched: list[_Watched] = []
-        self.registry.register(_Gauges(self._sampled))
         self.gauge("build_info", 1, version, commit)
 
     def allowed(self, row: Metric, label: str) -> tuple[str, ...]:
@@ -247,9 +227,9 @@ class Metrics:
         return lambda: readers.remove(read) if read in readers else None
 
     def edge(self, name: str, read: Callable[[], Level]) -> Callable[[], None]:
-        """Watch a queue on edge `name` (BP-1): depth and capacity of the fullest of that name, drops of all.
+        """Watch a queue on edge `name` (BP-1): depth and capacity of the fullest of that name; drops and stale items of all.
 
-        Returns what ends it, to be called when the queue is gone; what it dropped until then stays counted.
+        Returns what ends it, to be called when the queue is gone; what it threw away until then stays counted.
         """
         self._check("queue_depth", (name,))
         self._watched.append(edge := _Watched(name, read))
@@ -261,21 +241,11 @@ class Metrics:
             self._watched.remove(edge)
 
     def _read_edge(self, edge: _Watched) -> Level:
-        level = edge.read()
-        self.count("frames_dropped_total", max(0, level.drops - edge.counted), edge.name)
-        edge.counted = level.drops
+        level, before = edge.read(), edge.counted
+        for name, now, then in (("frames_dropped_total", level.drops, before.drops), ("stale_epoch_drops_total", level.stale, before.stale)):
+            self.count(name, now - then if now >= then else now, edge.name)  # less than before: a queue in place of that one
+        edge.counted = level
         return level
-
-    def _sampled(self, row: Metric) -> dict[tuple[str, ...], float]:
-        """labels -> value of a gauge now."""
-        if row.name in ("queue_depth", "queue_capacity"):
-            return {(name,): getattr(level, row.name.removeprefix("queue_")) for name, level in self._fullest().items()}
-        found: dict[tuple[str, ...], list[float]] = {labels: [value] for labels, value in self._set.get(row.name, {}).items()}
-        for read in self._readers.get(row.name, ()):
-            for labels, value in read():
-                self._check(row.name, labels)
-                found.setdefault(labels, []).append(float(value))
-        return {labels: row.join(values) for labels, values in found.items()}
 
     def _fullest(self) -> dict[str, Level]:
         levels: dict[str, Level] = {}
@@ -285,9 +255,28 @@ class Metrics:
                 levels[edge.name] = level
         return levels
 
+    def _sampled(self, row: Metric) -> dict[tuple[str, ...], float]:
+        """labels -> value of a gauge now."""
+        found: dict[tuple[str, ...], list[float]] = {labels: [value] for labels, value in self._set.get(row.name, {}).items()}
+        for read in self._readers.get(row.name, ()):
+            for labels, value in read():
+                self._check(row.name, labels)
+                found.setdefault(labels, []).append(float(value))
+        return {labels: row.join(values) for labels, values in found.items()}
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """The gauges, read as somebody asks."""
+        levels = self._fullest()
+        queues = {f"queue_{part}": {(name,): getattr(level, part) for name, level in levels.items()} for part in ("depth", "capacity")}
+        for row in (row for row in TABLE.values() if row.kind == "gauge"):
+            if samples := queues.get(row.name) or self._sampled(row):
+                family = GaugeMetricFamily(PREFIX + row.name, row.help, labels=tuple(row.labels))
+                for labels, value in sorted(samples.items()):
+                    family.add_metric(labels, value)
+                yield family
+
     def exposition(self) -> bytes:
-        """Everything, as CONTENT_TYPE. Queues are read first, so that what they dropped is in it."""
-        self._fullest()
+        """Everything, as CONTENT_TYPE."""
         return prometheus_client.generate_latest(self.registry)
 
     # ------------------------------------------------------------ sessions
@@ -336,10 +325,6 @@ class Metrics:
     def frames_repeated(self, reason: str, count: int = 1) -> None:
         self.count("frames_repeated_total", count, reason)
 
-    def frames_dropped(self, edge: str, count: int = 1) -> None:
-        """Thrown away where no queue is watched (`edge` counts those of a queue)."""
-        self.count("frames_dropped_total", count, edge)
-
     def stale_dropped(self, edge: str, count: int = 1) -> None:
         self.count("stale_epoch_drops_total", count, edge)
 
@@ -366,11 +351,13 @@ class Metrics:
     def output_sent(self, output: str, size: int) -> None:
         self.count("output_bytes_total", size, output)
 
-    def output_reconnected(self, output: str) -> None:
-        self.count("output_reconnects_total", 1, output)
+    def output_reconnected(self, output: str, count: int = 1) -> None:
+        self.count("output_reconnects_total", count, output)
 
     def recording_failed(self, reason: str) -> None:
         self.count("recording_errors_total", 1, reason)
+        if reason == "sign":
+            self.provenance_failed(reason)
 
     # ------------------------------------------------------------ engine
 
@@ -383,9 +370,6 @@ class Metrics:
     def engine_restored(self, group: str, seconds: float) -> None:
         """A moving picture again, so long after the chain was lost."""
         self.observe("engine_restore_seconds", seconds, group)
-
-    def draining(self, draining: bool) -> None:
-        self.gauge("draining", draining)
 
     # ------------------------------------------------------------ right and wrong
 
@@ -409,7 +393,7 @@ class Metrics:
 
 
 class _Watched:
-    """A watched queue, and how many of its drops were counted."""
+    """A watched queue, and what of its drops was counted."""
 
     def __init__(self, name: str, read: Callable[[], Level]):
-        self.name, self.read, self.counted = name, read, 0
+        self.name, self.read, self.counted = name, read, Level(0, 1)

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from liveavatar.serving.consent import ConsentLog
 from liveavatar.serving.live import LiveSession
-from liveavatar.serving.metrics import SINKS, Level, Metrics, sink_kind
+from liveavatar.serving.metrics import SINKS, Metrics, sink_kind
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import watch_process
-from liveavatar.serving.settings import MODES
+from liveavatar.serving.settings import MODES, ServeConfig
+from liveavatar.serving.signing import CHAIN, expiry, read
+from liveavatar.serving.store import AvatarStore
 from liveavatar.serving.studio import GROUP, Studio
 from liveavatar.telemetry import now as monotonic
 
@@ -25,7 +28,6 @@ def watch_studio(metrics: Metrics, studio: Studio, folder: str | Path) -> None:
     watch("filler_active", lambda: [((sink_kind(sink), session.broadcast.filler), 1) for session in tuple(live.values())
                                     for sink in session.broadcast.sinks if session.broadcast.filler is not None])  # fmt: skip
     watch("draining", lambda: [((), studio.draining)])
-    metrics.edge("audio_in", lambda: _fullest(live))
     for name in ("audio_buffered_seconds", "degradation_step"):
         watch(name, lambda name=name: [((GROUP,), session.stats()[name]) for session in tuple(live.values())])
     watch_process(metrics, folder)
@@ -36,15 +38,15 @@ def watch_outputs(metrics: Metrics, outputs: Outputs, clock: Callable[[], float]
     counted: dict[str, tuple[int, int]] = {}  # of an output: bytes, reconnects
 
     def up() -> list:
-        running = outputs.running()
-        for output in running:
+        known = outputs.known()  # also those that ended since the last scrape: what they sent counts
+        for output in known:
             status, (size, reconnects) = output.status, counted.get(output.id, (0, 0))
             metrics.output_sent(output.kind, status.bytes - size)
-            metrics.count("output_reconnects_total", status.reconnects - reconnects, output.kind)
+            metrics.output_reconnected(output.kind, status.reconnects - reconnects)
             counted[output.id] = status.bytes, status.reconnects
-        for gone in counted.keys() - {output.id for output in running}:
+        for gone in counted.keys() - {output.id for output in known}:
             del counted[gone]
-        return [((output.kind,), output.status.state == "live") for output in running]
+        return [((output.kind,), output.status.state == "live") for output in outputs.running()]
 
     metrics.watch("output_up", up)
     metrics.watch("output_last_progress_timestamp_seconds", lambda: [
@@ -52,12 +54,23 @@ def watch_outputs(metrics: Metrics, outputs: Outputs, clock: Callable[[], float]
     ])  # fmt: skip
 
 
+def watch_dates(metrics: Metrics, settings: ServeConfig, studio: Studio, store: AvatarStore, consents: ConsentLog) -> None:
+    """When the certificates end that were loaded at start, and the first consent of the avatars that are shown. Raises ConfigError."""
+    listen, signing = settings.listen, settings.provenance
+    signed_with = signing.certificate or str(Path(settings.storage.folder) / CHAIN)
+    for label, file in (("tls", listen.certificate), ("c2pa", signed_with if signing.sign else None)):
+        if file is not None:
+            metrics.gauge("certificate_expiry_timestamp_seconds", expiry(read(Path(file))), label)
+
+    def consent() -> list:
+        shown = {session.avatar for session in tuple(studio.sessions.values())}
+        used = {avatar.consent for avatar in store.list(lambda owner: True) if avatar.id in shown}
+        return [((), consent.expires) for consent in consents.all() if consent.id in used and consent.expires is not None]
+
+    metrics.watch("consent_expiry_timestamp_seconds", consent)
+
+
 def _viewers(live: Mapping[str, LiveSession]) -> Counter:
     counts = Counter(dict.fromkeys(SINKS, 0))
     counts.update(sink_kind(sink) for session in tuple(live.values()) for sink in session.broadcast.sinks)
     return counts
-
-
-def _fullest(live: Mapping[str, LiveSession]) -> Level:
-    """Speech of the session with the most, seconds; what does not fit is refused, not dropped."""
-    return max((Level(session.speech.waiting, session.speech.limit, 0) for session in tuple(live.values())), default=Level(0.0, 1.0, 0))

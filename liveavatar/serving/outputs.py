@@ -90,11 +90,15 @@ class Outputs:
 
     def of(self, session_id: str) -> list[Output]:
         """Those of one session, also a while after its end."""
-        return [output for output in self._known.values() if output.session == session_id]
+        return [output for output in self.known() if output.session == session_id]
+
+    def known(self) -> list[Output]:
+        """Those of all sessions, also a while after their end."""
+        return list(self._known.values())
 
     def running(self) -> list[Output]:
         """Those of all sessions that are not over."""
-        return [output for output in self._known.values() if not output.task.done()]
+        return [output for output in self.known() if not output.task.done()]
 
     def get(self, session_id: str, output_id: str) -> Output:
         """Raises NotFound."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -96,17 +96,28 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class Level(NamedTuple):
+    """A queue now, for the metrics. depth, capacity: items (seconds, of speech that waits). Since it was made, drops: thrown away
+    for want of room; stale: thrown away because an interruption made them worthless."""
+
+    depth: float
+    capacity: float
+    drops: int = 0
+    stale: int = 0
+
+
 class Edge:
     """A bounded queue between a session and one consumer, with the policy of its kind.
 
     seconds: of video it holds at most. When full: pictures up to the next keyframe are dropped (what follows a gap
     cannot be decoded) and a keyframe is asked for; sound is kept up to `sound_seconds`, then the oldest goes. Raw
-    ticks count as keyframes, so of those just the oldest goes, and its marks move on to the next. `drops` counts what was thrown away.
+    ticks count as keyframes, so of those just the oldest goes, and its marks move on to the next. `drops` counts what was thrown
+    away for want of room, `stale` what was forgotten with its epoch.
     """
 
     def __init__(self, name: str, *, seconds: float = 0.2, sound_seconds: float = 0.2, ask_keyframe: Callable[[], None] = lambda: None):
         self.name, self.seconds, self.sound_seconds = name, seconds, sound_seconds
-        self.drops, self.closed = 0, False
+        self.drops, self.stale, self.closed = 0, 0, False
         self._ask_keyframe, self._waiting = ask_keyframe, asyncio.Event()
         self._items: deque[Packet | Tick] = deque()
         self._broken = False  # pictures are missing: nothing decodes until a keyframe
@@ -154,7 +165,11 @@ class Edge:
             self._broken = True
             self._ask_keyframe()
         self._items = deque(item for item in self._items if item.epoch >= epoch)
-        self.drops += len(stale)
+        self.stale += len(stale)
+
+    def level(self) -> Level:
+        """Pictures that wait, and how many may."""
+        return Level(sum(map(_is_picture, self._items)), round(self.seconds * FPS), self.drops, self.stale)
 
     def close(self) -> None:
         """What is inside can still be taken; then get() returns None."""

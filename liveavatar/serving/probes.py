@@ -38,7 +38,7 @@ class LoopProbe:
     """How late the event loop comes when it said when it would. lag: the last seconds seen, 0.0 at first (/livez asks)."""
 
     def __init__(self, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic, sleep: Callable = asyncio.sleep):
-        self.lag, self.looked = 0.0, clock()
+        self.lag = 0.0
         self._metrics, self._clock, self._sleep = metrics, clock, sleep
 
     async def run(self) -> None:
@@ -46,13 +46,8 @@ class LoopProbe:
         while True:
             asked = self._clock()
             await self._sleep(LAG_SECONDS)
-            self.looked = self._clock()
-            self.lag = max(0.0, self.looked - asked - LAG_SECONDS)
+            self.lag = max(0.0, self._clock() - asked - LAG_SECONDS)
             self._metrics.observe("event_loop_lag_seconds", self.lag, "head")
-
-    def stuck(self) -> float:
-        """Seconds since the loop should have looked; asked from another thread it tells of a loop that hangs."""
-        return max(0.0, self._clock() - self.looked - LAG_SECONDS)
 
 
 # ---------------------------------------------------------------- GPUs

@@ -76,15 +76,15 @@ class Unprocessable(Problem):
 
 
 class RateLimited(Problem):
-    """Too often or too much: rate, quota."""
+    """Too often or too much: rate, quota. what: of what, a label of rate_limited_total."""
 
-    status, kind, title = 429, "rate", "Too many requests"
+    status, kind, title, what = 429, "rate", "Too many requests", "requests"
 
 
 class BufferFull(RateLimited):
     """More speech waits than sessions.audio_seconds: nothing of this push was taken."""
 
-    kind, title = "buffer_full", "Audio buffer full"
+    kind, title, what = "buffer_full", "Audio buffer full", "buffer_full"
 
 
 class Capacity(Problem):

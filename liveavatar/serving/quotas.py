@@ -29,12 +29,17 @@ class Quotas:
     """Counts of one server, in memory: a restart forgives. What refuses raises RateLimited with Retry-After."""
 
     def __init__(self, settings: AccessConfig):
-        from limits import RateLimitItemPerDay, RateLimitItemPerMinute
         from limits.storage import MemoryStorage
         from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
         storage = MemoryStorage()
         self._moving, self._fixed = MovingWindowRateLimiter(storage), FixedWindowRateLimiter(storage)
+        self.limit(settings)
+
+    def limit(self, settings: AccessConfig) -> None:
+        """From now on these limits; what a changed one has counted is forgiven."""
+        from limits import RateLimitItemPerDay, RateLimitItemPerMinute
+
         self._items = {
             "requests": RateLimitItemPerMinute(settings.requests_per_minute),
             "sessions": RateLimitItemPerMinute(settings.sessions_per_minute),

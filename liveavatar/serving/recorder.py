@@ -27,7 +27,7 @@ from pathlib import Path
 from liveavatar.core import FPS, LiveAvatarError
 from liveavatar.serving.durable import flush_folder, private_folder, replace_file
 from liveavatar.serving.egress import EDGE_SECONDS, OutputStatus, longest_wait
-from liveavatar.serving.packets import AAC, H264, Edge, Packet, Tick
+from liveavatar.serving.packets import AAC, H264, Edge, Level, Packet, Tick
 from liveavatar.serving.settings import OutputsConfig, StorageConfig
 from liveavatar.serving.writer import Writer
 from liveavatar.telemetry import now
@@ -100,6 +100,7 @@ class Recorder:
         self.folder = private_folder(Path(storage.folder) / RECORDINGS)
         self.status = OutputStatus(name=self.name, kind=self.name, url="")
         self.writer: Writer | None = None
+        self.left: Callable[[Packet], None] = lambda packet: None  # told of each as it leaves
         self._job = {"format": "mp4", "options": OPTIONS, "width": width, "height": height, "sound": AAC, "channels": 1}
         self._storage, self._outputs, self._facts, self._sign = storage, outputs, facts or {}, sign
         self._ask_keyframe, self._report, self._clock, self._wall = ask_keyframe, report, clock, wall
@@ -132,10 +133,9 @@ class Recorder:
                 if segment.end is None and segment.number == data["segment"]:
                     segment.end, segment.interrupted = self._seconds, bool(data.get("interrupted"))
 
-    @property
-    def depth(self) -> int:
-        """Packets that wait."""
-        return len(self._edge)
+    def level(self) -> Level:
+        """Of the edge."""
+        return self._edge.level()
 
     def _fresh_edge(self) -> Edge:
         edge = Edge(self.name, seconds=EDGE_SECONDS, sound_seconds=EDGE_SECONDS, ask_keyframe=self._ask_keyframe)
@@ -200,6 +200,7 @@ class Recorder:
                     break
             elif packet.seconds >= file.start:  # sound of before the first picture belongs to nothing
                 await writer.send(packet, origin)
+                self.left(packet)
                 file.take(packet)
             packet = await self._take()
         self._carried.extendleft(reversed(ahead))

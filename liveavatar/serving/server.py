@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
+from fastapi import FastAPI
 
 from liveavatar import __version__
+from liveavatar.core import LiveAvatarError
 from liveavatar.serving import listen, logs, spans
 from liveavatar.serving.app import create_app
 from liveavatar.serving.badge import Badge
 from liveavatar.serving.durable import private_folder
+from liveavatar.serving.inspection import Inspector, Judge
 from liveavatar.serving.live import Role
 from liveavatar.serving.metrics import Metrics
-from liveavatar.serving.monitor import watch_outputs, watch_studio
+from liveavatar.serving.monitor import watch_dates, watch_outputs, watch_studio
 from liveavatar.serving.probes import find_gpus
-from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.services import Services
+from liveavatar.serving.settings import MonitoringConfig, ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.studio import Mark, Studio
 from liveavatar.serving.watermark import Watermark, server_key
@@ -26,25 +31,52 @@ from liveavatar.serving.watermark import Watermark, server_key
 log = structlog.get_logger("liveavatar.server")
 
 
-def run(settings: ServeConfig, say: Callable[[str], None] = print) -> None:
-    """Serve until told to end. say: lines for the person who started it: the address, and once the first key.
+def run(settings: ServeConfig, say: Callable[[str], None] = print, reread: Callable[[], ServeConfig] | None = None) -> None:
+    """Serve until told to end. say: lines for the person who started it: the address, and once the first key. reread: the
+    settings as their file says now, for SIGHUP; None: it is not heard.
 
     Raises LiveAvatarError (weights, memory, files), OSError for a port that is taken.
     """
     logs.configure(settings.monitoring.log_level, settings.monitoring.log_format)
-    asyncio.run(_serve(settings, say))
+    asyncio.run(_serve(settings, say, reread))
 
 
-async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
+async def _serve(settings: ServeConfig, say: Callable[[str], None], reread: Callable[[], ServeConfig] | None) -> None:
     listening = listen.bind(settings)
+    provider = spans.provider(settings.monitoring.otlp, __version__) if settings.monitoring.otlp else None
+    app, inspector = assemble(settings, [spans.Spans(provider.get_tracer("liveavatar")).note] if provider else [])
+    services: Services = app.state.services
+    if (key := services.access.first_key()) is not None:
+        say(f"first key, shown this once (scopes: all): {key}")
+    if reread is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload, services, reread)
+    looking = asyncio.create_task(inspector.run())
+    looking.add_done_callback(_stopped)
+    try:
+        await listen.serve(app, settings, opened=lambda url: say(f"listening on {url}"), listening=listening)
+    finally:
+        looking.cancel()
+        if provider is not None:
+            provider.shutdown()
+
+
+def _stopped(looking: asyncio.Task) -> None:
+    if not looking.cancelled():
+        log.error("inspection_stopped", exc_info=looking.exception())
+
+
+def assemble(settings: ServeConfig, watchers: Iterable[Callable[[dict], None]] = ()) -> tuple[FastAPI, Inspector]:
+    """The application of one server with everything that is watched, and who looks at its pictures; nothing is started.
+
+    watchers: are given every line of the engine's trace. Raises LiveAvatarError.
+    """
     gpus = find_gpus()
     metrics = Metrics(version=__version__, gpus=gpus.names if gpus else ())
     stages = Stages(metrics, engine=settings.engine_kind)
-    provider = spans.provider(settings.monitoring.otlp, __version__) if settings.monitoring.otlp else None
-    watchers = [stages.note] + ([spans.Spans(provider.get_tracer("liveavatar")).note] if provider else [])
+    noted = (stages.note, *watchers)
 
     def notes(line: dict) -> None:
-        for watcher in watchers:
+        for watcher in noted:
             watcher(line)
 
     studio = Studio(settings, marker=marker(settings), metrics=metrics, notes=notes, watch=lambda name, data: log.info(name, **data))
@@ -52,14 +84,33 @@ async def _serve(settings: ServeConfig, say: Callable[[str], None]) -> None:
     if gpus is not None:
         gpus.watch(metrics)
     app = create_app(studio, settings, metrics=metrics, stages=stages)
-    watch_outputs(metrics, app.state.services.outputs)
-    if (key := app.state.services.access.first_key()) is not None:
-        say(f"first key, shown this once (scopes: all): {key}")
+    services: Services = app.state.services
+    watch_outputs(metrics, services.outputs)
+    watch_dates(metrics, settings, studio, services.store, services.consents)
+    return app, Inspector(metrics, studio, key=services.mark_key, payload=payload, judge=_judge(settings.monitoring, metrics))
+
+
+def _judge(monitoring: MonitoringConfig, metrics: Metrics) -> Judge | None:
+    """Who says whose face a picture shows, where one is configured. Raises WeightsError."""
+    if monitoring.judge is None:
+        return None
+    from liveavatar.models.probe import load_probe
+
+    probe, _ = load_probe(monitoring.judge)
+    metrics.gauge("identity_similarity_floor", monitoring.identity_floor)
+    return lambda picture: probe.look(picture[None]).identity[0]
+
+
+def reload(services: Services, reread: Callable[[], ServeConfig]) -> None:
+    """Take over limits per key and the log's level from settings that are read again (SIGHUP, 17.4); a mistake in them changes nothing."""
     try:
-        await listen.serve(app, settings, opened=lambda url: say(f"listening on {url}"), listening=listening)
-    finally:
-        if provider is not None:
-            provider.shutdown()
+        fresh = reread()
+    except (LiveAvatarError, OSError) as error:
+        log.error("settings_refused", reason=str(error))
+        return
+    logs.set_level(fresh.monitoring.log_level)
+    services.quotas.limit(fresh.access)
+    log.warning("settings_reloaded", log_level=fresh.monitoring.log_level)
 
 
 def marker(settings: ServeConfig) -> Callable[[Role, int, int], Mark]:

@@ -196,13 +196,21 @@ class ProvenanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoringConfig:
-    """Logs to stdout; spans to an OTLP collector where one is named."""
+    """Logs to stdout; spans to an OTLP collector where one is named.
+
+    judge: folder of a trained judge network (`liveavatar train probe`), which is asked once a second whether the face is still the
+    portrait's; identity_floor: what operators are warned below, a cosine.
+    """
 
     log_level: str = "info"
     log_format: str = "json"
     otlp: str | None = None
+    judge: str | None = None
+    identity_floor: float = 0.5
 
     def __post_init__(self):
+        if not 0 < self.identity_floor < 1:
+            raise ConfigError(f"monitoring.identity_floor={self.identity_floor}: must be in 0..1")
         one_of("monitoring.log_level", self.log_level, ("debug", "info", "warning", "error"))
         one_of("monitoring.log_format", self.log_format, ("json", "text"))
 

@@ -62,7 +62,7 @@ class Signer:
         if self.local:
             self._chain, self._key = _local_identity(Path(folder))
         else:
-            self._chain, self._key = _read(Path(certificate)), _read(Path(key))
+            self._chain, self._key = read(Path(certificate)), read(Path(key))
         self._algorithm = _algorithm(self._key)
         self._sealer().close()  # refuses now, and not after the first recording, what C2PA does not accept
 
@@ -133,11 +133,22 @@ def _statement(title: str) -> dict:
     }  # fmt: skip
 
 
-def _read(file: Path) -> bytes:
+def read(file: Path) -> bytes:
+    """Raises ConfigError."""
     try:
         return file.read_bytes()
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def expiry(chain: bytes) -> float:
+    """Unix seconds at which the first certificate of a PEM chain ends. Raises ConfigError."""
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(chain).not_valid_after_utc.timestamp()
+    except ValueError as error:
+        raise ConfigError(f"the certificate cannot be read: {error}") from None
 
 
 def _algorithm(key: bytes) -> str:
@@ -168,9 +179,9 @@ def _local_identity(folder: Path) -> tuple[bytes, bytes]:
     now = datetime.datetime.now(datetime.timezone.utc)
     both = folder / CHAIN
     if both.exists():
-        leaf = x509.load_pem_x509_certificates(_read(both))[0]
+        leaf = x509.load_pem_x509_certificates(read(both))[0]
         if leaf.not_valid_after_utc - now > datetime.timedelta(days=30):
-            return _read(both), _read(folder / KEY)
+            return read(both), read(folder / KEY)
     chain, key, authority = local_chain(now)
     private_folder(folder)
     both.unlink(missing_ok=True)

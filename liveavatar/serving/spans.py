@@ -67,7 +67,8 @@ class Spans:
         for key in list(self._blocks):
             self._end(key, line["t"], lost=True)
         self._blocks.clear()
-        self._opening.clear()
+        for session in list(self._opening):
+            self._never_opened(session, line["t"])
 
     def _on_open(self, line: dict) -> None:
         self._opening[line["session"]] = self._begin("open", line["t"], session=line["session"], pace=line["pace"])
@@ -83,8 +84,14 @@ class Spans:
         self._instant(line["what"], line)
 
     def _on_closed(self, line: dict) -> None:
-        self._opening.pop(line["session"], None)
+        self._never_opened(line["session"], line["t"])
         self._instant("close", line)
+
+    def _never_opened(self, session: str, t: float) -> None:
+        """It ended first, if so: a portrait that was refused, a chain that died."""
+        if (span := self._opening.pop(session, None)) is not None:
+            span.set_attribute("liveavatar.lost", True)
+            span.end(self._nanoseconds(t))
 
     def _on_admitted(self, line: dict) -> None:
         key = line["session"], line["block"]

@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from liveavatar.runtime.seats import Seat, seated
 from liveavatar.serving.metrics import STAGES, Metrics
 
 WINDOW = 10.0  # s, over which work and media are weighed
@@ -61,7 +62,8 @@ class Stages:
     def __init__(self, metrics: Metrics, *, group: str = "0", engine: str = "model", clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time):  # fmt: skip
         self._metrics, self._group, self._engine, self._clock, self._wall = metrics, group, engine, clock, wall
-        self._fps, self._cut = 25, ()
+        self._fps = 25
+        self._seats: tuple[Seat, ...] = ()
         self.ranks: dict[int, Rank] = {}
         self._made: deque[tuple[float, str, float]] = deque(maxlen=4096)  # when, session, media seconds
         self._journeys: OrderedDict[tuple[str, int], _Journey] = OrderedDict()
@@ -82,7 +84,8 @@ class Stages:
 
     def _on_trace(self, line: dict) -> None:
         """A chain starts; one before it is gone with all that was on the way."""
-        self._fps, self._cut = line["fps"], line["facts"].get("stages") or ()
+        facts = line["facts"]
+        self._fps, self._seats = line["fps"], seated(facts["stages"], facts.get("shards")) if facts.get("stages") else ()
         for state in (self.ranks, self._made, self._journeys, self._heard, self._idle):
             state.clear()
 
@@ -122,11 +125,12 @@ class Stages:
             self._metrics.block_stage(self._group, stage, seconds)
             if journey := self._journeys.get((line["session"], line["block"])):
                 journey.stages[stage] = journey.stages.get(stage, 0.0) + seconds
-                journey.rank = line["rank"] + self._leaves(line["rank"], stage)
+                journey.rank = self._after(line["rank"], stage)
 
-    def _leaves(self, rank: int, stage: str) -> bool:
-        """Whether a block that passed `stage` goes on to the next rank."""
-        return rank < len(self._cut) and stage == self._cut[rank][-1]
+    def _after(self, rank: int, stage: str) -> int:
+        """Where a block is that `rank`, the leader of its stage, has done `stage` of: there still, or on the way to the next leader."""
+        seat = self._seats[rank] if rank < len(self._seats) else None
+        return rank if seat is None or stage != seat.roles[-1] else rank + seat.shards
 
     def _on_ready(self, line: dict) -> None:
         self._metrics.frames_generated(self._engine, line["count"])
@@ -172,6 +176,6 @@ class Stages:
             return min(1.0, sum(seconds for _, seconds in self._recent(rank.work)) / WINDOW)
 
         here = Counter(journey.rank for (session, _), journey in self._journeys.items() if journey.ready is None and session in self._heard)
-        return [{"rank": n, "roles": list(self._cut[n]) if n < len(self._cut) else [], "busy": share(rank), "rss": rank.rss, "gpu": rank.gpu,
-                 "blocks": here[n]}
+        return [{"rank": n, "roles": list(self._seats[n].roles) if n < len(self._seats) else [], "busy": share(rank), "rss": rank.rss,
+                 "gpu": rank.gpu, "blocks": here[n]}
                 for n, rank in sorted(self.ranks.items())]  # fmt: skip

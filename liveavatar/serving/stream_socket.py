@@ -21,6 +21,7 @@ from liveavatar.serving.access import CONTROL, PUBLISH, VIEW, Principal
 from liveavatar.serving.answers import as_problem
 from liveavatar.serving.desk import Lease
 from liveavatar.serving.gate import address, admit, check_page, credential
+from liveavatar.serving.packets import Level
 from liveavatar.serving.problems import BufferFull, Invalid, Problem, RateLimited, Unauthorized
 from liveavatar.serving.quotas import MessageRate
 from liveavatar.serving.routes_sessions import changed, spoken, view
@@ -50,8 +51,9 @@ class Outbox:
         self._most, self._waiting, self._something = most, deque[dict](), asyncio.Event()
         self.overflowed, self._over = False, False
 
-    def __len__(self) -> int:
-        return len(self._waiting)
+    def level(self) -> Level:
+        """Messages that wait; who overflows is sent away, which loses one."""
+        return Level(len(self._waiting), self._most, int(self.overflowed))
 
     def put(self, message: dict) -> None:
         """Append; statistics that wait already are replaced."""
@@ -155,6 +157,7 @@ class Connection:
     async def run(self, after: int) -> None:
         """Until the client leaves, the session ends, or the client is too slow or too wrong."""
         self.lease.sockets += 1
+        unwatch = self.at.metrics.edge("events", self.outbox.level)
         self.outbox.put({"type": "session.created", "session": view(self.lease, self.at.desk).model_dump()})
         tasks = [asyncio.create_task(work) for work in (self._listen(), self._tell(after), self._measure(), self._send())]
         try:
@@ -166,6 +169,7 @@ class Connection:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self.lease.sockets -= 1
+            unwatch()
             self.at.desk.touch(self.lease)
 
     async def _send(self) -> None:

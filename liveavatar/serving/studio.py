@@ -18,10 +18,12 @@ from liveavatar.runtime.placement import cut, fewer_steps
 from liveavatar.runtime.scheduler import PipeTime
 from liveavatar.serving.ladder import FEWER_STEPS, IDLE_LOOP, LOWER_FPS, SMALLER, Ladder
 from liveavatar.serving.live import LiveSession, Role
+from liveavatar.serving.logs import about
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Capacity
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.testcard import start_test_card
+from liveavatar.serving.traffic import watch_session
 from liveavatar.telemetry import now as monotonic
 
 WARM_BLOCKS = 6  # made before anybody is let in; the first pays for what is compiled and cached
@@ -122,7 +124,6 @@ class Studio:
     async def open(self, role: Role, *, mode: str | None = None) -> LiveSession:
         """A running session. Raises Capacity (full, draining or no chain), InputError (portrait, prompt)."""
         if self.reasons:
-            self.metrics.session_rejected("draining" if self.draining else "capacity")
             raise Capacity("; ".join(self.reasons), kind="draining" if self.draining else "capacity")
         self._reserved += 1
         began = self.clock()
@@ -133,12 +134,14 @@ class Studio:
             engine_session = await self._opened(role)  # last: whatever fails before leaves no place in the chain taken
         finally:
             self._reserved -= 1
-        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mark=mark, mode=mode, metrics=self.metrics,
-                              clock=self.clock)  # fmt: skip
+        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock, metrics=self.metrics,
+                              mark=mark, remark=lambda role: self._marker(role, *still.shape[:2]))  # fmt: skip
         self.sessions[session.id] = session
-        session.start(engine_session)
+        with about(session=session.id):
+            session.start(engine_session)
         self.metrics.session_created(session.mode, self.config.engine_kind, self.clock() - began)
         session.on_end(lambda: self.sessions.pop(session.id, None))
+        watch_session(self.metrics, session, lambda: self.engine)
         return session
 
     async def _opened(self, role: Role) -> Session:

@@ -1,6 +1,7 @@
 """What browsers tell of their reception every 5 s, believed no further than it can be true (MET-2).
 
-A report holds figures of the browser's getStats(): counters since the connection began. The differences to the report
+A report holds figures of the browser's getStats(): counters since the connection began, the round trip, and by how much the sound
+is played later than its picture (the difference of estimatedPlayoutTimestamp, soundLate). The differences to the report
 before are clamped to what can happen in the time between, so that a viewer who lies bends a histogram a little and
 breaks nothing.
 """
@@ -16,12 +17,13 @@ from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Invalid, RateLimited
 
 LEAST_SECONDS = 1.0  # between two reports of one viewer
-JITTER_LIMIT, RTT_LIMIT = 10.0, 10.0  # s
+JITTER_LIMIT, RTT_LIMIT, OFFSET_LIMIT = 10.0, 10.0, 10.0  # s
 LARGEST = 2**53  # whole numbers of JavaScript
 RATES = {"freezeCount": 2.0, "pliCount": 20.0, "nackCount": 1000.0, "packetsLost": 10_000.0, "framesDropped": 2.0 * FPS,
          "framesDecoded": 2.0 * FPS}  # most per second, of what is counted  # fmt: skip
 SUMS = ("jitterBufferDelay", "jitterBufferEmittedCount")
-FIELDS = (*RATES, *SUMS, "roundTripTime")
+SIGNED = ("packetsLost", "soundLate")  # may be below 0: RFC 3550; sound that comes before its picture
+FIELDS = (*RATES, *SUMS, "roundTripTime", "soundLate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Reception:
     seconds: float
     jitter_buffer: float | None
     rtt: float | None
+    sound_late: float | None
     counts: dict[str, int]
 
     @property
@@ -40,7 +43,7 @@ class Reception:
 
 
 def numbers(report: object) -> dict[str, float]:
-    """The fields of a report. Raises Invalid: no mapping, an unknown field, no finite number >= 0 (packetsLost may be below, RFC 3550)."""
+    """The fields of a report. Raises Invalid: no mapping, an unknown field, no finite number, one below 0 that is not SIGNED."""
     if not isinstance(report, Mapping):
         raise Invalid("a report is an object of figures of getStats()")
     for key, value in report.items():
@@ -48,7 +51,7 @@ def numbers(report: object) -> dict[str, float]:
             raise Invalid(f"{str(key)[:40]!r} is no field of a report; known: {', '.join(FIELDS)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > LARGEST:
             raise Invalid(f"{key}: must be a finite number")
-        if value < 0 and key != "packetsLost":
+        if value < 0 and key not in SIGNED:
             raise Invalid(f"{key}: must not be negative")
     return {key: float(value) for key, value in report.items()}
 
@@ -67,7 +70,8 @@ class Viewer:
         seconds = max(LEAST_SECONDS, now - self._at)
         counts = {key: round(self._grown(told, key, most * seconds)) for key, most in RATES.items()}
         seen = Reception(seconds=seconds, jitter_buffer=self._jitter(told), counts=counts,
-                         rtt=min(told["roundTripTime"], RTT_LIMIT) if "roundTripTime" in told else None)  # fmt: skip
+                         rtt=min(told["roundTripTime"], RTT_LIMIT) if "roundTripTime" in told else None,
+                         sound_late=max(-OFFSET_LIMIT, min(told["soundLate"], OFFSET_LIMIT)) if "soundLate" in told else None)  # fmt: skip
         self._before, self._at, self._last = {**self._before, **told}, now, now
         self._count(seen)
         return seen
@@ -84,6 +88,8 @@ class Viewer:
     def _count(self, seen: Reception) -> None:
         if seen.jitter_buffer is not None:
             self._metrics.observe("webrtc_jitter_buffer_seconds", seen.jitter_buffer, "webrtc")
+        if seen.sound_late is not None:
+            self._metrics.observe("webrtc_av_offset_seconds", seen.sound_late, "webrtc")
         if seen.rtt is not None:
             self._metrics.observe("webrtc_rtt_seconds", seen.rtt, "webrtc")
         for name, key in (("freezes", "freezeCount"), ("pli", "pliCount"), ("packets_lost", "packetsLost")):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from liveavatar.serving.background import Background
+from liveavatar.serving.packets import Level
 from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
 from liveavatar.serving.ssrf import Unresolved, check_url, request
 
@@ -70,6 +71,10 @@ class Webhook:
         self._waiting.append(event)
         self._something.set()
 
+    def level(self) -> Level:
+        """Events that wait."""
+        return Level(len(self._waiting), WAITING, self.drops)
+
     def end(self) -> None:
         """run() returns when what waits has been delivered."""
         self._ending = True
@@ -113,11 +118,12 @@ class Webhook:
 class Webhooks:
     """All targets of one server; deliveries end with their session. private: networks that are allowed although not public.
 
-    count(outcome): told of each delivery: delivered, retried, failed, refused.
+    count(outcome): told of each delivery: delivered, retried, failed, refused. edge: watches a queue (Metrics.edge).
     """
 
-    def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None):
-        self._private, self._count, self._deliveries = private, count, Background()
+    def __init__(self, private: tuple[str, ...] = (), count: Callable[[str], None] = lambda outcome: None,
+                 edge: Callable[[str, Callable[[], Level]], Callable[[], None]] = lambda name, read: lambda: None):  # fmt: skip
+        self._private, self._count, self._edge, self._deliveries = private, count, edge, Background()
 
     async def check(self, url: str) -> None:
         """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
@@ -136,7 +142,9 @@ class Webhooks:
         """Post this session's events from its first one on."""
         hook = Webhook(Target(session.id, url, secret), self._post, count=self._count)
         for work in (_fill(hook, session), hook.run()):
-            self._deliveries.spawn(work)
+            task = self._deliveries.spawn(work)
+        unwatch = self._edge("webhooks", hook.level)
+        task.add_done_callback(lambda task: unwatch())
 
     async def close(self, seconds: float) -> None:
         """Give what waits so many seconds, then forget it."""

@@ -113,6 +113,7 @@ class PacketTrack(MediaStreamTrack):
                  clock: Callable[[], float]):  # fmt: skip
         super().__init__()
         self.kind, self.sender, self.held = kind, None, None
+        self.left: Callable[[packets.Packet], None] = lambda packet: None
         self._edge, self._barrier, self._wall, self._fresh, self._clock = edge, barrier, wall, fresh, clock
         self._sent: packets.Packet | None = None
 
@@ -122,6 +123,7 @@ class PacketTrack(MediaStreamTrack):
             self.sender._RTCRtpSender__ntp_timestamp = self._wall.ntp(self._sent.seconds)
         await self._barrier.wait()
         item = self._sent = await self._next()
+        self.left(item)
         packet = av.Packet(item.data)
         packet.pts, packet.time_base = item.pts, Fraction(1, item.rate)
         return packet
@@ -211,6 +213,7 @@ class Viewer:
         self.id, self.etag = secrets.token_urlsafe(16), secrets.token_hex(8)
         self.name, self.wants, self.state = f"webrtc:{self.id[:6]}", frozenset(), "new"
         self.stats = ViewerStats()
+        self.left: Callable[[packets.Packet], None] = lambda packet: None  # told of each as it leaves
         self.edges = {codec: packets.Edge(f"{self.name}.{kind}", seconds=EDGE_SECONDS, sound_seconds=EDGE_SECONDS, ask_keyframe=session.ask_keyframe)
                       for codec, (kind, _) in TRACKS.items()}  # fmt: skip
         self.session, self._heard, self._told, self._gone, self._patience, self._clock = session, heard, told, gone, patience, clock
@@ -254,7 +257,7 @@ class Viewer:
         track = PacketTrack(kind, self.edges[codec], self._barrier, self._wall, lambda item: item.epoch >= self._epoch, self._clock)
         transceiver = self._peer.addTransceiver(track, "sendrecv" if speaks else "sendonly")
         transceiver.setCodecPreferences([c for c in RTCRtpSender.getCapabilities(kind).codecs if c.mimeType.lower() in types])
-        track.sender = transceiver.sender
+        track.sender, track.left = transceiver.sender, lambda packet: self.left(packet)
         self._tracks.append(track)
         transceiver.sender._send_keyframe = self._pictures_lost
 
@@ -316,6 +319,11 @@ class Viewer:
         if any(track.kind == "video" and track.held is not None for track in self._tracks):
             self._gap()  # that picture will not leave, and the next ones build upon it
 
+    def level(self) -> packets.Level:
+        """Pictures that wait; drops and stale pieces of pictures and sound."""
+        pictures, sound = (self.edges[codec].level() for codec in (packets.H264, packets.OPUS))
+        return pictures._replace(drops=pictures.drops + sound.drops, stale=pictures.stale + sound.stale + self._stale)
+
     def _gap(self) -> None:
         if self._whole:
             self._whole = False
@@ -366,12 +374,13 @@ class Viewer:
         if any(kind not in self._reports or s.timestamp > self._reports[kind].timestamp for kind, s in found.items()):
             self._sign = self._clock()
         self._reports = found
+        level = self.level()
         rates = {"video": packets.VIDEO_RATE, "audio": packets.SOUND_RATE}
         self.stats = ViewerStats(
             rtt=max((s.roundTripTime for s in found.values() if s.roundTripTime is not None), default=None),
             jitter=max((s.jitter / rates[kind] for kind, s in found.items()), default=None),
-            lost=sum(s.packetsLost for s in found.values()), pli=self._pli, drops=sum(edge.drops for edge in self.edges.values()),
-            stale=self._stale, heard_drops=self._microphone.drops if self._microphone else 0)  # fmt: skip
+            lost=sum(s.packetsLost for s in found.values()), pli=self._pli, drops=level.drops, stale=level.stale,
+            heard_drops=self._microphone.drops if self._microphone else 0)  # fmt: skip
 
     # -- the peer's own sound
 

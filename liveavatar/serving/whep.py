@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from liveavatar.serving.ice import IceServers, links
+from liveavatar.serving.logs import about
 from liveavatar.serving.offers import Offer, read_fragment, read_offer
 from liveavatar.serving.problems import Invalid, NotFound, Problem, RateLimited, TooLarge, Unsupported
 from liveavatar.serving.webrtc import Heard, Source, Viewer
@@ -28,6 +29,12 @@ PATH = "/v1/sessions/{session_id}/whep"
 
 Lookup = Callable[[str], Source]  # raises NotFound
 Authorise = Callable[[Request, str | None, str], Awaitable[None]]  # (request, session or None, scope); raises Unauthorized, Forbidden
+
+
+class TooMany(RateLimited):
+    """Viewers of one session."""
+
+    kind, what = "quota", "viewers"
 
 
 class PreconditionRequired(Problem):
@@ -67,11 +74,12 @@ class Viewers:
     async def open(self, session: Source, offer: Offer, heard: Heard | None = None) -> tuple[Viewer, str]:
         """A viewer and our SDP; raises RateLimited beyond the limit, Unprocessable for an offer without our codecs."""
         if len(self.of(session.id)) >= self._limit:
-            raise RateLimited(f"this session has {self._limit} viewers", kind="quota")
+            raise TooMany(f"this session has {self._limit} viewers")
         viewer = Viewer(session, ice=self.ice(session.id), relay_only=self.ice.network.relay_only, heard=heard, told=self._reports(),
                         gone=lambda viewer: self._open.pop(viewer.id, None))  # fmt: skip
         self._open[viewer.id] = viewer  # before anything is waited for: the limit counts who is on the way
-        return viewer, await viewer.answer(offer)
+        with about(session=session.id):  # lines of aiortc and aioice, too
+            return viewer, await viewer.answer(offer)
 
     async def close(self) -> None:
         """Ends all peers and waits until they are gone."""

@@ -119,9 +119,15 @@ export class Player extends EventTarget {
     this.timers.push(
       setInterval(async () => {
         if (channel.readyState !== "open") return;
-        const {inbound} = await this._stats(),
-          report = {};
-        for (const name of TOLD) if (Number.isFinite(inbound.video?.[name])) report[name] = inbound.video[name];
+        const {
+            inbound: {video = {}, audio = {}},
+            pair,
+          } = await this._stats(),
+          report = {},
+          late = soundLate(video, audio);
+        for (const name of TOLD) if (Number.isFinite(video[name])) report[name] = video[name];
+        if (Number.isFinite(pair?.currentRoundTripTime)) report.roundTripTime = pair.currentRoundTripTime;
+        if (late !== null) report.soundLate = late;
         channel.send(JSON.stringify({type: "stats", report}));
       }, REPORT_MS),
     );
@@ -143,8 +149,8 @@ export class Player extends EventTarget {
       inbound: {video = {}, audio = {}},
       pair,
     } = await this._stats();
-    if (video.estimatedPlayoutTimestamp && audio.estimatedPlayoutTimestamp)
-      this.offsets = [...this.offsets, (video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp) / 1000].slice(-OFFSETS);
+    const late = soundLate(video, audio);
+    if (late !== null) this.offsets = [...this.offsets, late].slice(-OFFSETS);
     return {
       fps: video.framesPerSecond ?? null,
       decoded: video.framesDecoded ?? 0,
@@ -162,6 +168,13 @@ export class Player extends EventTarget {
     this.emitted = [jitterBufferDelay, jitterBufferEmittedCount];
     return jitterBufferEmittedCount > count ? (jitterBufferDelay - delay) / (jitterBufferEmittedCount - count) : null;
   }
+}
+
+// Seconds that sound is played after its picture; null before both play.
+function soundLate(video, audio) {
+  return video.estimatedPlayoutTimestamp && audio.estimatedPlayoutTimestamp
+    ? (video.estimatedPlayoutTimestamp - audio.estimatedPlayoutTimestamp) / 1000
+    : null;
 }
 
 // All candidates, or those found in half a second: the answer has all of the server's.
