@@ -54,7 +54,10 @@ class Conversations:
         self._talks: dict[str, tuple[Talk, asyncio.Task]] = {}
 
     async def begin(self, session: LiveSession, spoke: Callable[[float], None] = lambda seconds: None) -> Talk:
-        """From now on microphones of this session are heard, not repeated. spoke: counts seconds of the voice. Raises Conflict where that is so already."""
+        """From now on microphones of this session are heard, not repeated. Raises Conflict where that is so already.
+
+        spoke: counts seconds of the voice, see Counted.
+        """
         if session.id in self._talks:
             raise Conflict("this session is a conversation already")
         talk = Talk(session, mind=self._parts.mind, voice=Counted(self._parts.voice, spoke), recogniser=self._parts.recogniser, ears=self._ears(),
