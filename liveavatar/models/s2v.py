@@ -8,8 +8,9 @@ once: the training path, equal to the streaming path at the same noise levels).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -212,7 +213,8 @@ class CausalS2V(nn.Module):
 
     # ------------------------------------------------------------ tokens and positions
 
-    def _noisy_tokens(self, x: torch.Tensor, pose: torch.Tensor | None) -> torch.Tensor:
+    def noisy_tokens(self, x: torch.Tensor, pose: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents and pose [B, 16, F, h, w] -> [B, F*tok, D]."""
         tokens = L.embed_patches(self.patch_embedding, x)
         # Without a pose the pose latents are zeros: only the bias of cond_encoder acts, and it must.
         pose_tokens = self.cond_encoder.bias if pose is None else L.embed_patches(self.cond_encoder, pose)
@@ -319,19 +321,25 @@ class CausalS2V(nn.Module):
 
         x, pose: [B, 16, F, h, w] on the model's device. Writes the cache, does not advance it.
         """
-        tokens = self._noisy_tokens(x, pose)
-        for i, layer in enumerate(self.blocks):
 
-            def attend(q, k, v, i=i):
-                if places.turns:
-                    cache.roll_anchors(i, places.turns)
-                return ops.attention(*cache.attended(i, q, k, v, places.block, places.reference))
+        def attend(i, q, k, v):
+            if places.turns:
+                cache.roll_anchors(i, places.turns)
+            return ops.attention(*cache.attended(i, q, k, v, places.block, places.reference))
 
-            tokens = layer(tokens, modulation.blocks[i], attend, text.layers[i])
-            if i in self._injector_of:
-                tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled).to(self.dtype)
+        attends = [partial(attend, i) for i in range(len(self.blocks))]
+        tokens = self.through_layers(self.noisy_tokens(x, pose), modulation, attends, text.layers, audio)
         latents, h, w = x.shape[-3:]
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
+
+    def through_layers(self, tokens: torch.Tensor, modulation: StepModulation, attends: Iterable[L.Attend],
+                       texts: Iterable[tuple[torch.Tensor, torch.Tensor]], audio: AudioTokens) -> torch.Tensor:
+        """tokens [B, T, D] through every layer and what audio injects behind some. attends, texts: a layer's, as it takes them."""
+        for i, (layer, m, attend, text) in enumerate(zip(self.blocks, modulation.blocks, attends, texts, strict=True)):
+            tokens = layer(tokens, m, attend, text)
+            if i in self._injector_of:
+                tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled)
+        return tokens
 
     def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """prefill of a batch, differentiable: reference [B, 16, 1, h, w], motion [B, 16, 19 or fewer, h, w] -> lists over
@@ -364,16 +372,12 @@ class CausalS2V(nn.Module):
         sink_k, sink_v = self.prefill_batch(reference, motion, text)
         audio = self._encode_clip_audio(features, blocks)
         modulation = self.modulation(t)
-        tokens = self._noisy_tokens(x, pose)
         numbers = range(first_block, first_block + blocks)
         if causal:
             attends = self._clip_attends(sink_k, sink_v, numbers, size, h, w, window_blocks, sink_distance, history_grad)
         else:
             attends = self._whole_attends(sink_k, sink_v, numbers, size, h, w, sink_distance)
-        for i, layer in enumerate(self.blocks):
-            tokens = layer(tokens, modulation.blocks[i], attends[i], text.layers[i])
-            if i in self._injector_of:
-                tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled)
+        tokens = self.through_layers(self.noisy_tokens(x, pose), modulation, attends, text.layers, audio)
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 
     def _encode_clip_audio(self, features: torch.Tensor, blocks: int) -> AudioTokens:

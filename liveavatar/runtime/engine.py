@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
@@ -183,7 +183,8 @@ class Engine:
         decision = self.scheduler.decide(now, candidates)
         chosen = decision.admit or decision.late
         if chosen is None:
-            await self._work.wait(None if decision.wake is None else max(0.0, decision.wake - now))
+            if not await self._renew():
+                await self._work.wait(None if decision.wake is None else max(0.0, decision.wake - now))
             return
         session, waiting = self.sessions[chosen], self.sessions[chosen].timeline.queued_seconds
         if decision.late:
@@ -195,6 +196,15 @@ class Engine:
         session.changed.fire()  # there is room for audio again
         for message in messages:
             await self._put(message)
+
+    async def _renew(self) -> bool:
+        """Nothing may be admitted yet: send a new sink that is ready, so that no block waits for its prefill."""
+        for session in self.sessions.values():
+            if not session.closing and (refresh := session.timeline.renew()):
+                self.trace.note("step", session=session.name, what="refresh")
+                await self._put(refresh)
+                return True
+        return False
 
     async def _put(self, message: Message) -> None:
         await asyncio.get_running_loop().run_in_executor(self._sender, self.chain.send, message)
@@ -219,7 +229,7 @@ class Engine:
                 self.trace.note("opened", session=session.name)
             case core.Closed():
                 session.closed = True
-                self.trace.note("closed", session=session.name)
+                self.trace.closed(session.name)
                 del self.sessions[session.name]
             case core.Failed():
                 session.fail(InputError(message.reason))
@@ -295,10 +305,10 @@ def resolve(config: Config) -> tuple[Config, StageSource]:
     return config, source
 
 
-def plan_for(config: Config, source: StageSource) -> placement.Plan:
-    """What every rank of `config` would load on this machine."""
+def plan_for(config: Config, source: StageSource, devices: Sequence[placement.Device] | None = None) -> placement.Plan:
+    """What every rank of `config` would load on `devices`; None: on this machine's."""
     stages = config.stages or (source.chain,)
-    devices = placement.local_devices(config.model.device, len(seats_of(config, stages)))
+    devices = devices or placement.local_devices(config.model.device, len(seats_of(config, stages)))
     return placement.plan(config, source.model_config, source.geometry, devices, stages=stages,
                           dtype=source.dtype(torch.device(devices[0].kind)), vae=source.vae_config,
                           text_encoder_bytes=source.text_encoder_bytes)
