@@ -11,7 +11,7 @@ from conftest import tiny_model
 from liveavatar import ops
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.denoise import noise, sink_distance
-from liveavatar.diffusion.rollout import cached_rollout, denoise_block, make_steps
+from liveavatar.diffusion.rollout import Course, cached_rollout, denoise_block, make_steps
 from liveavatar.diffusion.schedule import sigmas
 from liveavatar.models import layers as L
 from liveavatar.models.s2v import S2VConfig, grid_positions, reference_position, spread
@@ -164,7 +164,7 @@ def test_a_clip_at_once_equals_block_after_block(model, given):
     levels, blocks = sigmas(4, 3.0), 7
     noises = [noise(1, "clip", n, (16, BLOCK, H, W)) for n in range(blocks)]
     audio = [features(n) for n in range(blocks)]
-    rolled = list(cached_rollout(model, levels, noises, audio, given["context"], given["reference"], given["motion"], sink_distance=9))
+    rolled = list(cached_rollout(model, levels, noises, audio, given["context"], given["reference"], given["motion"], Course(sink_distance=9)))
     x = torch.cat(noises, dim=1)[None]
     for level, after in zip(levels, levels[1:]):
         v = model.forward_clip(x, torch.full((1, blocks), 1000 * level), torch.cat(audio, dim=-1)[None], [given["context"]],

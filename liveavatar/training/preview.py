@@ -18,7 +18,7 @@ from PIL import Image
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.core import FPS
 from liveavatar.diffusion.denoise import noise
-from liveavatar.diffusion.rollout import ClipCondition, cached_rollout
+from liveavatar.diffusion.rollout import ClipCondition, Course, cached_rollout
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import Probe
 from liveavatar.models.s2v import CausalS2V
@@ -60,7 +60,7 @@ def make_scene(data: corpus.DataConfig, renderer: HeadRenderer, identity: int, u
 def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
              sigmas: Sequence[float], seed: int, **how) -> np.ndarray:
     """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets.
-    how: options of cached_rollout."""
+    how: fields of the rollout's Course."""
     held = vae.encode(to_float(np.repeat(scene.reference[None], config.motion_frames, axis=0)))
     count = len(scene.truth) // 12
     features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), 12 * count).split(12, dim=-1)
@@ -68,7 +68,8 @@ def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: fo
     noises = [noise(seed, "preview", b, shape) for b in range(count)]
     state, made = vae.new_state(), []
     vae.decode(held, state)
-    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, ring_blocks=config.window_blocks, seed=seed, **how):
+    course = Course(ring_blocks=config.window_blocks, **how)
+    for block in cached_rollout(model, sigmas, noises, features, rows, held[:, :1], held, course, seed):
         made.append(to_bytes(vae.decode(block, state)))
     return np.concatenate(made)
 
