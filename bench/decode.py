@@ -9,7 +9,6 @@ host, which the decode rank has to go too. "roles" in the JSON is what `liveavat
 
 from __future__ import annotations
 
-
 import torch
 from liveavatar.core import Geometry
 from liveavatar.models.vae import StreamingVAE, build_module, compile_decoder, stored_as

@@ -21,6 +21,7 @@ from liveavatar.diffusion.denoise import draw_seed, euler, noise
 from liveavatar.diffusion.schedule import TRAIN_TIMESTEPS, timesteps_of
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import ClipHistory, StepCache
+from liveavatar.models.clip import Clip
 from liveavatar.models.s2v import CausalS2V, StepModulation, TextCache
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -169,40 +170,18 @@ def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Iterable[t
 # ---------------------------------------------------------------- whole clips, for training
 
 
-@dataclass(frozen=True)
-class ClipCondition:
-    """What a batch of clips is generated from, and where it stands in its stream.
-
-    features [B,L,Ca,4F]; context: text rows [n,text_dim] per clip; reference [B,16,1,h,w]; motion [B,16,M,h,w].
-    first_block: number of the first block. refresh_block: from this block of the clip on the sink is its own
-    first latent (AAS); 0: never, and only the cached order can. causal: False for a bidirectional model.
-    """
-
-    features: torch.Tensor
-    context: list[torch.Tensor]
-    reference: torch.Tensor
-    motion: torch.Tensor
-    window_blocks: int = 4
-    sink_distance: int = 30
-    first_block: int = 0
-    refresh_block: int = 0
-    causal: bool = True
+class ClipCondition(Clip):
+    """A Clip with what a rollout asks of it."""
 
     def to(self, device: torch.device) -> ClipCondition:
         """The same on another device; text rows stay, they are copied where they are read."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("features", "reference", "motion")})
 
     def velocity(self, model: CausalS2V, history_grad: bool = True) -> Velocity:
-        """The model under this condition, all blocks at once."""
+        """The model under this condition, all blocks at once. Raises ConfigError where the sink is refreshed."""
         if self.refresh_block:
             raise ConfigError("refresh_block: a clip at once has one sink; use the cached order")
-
-        def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self.features, self.context, self.reference, self.motion,
-                                      window_blocks=self.window_blocks, sink_distance=self.sink_distance,
-                                      first_block=self.first_block, history_grad=history_grad, causal=self.causal)
-
-        return velocity
+        return lambda x, sigma: model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self, history_grad=history_grad)
 
     def sink(self, model: CausalS2V, text: TextCache, block: int, first: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values per layer that block `block` of the clip sees. first: the clip's own first latent, once it is there."""

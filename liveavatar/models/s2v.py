@@ -22,6 +22,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models import layers as L
 from liveavatar.models.audio_encoder import AudioTokens, CausalAudioEncoder
 from liveavatar.models.cache import ClipHistory, Sink, StepCache
+from liveavatar.models.clip import Clip
 from liveavatar.models.positions import REFERENCE_POSITION, grid_positions, reference_position, spread
 
 MOTION_LATENTS = 19  # capacity of the frame packer: buckets of 1, 2 and 16
@@ -353,30 +354,22 @@ class CausalS2V(nn.Module):
             keys.append(k), values.append(v)
         return keys, values
 
-    def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,
-                     motion: torch.Tensor, *, window_blocks: int = 4, sink_distance: int = REFERENCE_POSITION,
-                     first_block: int = 0, pose: torch.Tensor | None = None, history_grad: bool = True, causal: bool = True) -> torch.Tensor:
-        """All blocks of a clip in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
+    def forward_clip(self, x: torch.Tensor, t: torch.Tensor, clip: Clip, *, pose: torch.Tensor | None = None, history_grad: bool = True) -> torch.Tensor:
+        """All blocks of clips in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
 
-        x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks; features: [B, layers, Ca, 4F];
-        context: batch of text rows; reference: [B, 16, 1, h, w]; motion: [B, 16, M, h, w].
-        Block n sees the sink, itself and the window_blocks - 1 blocks before it. first_block: number of the
-        clip's first block in its stream (positions only). history_grad: False stops gradients at the keys and
-        values of other blocks. causal: False lets every block see the whole clip, one sink for all: the
-        bidirectional teacher. Returns fp32 [B, 16, F, h, w].
+        x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks. history_grad: False stops gradients at the keys and values of
+        other blocks. Returns fp32 [B, 16, F, h, w].
         """
-        batch, _, latents, h, w = x.shape
-        blocks = t.shape[1]
-        size = latents // blocks
-        text = self.encode_text(context)
-        sink_k, sink_v = self.prefill_batch(reference, motion, text)
-        audio = self._encode_clip_audio(features, blocks)
-        modulation = self.modulation(t)
-        numbers = range(first_block, first_block + blocks)
-        if causal:
-            attends = self._clip_attends(sink_k, sink_v, numbers, size, h, w, window_blocks, sink_distance, history_grad)
+        assert not clip.refresh_block, "a clip at once has one sink"
+        latents, h, w = x.shape[-3:]
+        blocks, text = t.shape[1], self.encode_text(clip.context)
+        sink_k, sink_v = self.prefill_batch(clip.reference, clip.motion, text)
+        audio, modulation = self._encode_clip_audio(clip.features, blocks), self.modulation(t)
+        numbers, size = range(clip.first_block, clip.first_block + blocks), latents // blocks
+        if clip.causal:
+            attends = self._clip_attends(sink_k, sink_v, numbers, size, h, w, clip.window_blocks, clip.sink_distance, history_grad)
         else:
-            attends = self._whole_attends(sink_k, sink_v, numbers, size, h, w, sink_distance)
+            attends = self._whole_attends(sink_k, sink_v, numbers, size, h, w, clip.sink_distance)
         tokens = self.through_layers(self.noisy_tokens(x, pose), modulation, attends, text.layers, audio)
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 

@@ -17,6 +17,7 @@ import torch
 from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
 from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
+from liveavatar.diffusion.rollout import ClipCondition
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import load_vae
@@ -304,9 +305,8 @@ def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Dr
     """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher."""
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
-    velocity = model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, batch.context,
-                                  batch.reference, batch.motion, window_blocks=config.window_blocks,
-                                  sink_distance=distance, first_block=first, causal=causal)
+    condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, config.window_blocks, distance, first, causal=causal)
+    velocity = condition.velocity(model)(mix(batch.latents, noise, sigma), sigma)
     loss = losses.forcing_loss(velocity, batch.latents, noise, batch.weight)
     per_clip = (velocity.detach() - (noise - batch.latents)).square().mean(dim=(1, 2, 3, 4))
     high = sigma.mean(1) > 0.7
