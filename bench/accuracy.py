@@ -8,7 +8,6 @@ is added to. FP8 runs by its dequantising reference where there are no FP8 units
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from liveavatar.models.layers import BlockModulation, TransformerBlock
 from liveavatar.runtime.parity import Forwards
 from liveavatar.runtime.sources import Fixture
 
-from measured import HERE, RESULTS, earlier, show, write
+from measured import HERE, earlier, parser_of, show, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -109,12 +108,10 @@ class FullWidth:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "accuracy-cpu.json")
     parser.add_argument("--fixture", type=Path, default=HERE.parent / "tests" / "golden" / "causal_s2v")
     parser.add_argument("--width", type=int, default=5120)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=[name for name in PATHS if DEVICE.type == "cuda" or "kernels" not in name])
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-cpu.json")
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args(arguments)
     with DEVICE:
         layer, rows = FullWidth(args.width), []
@@ -125,12 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
         with ops.own_kernels(way.kernels):
             rows.append({"where": args.fixture.name, "path": name, **on_fixture(args.fixture, dtype, way)})
             rows.append({"where": f"a layer of {args.width}", "path": name, **layer.row(dtype, way)})
-    show("distance from the plain path", rows, COLUMNS, ("where", "path"), earlier(None, ()))
-    if args.compare:
-        old = earlier(args.compare, ("where", "path"))
-        worse = [row for row in rows if row["rms_error"] > 1.1 * old.get((row["where"], row["path"]), row)["rms_error"] + 1e-7]
-        print("further off than before:", ", ".join(f"{row['where']} {row['path']}" for row in worse) or "none")
-    write(args.out, {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, rows)
+    show("distance from the plain path", rows, COLUMNS, ("where", "path"), earlier(args.compare, ("where", "path")), ("rms_error",))
+    write(args.out, config={"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, rows=rows)
 
 
 if __name__ == "__main__":

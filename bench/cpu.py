@@ -8,7 +8,6 @@ Between two ways only the best is compared: on a shared machine the rest is the 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -21,7 +20,7 @@ from liveavatar.config import FastConfig
 from liveavatar.models.fast import prepare
 from liveavatar.runtime.sources import FolderSource
 
-from measured import RESULTS, earlier, show, write
+from measured import earlier, parser_of, show, write
 from step import Stream
 
 COLUMNS = {"role": "", "way": "", "threads": "d", "seconds": ".4f", "median": ".4f"}
@@ -68,12 +67,10 @@ def measure(role: str, calls: dict[str, Callable[[], object]], threads: list[int
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "cpu.json")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args(arguments)
     source = FolderSource(configs.load(args.config))
     with torch.inference_mode():
@@ -81,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for role, ways in calls.items() for row in measure(role, ways, args.threads, args.rounds)]
     show("the embedded avatar on this CPU", rows, COLUMNS, ("role", "way", "threads"), earlier(args.compare, ("role", "way", "threads")))
     roles = {role: min(row["seconds"] for row in rows if row["role"] == role) for role in calls}
-    write(args.out, {"model": "default", "threads": args.threads, "rounds": args.rounds}, rows, roles=roles)
+    write(args.out, config={"model": "default", "threads": args.threads, "rounds": args.rounds}, rows=rows, roles=roles)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ host, which the decode rank has to go too. "roles" in the JSON is what `liveavat
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from liveavatar.core import Geometry
 from liveavatar.models.vae import StreamingVAE, build_module, compile_decoder, stored_as
 from liveavatar.runtime.placement import WAN_VAE, decode_flops
 from liveavatar.runtime.roles import to_bytes
 
-from measured import RESULTS, earlier, matmul_rate, seconds, show, spread_of, write
+from measured import earlier, matmul_rate, parser_of, seconds, show, spread_of, write
 
 SCALED = {"base_dim": 16, "z_dim": 16}
 WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "compiled + bytes")
@@ -61,13 +58,11 @@ def measure(config: dict, geometry: Geometry, way: str, device: torch.device, dt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "decode.json")
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT", help="default: 704x384 384x256; with --scale 64x64")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--scale", action="store_true", help="a small decoder, on whatever device there is")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, dtype = dict(SCALED if args.scale else WAN_VAE), torch.bfloat16
@@ -87,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
     whole = [row for row in timed if row["way"].endswith("bytes")] or timed
     roles = {"decode": min(row["seconds"] for row in whole)} if whole else {}
-    write(args.out, {"vae": config, "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows,
+    write(args.out, config={"vae": config, "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows=rows,
           matmul_tflops={"bf16": rate}, roles=roles)  # fmt: skip
 
 

@@ -7,14 +7,11 @@ The embedded portrait, scaled to each size, sways a little and carries some nois
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from measured import commit, machine
+from measured import parser_of, write
 
 from liveavatar.core import FPS
 from liveavatar.generate import PORTRAIT
@@ -74,8 +71,7 @@ def sound(make, count: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+    parser = parser_of(__doc__, "encode.json", compare=False)
     parser.add_argument("--pictures", type=int, default=150)
     options = parser.parse_args()
     rows = [video(*size, preset, options.pictures) for size in SIZES for preset in PRESETS]
@@ -86,9 +82,7 @@ def main() -> None:
     sounds = [sound(make, options.pictures) for make in (OpusEncoder, AacEncoder)]
     for r in sounds:
         print(f"{r['codec']}: {r['encode']['cpu_p50_ms']:.2f} ms of CPU per 40 ms (wall p95 {r['encode']['p95_ms']:.2f})")
-    if options.out:
-        found = {"machine": machine(), "commit": commit(), "pictures": options.pictures, "video": rows, "sound": sounds}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write(options.out, pictures=options.pictures, video=rows, sound=sounds)
 
 
 if __name__ == "__main__":

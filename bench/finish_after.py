@@ -11,7 +11,6 @@ answer: identity, sync, quality. Before finish_after becomes a default, 60 s at 
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -24,12 +23,12 @@ from liveavatar.conditioning.identity import fit_picture, load_picture
 from liveavatar.conditioning.media import VideoWriter, read_audio
 from liveavatar.core import FPS, SAMPLE_RATE
 from liveavatar.diffusion.denoise import noise, sink_distance
-from liveavatar.diffusion.rollout import cached_rollout, exit_table
+from liveavatar.diffusion.rollout import Course, cached_rollout, exit_table
 from liveavatar.generate import PORTRAIT, SPEECH
 from liveavatar.runtime.roles import PRIMING_LATENTS, to_bytes
 from liveavatar.runtime.sources import FolderSource, sized
 
-from measured import RESULTS, show, write
+from measured import parser_of, show, write
 
 COLUMNS = {"seconds": "", "latent_psnr": ".1f", "picture_psnr": ".1f", "sharpness": ".3f"}
 
@@ -66,25 +65,9 @@ class Avatar:
         noises = (noise(self.seed, "finish-after", b, shape).to(self.device, self.dtype) for b in range(blocks))
         state = self.vae.new_state()
         self.vae.decode(self.motion[:, :PRIMING_LATENTS], state)
-        rollout = cached_rollout(self.model, sigmas, _Lazy(noises, shape), self.features(blocks), self.rows, self.reference, self.motion,
-                                 ring_blocks=g.ring_blocks, anchor_blocks=g.anchor_blocks, refresh_block=self.source.refresh_block,
-                                 sink_distance=sink_distance(self.source.sink_policy, self.seed, 0))  # fmt: skip
-        for latents in rollout:
+        course = Course.of(g, sink_distance(self.source.sink_policy, self.seed, 0), self.source.refresh_block)
+        for latents in cached_rollout(self.model, sigmas, noises, self.features(blocks), self.rows, self.reference, self.motion, course):
             yield latents.float().cpu(), to_bytes(self.vae.decode(latents, state))
-
-
-class _Lazy:
-    """Noises one after the other, of which a rollout asks the shape beforehand."""
-
-    def __init__(self, noises: Iterator[torch.Tensor], shape: tuple[int, ...]):
-        self.noises, self.first = noises, torch.empty(shape, device="meta")
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        assert index == 0
-        return self.first
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self.noises
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor, peak: float) -> float:
@@ -130,12 +113,11 @@ def summary(rows: list[dict], block_seconds: float, parts: int = 4) -> list[dict
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "finish-after.json", compare=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--after", type=int, help="steps that are kept; default: all but the last")
     parser.add_argument("--blocks", type=int, default=125, help="of 0.48 s")
     parser.add_argument("--videos", type=Path, help="folder for the two videos")
-    parser.add_argument("--out", type=Path, default=RESULTS / "finish-after.json")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = configs.load(args.config)
@@ -149,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     rows = compare(avatar, full, list(exit_table(full, after)), args.blocks, args.videos)
     parts = summary(rows, float(avatar.source.geometry.block_seconds))
-    show(f"finish_after {after} of {len(full) - 1} steps; sharpness: of the truncated over the full", parts, COLUMNS, (), {})
-    write(args.out, {"model": config.model.path, "sigmas": full, "after": after, "blocks": args.blocks, "seed": config.seed, "dtype": str(avatar.dtype)}, rows,
+    show(f"finish_after {after} of {len(full) - 1} steps; sharpness: of the truncated over the full", parts, COLUMNS)
+    write(args.out, config={"model": config.model.path, "sigmas": full, "after": after, "blocks": args.blocks, "seed": config.seed, "dtype": str(avatar.dtype)}, rows=rows,
           summary=parts, took=round(time.monotonic() - began, 1))  # fmt: skip
 
 

@@ -10,7 +10,6 @@ Onsets (flash against beep) contain the page's own path of sound (Web Audio); pl
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -19,9 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measured import commit, machine
+from measured import HERE, parser_of, write
 
-HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))  # the card and the page are those of tests/test_browser.py
 
 import api_server
@@ -88,22 +86,20 @@ async def silences(count: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__, "glass.json", compare=False)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--relay", action="store_true")
     parser.add_argument("--interruptions", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "glass.json")
     args = parser.parse_args()
-    report = {"command": " ".join(["python", "bench/glass.py", *sys.argv[1:]]), "machine": machine(), "commit": commit(),
-              "picture": [WIDTH, HEIGHT], "seconds": args.seconds, "gates": GATES}  # fmt: skip
+    report = {"command": " ".join(["python", "bench/glass.py", *sys.argv[1:]]), "picture": [WIDTH, HEIGHT], "seconds": args.seconds, "gates": GATES}
     report["direct"] = asyncio.run(measure(ServeConfig(), args.seconds, args.out.with_suffix(".png")))
     if args.relay:
         report["relay"] = asyncio.run(relayed(args.seconds))
     if args.interruptions:
         report["silence_ms"] = asyncio.run(silences(args.interruptions))
     report["load_average"], report["realtime"] = [round(load, 1) for load in os.getloadavg()], os.sched_getscheduler(0) != os.SCHED_OTHER
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
+    write(args.out, **report)
 
 
 if __name__ == "__main__":

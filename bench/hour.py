@@ -9,9 +9,7 @@ at every mark. Nothing is encoded.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image, ImageDraw
-from measured import commit, machine
+from measured import parser_of, write
 
 from liveavatar import config as configs
 from liveavatar.conditioning.identity import load_picture
@@ -30,7 +28,6 @@ from liveavatar.generate import PORTRAIT, SPEECH
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import cut
 
-HERE = Path(__file__).parent
 AFTER = (0.4, 1.2, 2.0, 2.8, 3.6)  # seconds after a mark
 
 
@@ -92,26 +89,23 @@ def with_colours(wanted: dict[int, np.ndarray], marks: list[float], log: list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "hour.json", compare=False)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=10, help="minutes between marks")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--portrait", type=Path, default=PORTRAIT)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "hour.json")
     args = parser.parse_args()
     base = configs.load(args.config)
     launcher = "inproc" if args.ranks == 1 else "local"
     config = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, sessions=1, launcher=launcher))
     seconds = 60 * args.minutes + AFTER[-1] + 0.5
     marks = [60 * m for m in np.arange(0, args.minutes + 1e-6, args.every)]
-    facts = {"machine": machine(), "commit": commit(), "ranks": args.ranks, "minutes": args.minutes}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def passed(wanted: dict[int, np.ndarray], log: list[dict]) -> None:
         reached = marks[: len(log)]
+        write(args.out, ranks=args.ranks, minutes=args.minutes, marks=with_colours(wanted, reached, log))
         sheet(wanted, reached).save(args.out.with_suffix(".jpg"), quality=88)
-        args.out.write_text(json.dumps({**facts, "marks": with_colours(wanted, reached, log)}, indent=1) + "\n")
         print(log[-1], flush=True)
 
     asyncio.run(stream(config, args.portrait, marks, seconds, passed))

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from liveavatar import ops
 
-from measured import RESULTS, earlier, seconds, show, write
+from measured import earlier, parser_of, seconds, show, write
 
 WIDTH, HEADS, INNER = 5120, 40, 100  # INNER: calls per timing, so that launches do not count
 COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f"}
@@ -45,10 +43,8 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "kernels.json")
     parser.add_argument("--tokens", type=int, default=3168)
-    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available() or not ops.own_kernels_available():
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
@@ -60,7 +56,7 @@ def main() -> None:
         rows.append({"kernel": name, "error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took,
                      "reference_seconds": plain, "gain": plain / took, "gb_per_second": size / took / 1e9})  # fmt: skip
     show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), earlier(args.compare, ("kernel",)))
-    write(args.out, {"tokens": args.tokens, "width": WIDTH}, rows)
+    write(args.out, config={"tokens": args.tokens, "width": WIDTH}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ An estimate of what torch's profiler finds on a GPU (bench/step.py): a library's
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -26,7 +24,7 @@ from liveavatar.models.fast import prepare
 from liveavatar.models.s2v import CausalS2V, S2VConfig, TextCache
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from measured import RESULTS, earlier, show, write
+from measured import earlier, parser_of, show, write
 
 FREE = {"empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh", "_unsafe_view"}
 WAYS = {"plain": FastConfig(kernels=False), "packed": FastConfig(kernels=False, packed_qkv=True), "kernels": FastConfig(),
@@ -86,16 +84,14 @@ def count(way: FastConfig, geometry: Geometry = Geometry(height=384, width=704),
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "launches.json")
-    parser.add_argument("--compare", type=Path)
+    parser = parser_of(__doc__, "launches.json")
     args = parser.parse_args()
     rows = []
     for name, way in WAYS.items():
         found = count(way)
         rows.append({"way": name, "launches": found.total(), "most": ", ".join(f"{n} {what}" for what, n in found.most_common(6))})
-    show("launches of one forward, 14B, before graphs", rows, {"way": "", "launches": ",d", "most": ""}, ("way",), earlier(args.compare, ("way",)))
-    write(args.out, {"model": S2VConfig().to_dict(), "size": "704x384"}, rows)
+    show("launches of one forward, 14B, before graphs", rows, {"way": "", "launches": ",d", "most": ""}, ("way",), earlier(args.compare, ("way",)), ("launches",))
+    write(args.out, config={"model": S2VConfig().to_dict(), "size": "704x384"}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Words are compared in lower case without punctuation, "mr" as "mister"; the erro
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import re
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measured import commit, machine
+from measured import parser_of, write
 
 from liveavatar.conditioning.media import read_audio
 from liveavatar.runtime.intake import Intake
@@ -123,9 +122,7 @@ async def measure() -> dict:
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser()
-    options.add_argument("--out", type=Path, required=True)
-    out = options.parse_args().out
-    result = {"machine": machine(), "commit": commit(), **asyncio.run(measure())}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out = parser_of(__doc__, "listening.json", compare=False).parse_args().out
+    result = asyncio.run(measure())
     print(json.dumps(result, indent=1))
+    write(out, **result)

@@ -9,7 +9,6 @@ embedded portrait swaying before a noisy camera, is harder than anything the ava
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from measured import commit, machine
+from measured import parser_of, write
 
 from liveavatar.generate import PORTRAIT
 from liveavatar.serving import spread, watermark
@@ -29,7 +28,6 @@ from liveavatar.serving.packets import TICK_SAMPLES, Tick
 from liveavatar.serving.settings import MediaConfig
 from liveavatar.serving.watermark import Detector, Watermark
 
-HERE = Path(__file__).parent
 KEY, PAYLOAD = hashlib.sha256(b"bench").digest(), 0xDEADBEEF
 WINDOW = 25  # pictures to a reading
 Pictures = list[np.ndarray]
@@ -184,22 +182,21 @@ def cost(clips: dict[str, Pictures]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "watermark.json", compare=False)
     parser.add_argument("--video", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--keys", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "watermark.json")
     args = parser.parse_args()
     clips = {"avatar": avatar(args.video, args.pictures), "camera": camera(args.pictures // WINDOW * WINDOW)}
     config = {name: getattr(watermark, name) for name in ("FALSE_ALARM", "STRENGTH", "FLAT", "BUSY", "USUAL", "GROUP", "HEIGHTS")}
-    result = {"machine": machine(), "commit": commit(), "video": args.video.name, "video_sha256": hashlib.sha256(args.video.read_bytes()).hexdigest(),
+    result = {"video": args.video.name, "video_sha256": hashlib.sha256(args.video.read_bytes()).hexdigest(),
               "config": config, "cost": cost(clips), "survival": [], "unmarked": None}  # fmt: skip
     for case in CASES:
         result["survival"].append(survival(case, clips))
         print(json.dumps(result["survival"][-1]), flush=True)
     result["unmarked"] = unmarked(clips, args.keys)
     print(result["unmarked"], result["cost"])
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, **result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What every bench has in common: the machine, the commit, seconds of a call, the JSON and the table."""
+"""What every bench has in common: its options, the machine, the commit, seconds of a call, the JSON and the table."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -71,10 +72,19 @@ def matmul_rate(device: torch.device, size: int, fp8: bool = False) -> float:
     return 2 * size**3 / statistics.median(seconds(call, device, 10, warm=3)) / 1e12
 
 
-def write(out: Path, config: dict, rows: list[dict], **more: object) -> None:
-    """The JSON of a run: machine, commit, config, rows and whatever else the bench has."""
+def parser_of(doc: str, out: str, compare: bool = True) -> argparse.ArgumentParser:
+    """Options of a bench that explains itself by `doc`: --out (default: results/`out`) and, if its rows can be compared, --compare."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=RESULTS / out)
+    if compare:
+        made.add_argument("--compare", type=Path, metavar="JSON", help="of an earlier run: its figures become columns")
+    return made
+
+
+def write(out: Path, **content: object) -> None:
+    """The JSON of a run: machine, commit and what the bench has, usually config and rows."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "commit": commit(), "config": config, "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps({"machine": machine(), "commit": commit(), **content}, indent=1) + "\n", encoding="utf-8")
     print(out)
 
 
@@ -84,15 +94,16 @@ def earlier(path: Path | None, keys: Sequence[str]) -> dict[tuple, dict]:
     return {tuple(row.get(key) for key in keys): row for row in rows}
 
 
-def show(title: str, rows: list[dict], columns: dict[str, str], keys: Sequence[str], before: dict[tuple, dict]) -> None:
-    """A table of rows. columns: key -> format; before: `earlier` rows, whose seconds become a column."""
+def show(title: str, rows: list[dict], columns: dict[str, str], keys: Sequence[str] = (), before: dict[tuple, dict] | None = None,
+         compared: Sequence[str] = ("seconds",)) -> None:
+    """A table of rows. columns: key -> format; before: `earlier` rows by their `keys`, whose figures `compared` become columns."""
     table = Table(title=title)
-    for name in (*columns, *(["before", "change"] if before else [])):
+    for name in (*columns, *(text for key in compared if before for text in (f"{key} before", "change"))):
         table.add_column(name)
     for row in rows:
         cells = ["-" if row.get(name) is None else format(row[name], form) for name, form in columns.items()]
-        if before:
-            old = before.get(tuple(row.get(key) for key in keys))
-            cells += [format(old["seconds"], ".4f"), f"{row['seconds'] / old['seconds'] - 1:+.1%}"] if old and row.get("seconds") else ["-", "-"]
+        for name in compared if before else ():
+            old, new = before.get(tuple(row.get(key) for key in keys), {}).get(name), row.get(name)
+            cells += ["-" if old is None else format(old, columns.get(name, "")), f"{new / old - 1:+.1%}" if old and new is not None else "-"]
         table.add_row(*cells)
     Console(width=170).print(table)

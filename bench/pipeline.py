@@ -14,9 +14,7 @@ time between two blocks around the new sink of block 4, in units of the slowest 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
@@ -34,11 +32,14 @@ from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.launchers import launch
 from liveavatar.runtime.placement import cut
 
-from measured import HERE, commit, machine
+from measured import HERE, earlier, parser_of, show, write
 
 FIXED = {"condition": 0.01, **{f"step{k}": 0.15 for k in range(4)}, "decode": 0.06}  # seconds; a chain of H200s in shape
 PREFILL = 0.10  # seconds a step needs for a new sink
 FIXED_BLOCKS, REFRESH_BLOCK, ALONE = 40, 4, 8
+COLUMNS = {"ranks": "d", "launcher": "", "fps": ".1f", "first_frame_seconds": ".2f", "loading_seconds": ".1f"}
+FIXED_COLUMNS = {"ranks": "d", "launcher": "", "slowest_ms": ".1f", "period_ms": ".2f", "efficiency": ".3f", "latency_ms": ".1f", "pass_ms": ".1f",
+                 "aas_gap": ".2f"}  # fmt: skip
 
 
 def measure(base: configs.Config, ranks: int, launcher: str, seconds: float) -> dict:
@@ -49,16 +50,6 @@ def measure(base: configs.Config, ranks: int, launcher: str, seconds: float) -> 
         done = generate(run, Job(out=Path(folder) / "bench.mp4", length=seconds))
     return {"ranks": ranks, "launcher": launcher, "frames": done.pictures, "size": [done.width, done.height],
             "fps": round(done.rate, 2), "first_frame_seconds": round(done.wait, 3), "loading_seconds": round(done.loading, 2)}
-
-
-def show(rows: list[dict], old: list[dict] | None) -> None:
-    """The table; old: rows of an earlier run to compare the rate with."""
-    before = {(r["ranks"], r["launcher"]): r["fps"] for r in old or []}
-    print(f"{'ranks':>5} {'launcher':>9} {'fps':>7} {'first frame s':>13} {'loading s':>9}" + (f" {'before':>7}" if old else ""))
-    for r in rows:
-        earlier = before.get((r["ranks"], r["launcher"]))
-        print(f"{r['ranks']:>5} {r['launcher']:>9} {r['fps']:>7.1f} {r['first_frame_seconds']:>13.2f} {r['loading_seconds']:>9.1f}"
-              + (f" {earlier:>7.1f}" if earlier else ""))
 
 
 # ---------------------------------------------------------------- stages of fixed cost
@@ -103,39 +94,24 @@ async def _run_fixed(config: configs.Config, source) -> tuple[list[float], list[
         await engine.aclose()
 
 
-def show_fixed(rows: list[dict], old: list[dict] | None) -> None:
-    before = {(r["ranks"], r["launcher"]): r["efficiency"] for r in old or []}
-    print(f"{'ranks':>5} {'launcher':>9} {'slowest ms':>10} {'period ms':>9} {'efficiency':>10} {'latency ms':>10} {'one pass ms':>11} {'AAS gap / slowest':>17}"
-          + (f" {'before':>7}" if old else ""))
-    for r in rows:
-        earlier = before.get((r["ranks"], r["launcher"]))
-        print(f"{r['ranks']:>5} {r['launcher']:>9} {r['slowest_ms']:>10.1f} {r['period_ms']:>9.2f} {r['efficiency']:>10.3f} {r['latency_ms']:>10.1f} "
-              f"{r['pass_ms']:>11.1f} {r['aas_gap']:>17.2f}" + (f" {earlier:>7.3f}" if earlier else ""))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "pipeline.json")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--launcher", nargs="+", default=["local"], help="several only with --fixed")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--fixed", action="store_true", help="stages that sleep: the cost of everything but the models")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args()
     base = configs.load(args.config)
-    old = json.loads(args.compare.read_text())["rows"] if args.compare else None
     if args.fixed:
         rows = [measure_fixed(n, launcher) for launcher in args.launcher for n in args.ranks]
-        show_fixed(rows, old)
     else:
         measure(base, 1, "inproc", 0.5)  # page cache and kernels warm
         rows = [measure(base, n, args.launcher[0], args.seconds) for n in args.ranks]
-        show(rows, old)
-    out = args.out or HERE / "results" / ("pipeline-fixed.json" if args.fixed else "pipeline.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "commit": commit(), "config": asdict(base), "rows": rows}, indent=1) + "\n")
-    print(out)
+    columns, compared = (FIXED_COLUMNS, ("efficiency",)) if args.fixed else (COLUMNS, ("fps",))
+    show("the chain", rows, columns, ("ranks", "launcher"), earlier(args.compare, ("ranks", "launcher")), compared)
+    out = args.out.with_name("pipeline-fixed.json") if args.fixed and args.out == parser.get_default("out") else args.out
+    write(out, config=asdict(base), rows=rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ underrun below 1 % and no clock set anew.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from measured import RESULTS, earlier, write
+from measured import earlier, parser_of, show, write
 
 from liveavatar import config as configs
 from liveavatar.core import SAMPLE_RATE
@@ -34,6 +33,8 @@ from liveavatar.serving.studio import Studio
 
 SPOKEN, PAUSE = 3.0, 2.0  # seconds
 HOLDS = 0.01  # share of ticks without a fresh picture
+COLUMNS = {"sessions": "d", "underrun": ".4f", "worst_underrun": ".4f", "turn_p50_ms": ".0f", "turn_p95_ms": ".0f", "late_p95_ms": ".0f", "fps": ".2f",
+           "cores": ".2f", "holds": ""}  # fmt: skip
 
 
 class Viewer:
@@ -141,28 +142,14 @@ async def run(config: ServeConfig, counts: list[int], seconds: float, settle: fl
         await studio.aclose()
 
 
-def show(admits: dict, rows: list[dict], before: dict[tuple, dict]) -> None:
-    """The table; before: rows of an earlier run."""
-    print(f"{admits['factor']}x real time for one session alone; admission would let in {admits['admits']}")
-    columns = {"underrun": "underrun", "worst_underrun": "worst", "turn_p50_ms": "turn p50", "turn_p95_ms": "p95 ms", "late_p95_ms": "late p95",
-               "fps": "ticks/s", "cores": "cores", "holds": "holds"}
-    print(f"{'sessions':>8}" + "".join(f"{name:>10}" for name in columns.values()) + (f"{'before: underrun, turn p95':>28}" if before else ""))
-    for row in rows:
-        then = before.get((row["sessions"],))
-        print(f"{row['sessions']:>8}" + "".join(f"{str(row[key]):>10}" for key in columns)
-              + (f"{then['underrun']:>14} {then['turn_p95_ms']!s:>13}" if then else ""))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "serve.json")
     parser.add_argument("--engine", choices=ENGINES, default="model")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--settle", type=float, default=5.0)
     parser.add_argument("--config", type=Path, help="of `liveavatar serve`")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
-    parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args(argv)
     config = replace(configs.load(args.config, args.overrides, ServeConfig), engine_kind=args.engine)
     room = max(config.engine.runtime.sessions, max(args.sessions))
@@ -170,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                      sessions=replace(config.sessions, degrade=False))
     load = os.getloadavg()[0]
     admits, rows = asyncio.run(run(config, args.sessions, args.seconds, args.settle))
-    show(admits, rows, earlier(args.compare, ("sessions",)))
-    write(args.out, asdict(config), rows, load_before=load, **admits)
+    title = f"{admits['factor']}x real time for one session alone; admission would let in {admits['admits']}"
+    show(title, rows, COLUMNS, ("sessions",), earlier(args.compare, ("sessions",)), ("underrun", "turn_p95_ms"))
+    write(args.out, config=asdict(config), rows=rows, load_before=load, **admits)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ and modulation are ready, as in a stream that runs. A block is timed alone, from
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.runtime.graphs import GraphedForward
 from liveavatar.runtime.placement import attention_flops, linear_flops
 
-from measured import RESULTS, earlier, matmul_rate, seconds, settle, show, spread_of, write
+from measured import earlier, matmul_rate, parser_of, seconds, settle, show, spread_of, write
 
 SCALED = S2VConfig(dim=256, ffn_dim=512, freq_dim=64, text_dim=64, text_len=64, num_heads=2, num_layers=4, audio_dim=64, audio_layers=2,
                    audio_inject_layers=(0, 2))  # fmt: skip
@@ -171,14 +170,12 @@ def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "step.json")
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT", help="default: 704x384 384x256; with --scale 64x64")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--layers", type=int, help="fewer layers of the same width, where memory is short")
     parser.add_argument("--scale", action="store_true", help="a small model, on whatever device there is")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
-    parser.add_argument("--compare", type=Path)
     parser.add_argument("--reference", type=Path, help="JSON of bench/reference_adapter.py: its seconds over ours become a column")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -196,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     show("one forward", rows, COLUMNS, ("size", "way"), earlier(args.compare, ("size", "way")))
     timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
     fastest = min(timed, key=lambda row: row["seconds"], default=None)
-    write(args.out, {"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows,
+    write(args.out, config={"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows=rows,
           matmul_tflops={"bf16": rates.bf16, "fp8": rates.fp8}, roles={"step": fastest["seconds"]} if fastest else {}, way=fastest and fastest["way"])  # fmt: skip
 
 

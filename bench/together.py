@@ -10,7 +10,6 @@ is the one to believe on a shared machine). alone_ms: the latency of a block tha
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -21,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measured import RESULTS, earlier, write
+from measured import earlier, parser_of, show, write
 
 from liveavatar import config as configs
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import cut
 
 ALONE = 5  # blocks one after the other
+COLUMNS = {"sessions": "d", "way": "", "fps": ".1f", "gain": ".2f", "cpu_ms": ".1f", "cpu_gain": ".2f", "alone_ms": ".1f"}
 
 
 def ways(sessions: int) -> dict[str, dict]:
@@ -108,16 +108,8 @@ async def measure(base: configs.Config, counts: list[int], blocks: int, repeats:
     return rows
 
 
-def show(rows: list[dict], before: dict[tuple, dict]) -> None:
-    """The table; before: rows of an earlier run."""
-    print(f"{'sessions':>8} {'way':>14} {'fps':>8} {'gain':>6} {'cpu ms':>8} {'gain':>6} {'alone ms':>9}" + (f" {'before':>8}" if before else ""))
-    for r in rows:
-        then = before.get((r["sessions"], r["way"]))
-        print(f"{r['sessions']:>8} {r['way']:>14} {r['fps']:>8.1f} {r['gain']:>6.2f} {r['cpu_ms']:>8.1f} {r['cpu_gain']:>6.2f} {r['alone_ms']:>9.1f}" + (f" {then['fps']:>8.1f}" if then else ""))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "together.json")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
@@ -125,15 +117,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--launcher", default="inproc")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "together.json")
-    parser.add_argument("--compare", type=Path)
     args = parser.parse_args(argv)
     base = configs.load(args.config)
     base = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, launcher=args.launcher, threads=args.threads))
     load = os.getloadavg()[0]
     rows = asyncio.run(measure(base, args.sessions, args.blocks, args.repeats))
-    show(rows, earlier(args.compare, ("sessions", "way")))
-    write(args.out, asdict(base), rows, load_before=load)
+    show("blocks that move together", rows, COLUMNS, ("sessions", "way"), earlier(args.compare, ("sessions", "way")), ("fps", "cpu_ms"))
+    write(args.out, config=asdict(base), rows=rows, load_before=load)
 
 
 if __name__ == "__main__":

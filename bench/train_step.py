@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from liveavatar.models.s2v import CausalS2V, S2VConfig
-from liveavatar.training import dmd, planning, recipe, shards, stored
+from liveavatar.training import dmd, recipe, shards, stored
 from liveavatar.training.adapters import Base
 from liveavatar.training.casting import Adapters
 from liveavatar.training.forcing import EncodedReader, clip_loss, forcing_levels
@@ -28,7 +28,7 @@ from liveavatar.training.groups import device_of
 from liveavatar.training.loop import Draws, Trainer
 from liveavatar.training.memory import Load, sizes_of, stage_plan
 
-from measured import HERE, commit, machine
+from measured import HERE, RESULTS, write
 
 TINY = S2VConfig(dim=96, ffn_dim=256, freq_dim=32, text_dim=32, text_len=32, num_heads=2, num_layers=3, audio_dim=64, audio_layers=2, audio_inject_layers=(0, 2))
 
@@ -127,11 +127,9 @@ def main() -> None:
         timed.trainer.save = lambda: None  # 20 GB that nobody wants
         timed.trainer.run_steps(timed)
     peak = max((row["peak_bytes"] or 0 for row in timed.rows), default=0)
-    out = args.out or HERE / "results" / f"train-{args.stage}-{'tiny-' if args.tiny else ''}{device.type}.json"
-    out.write_text(json.dumps({"machine": machine(), "commit": commit(), "stage": args.stage, "tiny": args.tiny, "clip": dataclasses.asdict(made.clip),
-                               "planned_bytes": plan.parts, "planned_total": plan.total, "peak_bytes": peak or "not measured: no GPU",
-                               "steps": timed.rows}, indent=1) + "\n")
-    print(out)
+    out = args.out or RESULTS / f"train-{args.stage}-{'tiny-' if args.tiny else ''}{device.type}.json"
+    write(out, stage=args.stage, tiny=args.tiny, clip=dataclasses.asdict(made.clip), planned_bytes=plan.parts, planned_total=plan.total,
+          peak_bytes=peak or "not measured: no GPU", steps=timed.rows)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from liveavatar.evaluation.commands import commands as evaluation_commands
+from liveavatar.evaluation.commands import commands_of
 from liveavatar.serving import provenance_commands as provenance
 from liveavatar.serving import talk_commands
 
@@ -117,18 +118,15 @@ def guard(function):
     return guarded
 
 
-def command(**settings):
-    """A guarded typer command."""
-    return lambda function: app.command(**settings)(guard(function))
+command = commands_of(app, guard)
 
 
 @command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "liveavatar generate --out avatar.mp4   [dim]the embedded portrait speaks the embedded recording[/dim]\n\n"
-    "liveavatar generate --image me.png --audio speech.mp3 --out me.mp4\n\n"
-    "liveavatar generate --audio speech.wav --ranks 2 --length 5   [dim]two local processes, five seconds[/dim]\n\n"
-    "ffmpeg -i talk.mkv -f s16le -ar 16000 -ac 1 - | liveavatar generate --audio -   [dim]live PCM[/dim]\n\n"
-    "liveavatar generate --config configs/serve_5gpu.yaml --image me.png --audio speech.wav model.path=/weights/s2v"
+    "liveavatar generate --out avatar.mp4   [dim]the embedded portrait speaks the embedded recording[/dim]",
+    "liveavatar generate --image me.png --audio speech.mp3 --out me.mp4",
+    "liveavatar generate --audio speech.wav --ranks 2 --length 5   [dim]two local processes, five seconds[/dim]",
+    "ffmpeg -i talk.mkv -f s16le -ar 16000 -ac 1 - | liveavatar generate --audio -   [dim]live PCM[/dim]",
+    "liveavatar generate --config configs/serve_5gpu.yaml --image me.png --audio speech.wav model.path=/weights/s2v",
 )
 def generate(
     overrides: Overrides = None,
@@ -171,9 +169,8 @@ def generate(
 
 
 @command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "liveavatar parity tests/golden/causal_s2v\n\n"
-    "liveavatar parity tests/golden/rollout_s2v.json --ranks 4   [dim]the chain cut over four processes[/dim]"
+    "liveavatar parity tests/golden/causal_s2v",
+    "liveavatar parity tests/golden/rollout_s2v.json --ranks 4   [dim]the chain cut over four processes[/dim]",
 )
 def parity(
     fixture: Annotated[Path, typer.Argument(metavar="FIXTURE", help="NAME.json or NAME.safetensors (either, or NAME alone).")],
@@ -187,9 +184,8 @@ def parity(
 
 
 @command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "liveavatar inspect default   [dim]the embedded avatar[/dim]\n\n"
-    "liveavatar inspect /weights/Wan2.2-S2V-14B --lora /weights/liveavatar.safetensors"
+    "liveavatar inspect default   [dim]the embedded avatar[/dim]",
+    "liveavatar inspect /weights/Wan2.2-S2V-14B --lora /weights/liveavatar.safetensors",
 )
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder: Wan2.2-S2V-14B, a diffusers-style repack, or ours; 'default' for the embedded one.")],
@@ -204,12 +200,11 @@ def inspect(
 
 
 @command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "liveavatar plan --ranks 2   [dim]the embedded avatar in two processes of this machine[/dim]\n\n"
-    "liveavatar plan --config configs/serve_5gpu.yaml   [dim]on this machine's GPUs, weights at hand[/dim]\n\n"
-    "liveavatar plan --official --ranks 5 --memory 80 --tflops 400 runtime.sessions=2   [dim]the 14B model on five GPUs[/dim]\n\n"
-    "liveavatar plan --device H200 --ranks 1 --precision fp8 sampler.finish_after=3   [dim]what to expect of it, simulated[/dim]\n\n"
-    "liveavatar plan --device H800 --plot fps.svg --model 30b   [dim]every cut of another size, and a picture of it[/dim]"
+    "liveavatar plan --ranks 2   [dim]the embedded avatar in two processes of this machine[/dim]",
+    "liveavatar plan --config configs/serve_5gpu.yaml   [dim]on this machine's GPUs, weights at hand[/dim]",
+    "liveavatar plan --official --ranks 5 --memory 80 --tflops 400 runtime.sessions=2   [dim]the 14B model on five GPUs[/dim]",
+    "liveavatar plan --device H200 --ranks 1 --precision fp8 sampler.finish_after=3   [dim]what to expect of it, simulated[/dim]",
+    "liveavatar plan --device H800 --plot fps.svg --model 30b   [dim]every cut of another size, and a picture of it[/dim]",
 )
 def plan(
     overrides: Overrides = None,
@@ -220,7 +215,7 @@ def plan(
     tflops: Annotated[Optional[float], typer.Option(min=0.001, callback=_finite, help="TFLOP/s one rank reaches in this model; predicts the speed.")] = None,
     device: Annotated[Optional[str], typer.Option(metavar="NAME", help="Forecast for GPUs of this name (H800, H100, H200, A100, B200, L40S, RTX4090, ...): the chain is simulated.")] = None,
     model: Annotated[str, typer.Option(metavar="14b|30b|100b|WIDTHxLAYERS", help="With --device: size of the transformer.")] = "14b",
-    precision: Annotated[str, typer.Option(metavar="bf16|fp8", help="With --device: of its linear layers.")] = "bf16",
+    precision: Annotated[Optional[str], typer.Option(metavar="bf16|fp8", help="With --device: of its linear layers. Default: as model.fast.fp8 says.")] = None,
     measured: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="With --device: seconds per role from bench/step.py instead of arithmetic.")] = None,
     price: Annotated[Optional[float], typer.Option(min=0.0, callback=_finite, help="With --device: dollars per GPU and hour.")] = None,
     plot: Annotated[Optional[Path], typer.Option(metavar="FILE.svg", help="With --device: pictures per second and latency against the number of GPUs.")] = None,
@@ -247,9 +242,8 @@ talk_commands.register(app, guard)
 
 
 @command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "liveavatar serve configs/serve_tiny.yaml   [dim]the embedded avatar on this machine; open the address it prints[/dim]\n\n"
-    "liveavatar serve configs/serve_tiny.yaml --engine testcard listen.port=9000   [dim]no model: a test picture[/dim]"
+    "liveavatar serve configs/serve_tiny.yaml   [dim]the embedded avatar on this machine; open the address it prints[/dim]",
+    "liveavatar serve configs/serve_tiny.yaml --engine testcard listen.port=9000   [dim]no model: a test picture[/dim]",
 )
 def serve(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The whole server; configs/serve_tiny.yaml is one.")],
@@ -289,10 +283,9 @@ def _needs(extra: str, *packages: str):
 
 
 @command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "liveavatar train all --config configs/train_tiny.yaml   [dim]the embedded avatar, from nothing[/dim]\n\n"
-    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]\n\n"
-    "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]"
+    "liveavatar train all --config configs/train_tiny.yaml   [dim]the embedded avatar, from nothing[/dim]",
+    "liveavatar train vae --config configs/train_tiny.yaml run=runs/other   [dim]one stage, into another folder[/dim]",
+    "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]",
 )
 def train(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
@@ -379,13 +372,13 @@ def _devices(config: Config, memory: float | None, tflops: float | None) -> list
     from liveavatar.runtime.placement import Device, local_devices
     from liveavatar.runtime.seats import seats_of
 
-    count, rate = len(seats_of(config, config.stages or [config.chain])), tflops and tflops * 1e12
+    count, rate = len(seats_of(config)), tflops and tflops * 1e12
     if memory is not None:
         return [Device(name=f"GPU of {memory:g} GB", kind="cuda", memory=round(memory * 1e9), rate=rate)] * count
     return [dataclasses.replace(device, rate=rate) for device in local_devices(config.model.device, count)]
 
 
-def _forecast(config: Config, ranks: int | None, device: str, model: str, precision: str, measured: Path | None, price: float | None,
+def _forecast(config: Config, ranks: int | None, device: str, model: str, precision: str | None, measured: Path | None, price: float | None,
               plot: Path | None, json_file: Path | None) -> int:
     """Print what to expect of `ranks` GPUs, or of every number of them; 1 if none of that fits."""
     from rich.console import Console
@@ -393,6 +386,7 @@ def _forecast(config: Config, ranks: int | None, device: str, model: str, precis
     from liveavatar.config import one_of
     from liveavatar.runtime import forecast as f
 
+    precision = precision or ("fp8" if config.model.fast.fp8 else "bf16")
     one_of("--precision", precision, ("bf16", "fp8"))
     times, console = f.read_measured(measured) if measured else None, Console()
     speeds = f.Speeds(device=f.accelerator(device), precision=precision, measured=times)
@@ -413,13 +407,10 @@ def _forecast(config: Config, ranks: int | None, device: str, model: str, precis
 def _plan(config: Config, devices: list[Device]) -> Plan:
     import torch
 
-    from liveavatar.runtime.placement import plan
+    from liveavatar.runtime.engine import plan_for
     from liveavatar.runtime.sources import open_source, sized
 
-    source = open_source(sized(config, torch.empty(3, *USUAL_PICTURE, dtype=torch.uint8)))
-    return plan(config, source.model_config, source.geometry, devices, stages=config.stages or (source.chain,),
-                dtype=source.dtype(torch.device(devices[0].kind)), vae=source.vae_config,
-                text_encoder_bytes=source.text_encoder_bytes)
+    return plan_for(config, open_source(sized(config, torch.empty(3, *USUAL_PICTURE, dtype=torch.uint8))), devices)
 
 
 def _official_plan(config: Config, devices: list[Device]) -> Plan:
@@ -438,7 +429,7 @@ def _official_geometry(config: Config) -> Geometry:
     height, width = config.video.height, config.video.width
     if height is None or width is None:
         height, width = output_size(*USUAL_PICTURE, config.video.area_cap or AREA_CAP)
-    return Geometry(height=height, width=width)
+    return Geometry(height=height, width=width, anchor_blocks=config.sampler.anchor_blocks)
 
 
 def main() -> None:

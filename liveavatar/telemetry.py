@@ -69,7 +69,7 @@ class NoTrace:
     def _forget(self, *arguments, **values) -> None:
         return
 
-    note = open = received = admitted = span = sent = interrupt = close = _forget
+    note = open = received = admitted = span = sent = interrupt = closed = close = _forget
 
 
 class Trace:
@@ -144,6 +144,11 @@ class Trace:
             fresh = np.ascontiguousarray(pictures[: DIGEST_PICTURES - count])
             digest.update(fresh)
             self._hashed[session] = digest, count + len(fresh)
+
+    def closed(self, session: str) -> None:
+        """Its state is gone along the chain; what was counted of it goes too, for a server's sessions have no end of names."""
+        self._heard.pop(session, None), self._used.pop(session, None)
+        self.note("closed", session=session)
 
     def close(self) -> None:
         """The run is over. May be called often."""

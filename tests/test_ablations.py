@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from liveavatar.core import ConfigError, InputError
 from liveavatar.diffusion.denoise import noise
-from liveavatar.diffusion.rollout import cached_rollout
+from liveavatar.diffusion.rollout import Course, cached_rollout
 from liveavatar.models.probe import Seen
 from liveavatar.training import ablations, choose, preview, students
 from liveavatar.training.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
@@ -23,7 +23,8 @@ def rolled(kind, reference: float = 0.0, distance: int = 30) -> torch.Tensor:
     held, rows = torch.randn(16, 3, 8, 8, generator=draw) + reference, torch.randn(5, 16, generator=draw)
     noises = [noise(0, "s", b, (16, 3, 8, 8)) for b in range(6)]
     features = [torch.randn(1, 400, 12, generator=draw) for _ in range(6)]
-    return torch.cat(list(cached_rollout(tiny_model(), SIGMAS, noises, features, rows, held[:, :1], held, kind=kind, sink_distance=distance)), dim=1)
+    course = Course(kind=kind, sink_distance=distance)
+    return torch.cat(list(cached_rollout(tiny_model(), SIGMAS, noises, features, rows, held[:, :1], held, course)), dim=1)
 
 
 def test_without_a_sink_the_portrait_does_not_matter():

@@ -46,3 +46,11 @@ def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
 def test_the_14b_forward_launches_fewer_than_1500_kernels(bench):
     """Issue 5: from about 26,600 in the reference, before graphs; counted on the meta device."""
     assert 800 < bench("launches").count(FastConfig(packed_qkv=True)).total() < 1500
+
+
+def test_a_measure_is_within_the_noise_of_the_seed_or_not(bench):
+    plain = [{"sharp": 1.0, "blur": 2.0, "rare": 1.0}, {"sharp": 1.5, "blur": 2.1}]
+    rows = {row["measure"]: row for row in bench("fast_judged").rows_of("fp8", [{"sharp": 1.2, "blur": 2.4}, {"sharp": 1.4, "blur": 2.5}], plain)}
+    assert rows.keys() == {"sharp", "blur"}, "what one clip has no value for is not compared"
+    assert rows["sharp"]["change"] == pytest.approx(0.05) and rows["sharp"]["noise"] == 0.5 and rows["sharp"]["within"]
+    assert rows["blur"]["change"] == pytest.approx(0.4) and not rows["blur"]["within"]

@@ -1,11 +1,14 @@
 """Decode on a rank with steps: the same pictures whether it runs beside them or after them."""
 
+from collections import deque
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_register import config_of, played, script
 
-from liveavatar.core import Frames
-from liveavatar.runtime.beside import DecoderBeside, decoder_on
+from liveavatar.core import Block, Frames, Span
+from liveavatar.runtime.beside import Decoding, DecoderBeside, decoder_on
 from liveavatar.runtime.links import QueueLink
 from liveavatar.runtime.pump import Pump
 from liveavatar.runtime.roles import Decoder
@@ -27,6 +30,14 @@ def test_on_a_cpu_decode_follows_the_step(tiny_folder):
     decoder = Decoder(None)
     assert decoder_on(decoder, torch.device("cpu"), shares=True) is decoder
     same(frames(played(config_of(tiny_folder, decode_beside=True), script())[0]), frames(played(config_of(tiny_folder), script())[0]))
+
+
+def test_the_wait_for_a_decode_is_its_own_blocks_alone():
+    holder, spans = DecoderBeside.__new__(DecoderBeside), []
+    holder.decoder, pictures = Decoder(None), torch.zeros(12, 2, 2, 3, dtype=torch.uint8)
+    holder._queued = deque(Decoding(Block("s", index=n), pictures, SimpleNamespace(synchronize=lambda: None)) for n in (4, 5))
+    Pump([holder], QueueLink(), None, spans.append, traced=0)._advance(0)
+    assert [(type(m), m.index) for m in spans] == [(Span, 4), (Frames, 4)]
 
 
 @pytest.mark.gpu

@@ -94,22 +94,22 @@ def test_a_stream_from_start_to_end(tiny_folder, portrait):
     assert len({o.pictures[:3].tobytes() for o in outputs}) == 6
 
 
-@pytest.mark.parametrize("position", [44_990, 2**31])
-def test_the_counter_may_start_anywhere(tiny_folder, portrait, position):
-    """Counter warp: the Engine far in a stream is the rollout numbered so; its pictures are those of no other place."""
-    pcm, made, portrait = speech(3 * 0.48 + AHEAD), {}, portrait[:, :64, :64]
+@pytest.mark.parametrize("position, anchors, blocks", [(44_990, 0, 3), (2**31, 1, 6)])
+def test_the_counter_may_start_anywhere(tiny_folder, portrait, position, anchors, blocks):
+    """Counter warp: the Engine far in a stream is the rollout numbered so, with anchors too; its pictures are those of no other place."""
+    pcm, made, portrait = speech(blocks * 0.48 + AHEAD), {}, portrait[:, :64, :64]
     for start in (0, position):
         settings = config(tiny_folder)
-        settings = dataclasses.replace(settings, sampler=SamplerConfig(steps=2, refresh_block=0, first_position=start))
+        settings = dataclasses.replace(settings, sampler=SamplerConfig(steps=2, refresh_block=0, first_position=start, anchor_blocks=anchors))
 
         async def scenario(engine):
             session = await engine.open(portrait, prompt="a person", seed=0, name=gate_runs.SESSION)
-            return np.concatenate([o.pictures for o in await speak(session, pcm)])[:36]
+            return np.concatenate([o.pictures for o in await speak(session, pcm)])[: 12 * blocks]
 
         made[start] = run(with_engine, settings, scenario)
         alone = gate_runs.Avatar(settings)
         assert alone.geometry.first_block == start // 3
-        assert np.array_equal(made[start], alone.make(portrait.permute(1, 2, 0).numpy(), pcm, "a person", 3, 0)[1])
+        assert np.array_equal(made[start], alone.make(portrait.permute(1, 2, 0).numpy(), pcm, "a person", blocks, 0)[1])
     assert not np.array_equal(made[0], made[position]) and made[position].std() > 0
 
 

@@ -126,6 +126,24 @@ def test_a_session_closed_while_it_opens_leaves_nothing(tiny_folder, portrait, m
     assert core.Open not in sent[sent.index(core.Close) :]
 
 
+def test_a_failed_open_leaves_its_name_to_the_next_one(tiny_folder, portrait):
+    async def scenario(engine):
+        async def as_soon_as_it_is_free():
+            while "x" not in engine.sessions:
+                await asyncio.sleep(0)
+            while "x" in engine.sessions:
+                await asyncio.sleep(0)
+            return await engine.open(portrait, name="x")
+
+        second = asyncio.create_task(as_soon_as_it_is_free())
+        with pytest.raises(InputError, match="too many"):
+            await engine.open(portrait, name="x", prompt="word " * 600)
+        opened = await second
+        assert engine.sessions["x"] is opened
+
+    run(with_engine, config(tiny_folder), scenario, timeout=30)
+
+
 def test_a_late_portrait_does_not_reach_the_next_session_of_that_name(tiny_folder, portrait):
     fitting = asyncio.Event()
 

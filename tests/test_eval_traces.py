@@ -253,6 +253,7 @@ def test_an_engine_writes_what_the_judge_reads(tmp_path, tiny_folder, portrait):
         async for out in session:
             engine.trace.sent(session.name, out.epoch, out.index, float(out.pts), out.pictures)
         await session.close()
+        assert not engine.trace._heard and not engine.trace._used, "a server's sessions have no end of names"
         await engine.aclose()
 
     asyncio.run(asyncio.wait_for(talk(), 120))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import tiny_model
 from liveavatar import ops
-from liveavatar.config import Config, FastConfig, ModelConfig, build
+from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, build
 from liveavatar.core import ConfigError
 from liveavatar.models.fast import Fp8Linear, compile_halves, pack, prepare, to_fp8
 from liveavatar.runtime.graphs import GraphedForward, GraphShapeError
+from liveavatar.runtime.placement import check_together
 from torch import nn
 
 BLOCKS = 11
@@ -148,6 +149,10 @@ def test_config_refuses_graphs_without_a_gpu():
     assert build(Config, {"model": {"fast": {"packed_qkv": True}}}).model.fast == FastConfig(packed_qkv=True)
     with pytest.raises(ConfigError, match="model.fast.graphs.*GPU"):
         ModelConfig(device="cpu", fast=FastConfig(graphs=True))
+    for together in ({"batch": 2}, {"shift_register": True}, {"shards": (1, 2)}):  # refused by the head, not by a rank that has loaded 33 GB
+        graphed = Config(model=ModelConfig(fast=FastConfig(graphs=True)), runtime=RuntimeConfig(**together))
+        with pytest.raises(ConfigError, match="model.fast.graphs.*one block"):
+            check_together(graphed, (graphed.chain,))
     with pytest.raises(ConfigError, match="fp_8.*did you mean 'fp8'"):
         build(Config, {"model": {"fast": {"fp_8": True}}})
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from liveavatar import ops
 from liveavatar.core import ConfigError, PlacementError
+from liveavatar.models.clip import Clip
 from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.training import planning, recipe
 from liveavatar.training.loop import Learner, LoopConfig
@@ -38,8 +39,12 @@ def learner_of(adapters: bool, **change):
 
 def forward(module, batch: int = 2) -> torch.Tensor:
     h, w = CLIP.height // 8, CLIP.width // 8
-    return module.forward_clip(torch.randn(batch, 16, 9, h, w), torch.full((batch, 3), 500.0), torch.randn(batch, 1, 8, 36),
-                               [torch.randn(4, 8)] * batch, torch.randn(batch, 16, 1, h, w), torch.randn(batch, 16, 3, h, w))
+    return module.forward_clip(torch.randn(batch, 16, 9, h, w), torch.full((batch, 3), 500.0), clip_of(batch))
+
+
+def clip_of(batch: int, **how) -> Clip:
+    h, w = CLIP.height // 8, CLIP.width // 8
+    return Clip(torch.randn(batch, 1, 8, 36), [torch.randn(4, 8)] * batch, torch.randn(batch, 16, 1, h, w), torch.randn(batch, 16, 3, h, w), **how)
 
 
 def nbytes(tensors) -> int:
@@ -118,8 +123,7 @@ def test_flop_as_torch_counts_them(causal):
     model = learner_of(False)[0].module
     h, w = CLIP.height // 8, CLIP.width // 8
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model.forward_clip(torch.randn(2, 16, 9, h, w), torch.full((2, 3), 500.0), torch.randn(2, 1, 8, 36), [torch.randn(4, 8)] * 2,
-                           torch.randn(2, 16, 1, h, w), torch.randn(2, 16, 3, h, w), causal=causal)
+        model.forward_clip(torch.randn(2, 16, 9, h, w), torch.full((2, 3), 500.0), clip_of(2, causal=causal))
     assert counter.get_total_flops() == pytest.approx(LOAD.forward_flops(causal), rel=0.06)
     assert learning_flops(1.0, False, False) == 3 and learning_flops(1.0, True, True) == 3
 

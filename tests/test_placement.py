@@ -4,13 +4,14 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_vae
 
-from liveavatar.config import Config, RuntimeConfig, SamplerConfig
+from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, SamplerConfig
 from liveavatar.core import Geometry, PlacementError
+from liveavatar.models.fast import prepare
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.runtime import placement
 from liveavatar.runtime.placement import Device, check_cut, cut, plan
 
-CHAIN = Config().chain
+CHAIN, CUDA = Config().chain, placement.CUDA_CONTEXT_BYTES
 USUAL = Geometry(height=384, width=704)
 SMALL_VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [True, True],
              "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8}
@@ -79,6 +80,20 @@ def test_sizes_of_the_14b_model_are_those_of_the_specification():
     assert decode.per_session["vae state"] == pytest.approx(1.28e9, rel=0.01)
     assert placement.forward_flops(S2VConfig(), USUAL) == pytest.approx(120.8e12, rel=0.001)
     assert not p.problems and p.stages == cut(CHAIN, 5)
+
+
+def test_fp8_linears_are_a_byte_a_weight_and_the_load_is_counted():
+    fp8 = config(model=ModelConfig(fast=FastConfig(fp8=True)))
+    step = plan(fp8, S2VConfig(), USUAL, gpus(5)).ranks[1]
+    assert 16.5e9 < step.fixed["transformer"] < 17.5e9  # model.md section 18
+    assert step.bytes(0) == step.bytes(1) > 32.6e9 + CUDA, "it is loaded in bf16 and then rounded"
+    assert step.bytes(2) == sum(step.fixed.values()) + 2 * sum(step.per_session.values())
+    (small,) = plan(fp8, S2VConfig(), Geometry(height=128, width=128), gpus(1, 32e9)).ranks
+    assert small.sessions_that_fit == 0 and small.bytes(1) > 32e9
+    model, g = prepare(tiny_model(), FastConfig(fp8=True)), Geometry(height=64, width=64)
+    (rank,) = plan(fp8, tiny_model().config, g, [Device(name="cpu", kind="cpu", memory=10**12)], dtype=torch.float32, vae=SMALL_VAE, host=10**12).ranks
+    assert rank.fixed["transformer"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert rank.fixed["transformer"] + rank.loading == sum(x.nbytes for x in tiny_model().parameters())
 
 
 def test_planned_bytes_are_what_the_tiny_chain_allocates():

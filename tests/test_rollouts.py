@@ -8,6 +8,7 @@ from liveavatar.diffusion.denoise import euler, noise
 from liveavatar.diffusion.rollout import (
     PER_STEP,
     ClipCondition,
+    Course,
     HistoryMode,
     cached_clips,
     cached_rollout,
@@ -39,12 +40,12 @@ def start(count: int = 2) -> torch.Tensor:
     return noise(0, "clips", 0, (count, 16, BLOCK * BLOCKS, SIZE, SIZE))
 
 
-def streamed(model, condition, x, i, **how) -> torch.Tensor:
+def streamed(model, condition, x, i, seed: int = 0, **how) -> torch.Tensor:
     """Clip i of a batch through the streaming rollout."""
+    course = Course(ring_blocks=condition.window_blocks, sink_distance=condition.sink_distance, refresh_block=condition.refresh_block, **how)
     return torch.cat(list(cached_rollout(
         model, SIGMAS, x[i].chunk(BLOCKS, dim=1), condition.features[i].chunk(BLOCKS, dim=-1), condition.context[i], condition.reference[i],
-        condition.motion[i], ring_blocks=condition.window_blocks, sink_distance=condition.sink_distance,
-        refresh_block=condition.refresh_block, **how)), dim=1)
+        condition.motion[i], course, seed)), dim=1)
 
 
 def gap(a, b) -> float:

@@ -11,9 +11,10 @@ from conftest import tiny_model
 from liveavatar import ops
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.denoise import noise, sink_distance
-from liveavatar.diffusion.rollout import cached_rollout, denoise_block, make_steps
+from liveavatar.diffusion.rollout import Course, cached_rollout, denoise_block, make_steps
 from liveavatar.diffusion.schedule import sigmas
 from liveavatar.models import layers as L
+from liveavatar.models.clip import Clip
 from liveavatar.models.s2v import S2VConfig, grid_positions, reference_position, spread
 
 H = W = 8
@@ -159,16 +160,19 @@ def test_two_thousand_blocks_in_flat_memory(given):
     assert torch.isfinite(last).all() and len(sizes) == 1, sizes
 
 
+def clip_of(given, audio: torch.Tensor, **how) -> Clip:
+    return Clip(audio, [given["context"]], given["reference"][None], given["motion"][None], **how)
+
+
 def test_a_clip_at_once_equals_block_after_block(model, given):
     """forward_clip is the training path, cached_rollout the serving path: one function (training.md 2.4)."""
     levels, blocks = sigmas(4, 3.0), 7
     noises = [noise(1, "clip", n, (16, BLOCK, H, W)) for n in range(blocks)]
     audio = [features(n) for n in range(blocks)]
-    rolled = list(cached_rollout(model, levels, noises, audio, given["context"], given["reference"], given["motion"], sink_distance=9))
+    rolled = list(cached_rollout(model, levels, noises, audio, given["context"], given["reference"], given["motion"], Course(sink_distance=9)))
     x = torch.cat(noises, dim=1)[None]
     for level, after in zip(levels, levels[1:]):
-        v = model.forward_clip(x, torch.full((1, blocks), 1000 * level), torch.cat(audio, dim=-1)[None], [given["context"]],
-                               given["reference"][None], given["motion"][None], sink_distance=9)
+        v = model.forward_clip(x, torch.full((1, blocks), 1000 * level), clip_of(given, torch.cat(audio, dim=-1)[None], sink_distance=9))
         x = x + (after - level) * v
     close(x[0], torch.cat(rolled, dim=1), 1e-4)
 
@@ -179,7 +183,7 @@ def test_nothing_sees_the_future(model, given):
     audio = torch.cat([features(n) for n in range(7)], dim=-1)[None]
 
     def velocity(x, audio):
-        return model.forward_clip(x, torch.full((1, 7), 700.0), audio, [given["context"]], given["reference"][None], given["motion"][None])
+        return model.forward_clip(x, torch.full((1, 7), 700.0), clip_of(given, audio))
 
     plain = velocity(x, audio)
     other_x, other_audio = x.clone(), audio.clone()
@@ -195,8 +199,8 @@ def test_gradients_reach_every_tensor(given):
     x = torch.randn(1, 16, 2 * BLOCK, H, W)
     audio = torch.cat([features(0), features(1)], dim=-1)[None]
     pose = torch.randn(1, 16, 2 * BLOCK, H, W)
-    model.forward_clip(x, torch.tensor([[900.0, 300.0]]), audio, [given["context"]], given["reference"][None],
-                       torch.randn(1, 16, 19, H, W), pose=pose).square().mean().backward()
+    full = dict(given, motion=torch.randn(16, 19, H, W))
+    model.forward_clip(x, torch.tensor([[900.0, 300.0]]), clip_of(full, audio), pose=pose).square().mean().backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # Softmax over one audio layer has no slope; keys' bias shifts all scores alike, which leaves rounding errors only.
     assert not [name for name in idle if name != "casual_audio_encoder.weights" and not name.endswith(".k.bias")], idle

@@ -40,6 +40,17 @@ def test_a_new_sink_before_block_four_costs_one_step_time_in_the_pipe():
     assert max(np.diff(ready)) <= 2 * 0.2 + 1e-9 and sorted(np.diff(ready))[-2] == pytest.approx(0.2)
 
 
+def test_live_a_new_sink_is_prefilled_while_ranks_wait():
+    """At the paper's speed (T = 265 ms of 480) with a prefill of .59 T: sent with block 4 it would come .16 s later than block 4 is due."""
+    run = Simulation(FIVE, costs(step=0.265, decode=0.08, refresh=0.156), GEOMETRY, refresh_block=4).live(10.0)
+    assert run.underrun == pytest.approx(run.blocks[0].ready)
+
+
+def test_blocks_of_one_session_are_never_batched():
+    alone, batched = (Simulation(FIVE, costs(batch=batch), GEOMETRY).offline(20) for batch in ((1.0,), (1.0, 1.01, 1.02)))
+    assert batched.fps == pytest.approx(alone.fps)
+
+
 def test_live_blocks_come_in_time_and_idle_costs_nothing_extra():
     run = Simulation(FIVE, costs(), GEOMETRY).live(30.0)
     assert run.underrun == pytest.approx(run.blocks[0].ready)  # only before the very first

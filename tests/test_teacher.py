@@ -5,6 +5,7 @@ import pytest
 import torch
 from liveavatar.core import ConfigError
 from liveavatar.diffusion.denoise import euler
+from liveavatar.models.clip import Clip
 from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.training import consistency, forcing, levels, teacher
 from liveavatar.training.loop import draws_of
@@ -26,7 +27,7 @@ def velocity(model, x, blocks, **how):
     draw = torch.Generator().manual_seed(1)
     features = torch.randn(1, 1, 6, 12 * blocks, generator=draw)
     reference, motion = torch.randn(1, 4, 1, SIDE, SIDE, generator=draw), torch.randn(1, 4, 3, SIDE, SIDE, generator=draw)
-    return model.forward_clip(x, torch.full((1, blocks), 500.0), features, [torch.ones(2, 8)], reference, motion, **how)
+    return model.forward_clip(x, torch.full((1, blocks), 500.0), Clip(features, [torch.ones(2, 8)], reference, motion, **how))
 
 
 def test_the_teacher_sees_the_future_and_the_student_does_not(model):

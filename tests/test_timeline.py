@@ -109,7 +109,9 @@ def test_refresh_goes_just_before_its_block_and_holds_it_back():
     assert not t.gated
     refresh, audio = t.admit(0.0)
     assert isinstance(refresh, Refresh) and torch.equal(refresh.reference, latent) and audio.index == 2
-    assert len(t.admit(0.0)) == 1
+    assert len(t.admit(0.0)) == 1 and t.renew() is None
+    t.refresh()  # ahead of its block, where the chain has time for it
+    assert torch.equal(t.renew().reference, latent) and t.renew() is None and len(t.admit(0.0)) == 1
 
 
 def test_refresh_on_demand_and_new_portrait():

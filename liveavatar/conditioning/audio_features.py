@@ -198,6 +198,7 @@ class LogMelFrontEnd(_Streaming):
 CELL = SAMPLE_RATE // 10  # 0.1 s: the shortest time that is whole at 16 kHz, 50 Hz and 30 Hz
 CELL_ROWS = 3  # rows of 30 Hz in it
 RECEPTIVE, STRIDE = 400, 320  # samples of wav2vec2's first row, and from row to row
+WAV2VEC_LOOKAHEAD = 15_360  # samples, 0.96 s, unless a checkpoint says otherwise; why: Wav2VecFrontEnd
 
 
 def rows_50hz(samples: int) -> int:
@@ -248,7 +249,7 @@ class Wav2VecFrontEnd(_Streaming):
     """
 
     def __init__(
-        self, model, window_samples: int = 54_800, lookahead_samples: int = 15_360, block_frames: int = BLOCK_FRAMES
+        self, model, window_samples: int = 54_800, lookahead_samples: int = WAV2VEC_LOOKAHEAD, block_frames: int = BLOCK_FRAMES
     ):
         """model: a transformers Wav2Vec2Model in eval mode. Raises ConfigError on a window that cannot serve."""
         cells, rest = divmod(window_samples - RECEPTIVE, CELL)

@@ -11,16 +11,17 @@ step to 0 gives x - sigma v, the clean estimate. Only the last step of a table e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from liveavatar.core import ConfigError
+from liveavatar.core import ConfigError, Geometry
 from liveavatar.diffusion.denoise import draw_seed, euler, noise
 from liveavatar.diffusion.schedule import TRAIN_TIMESTEPS, timesteps_of
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import ClipHistory, StepCache
+from liveavatar.models.clip import Clip
 from liveavatar.models.s2v import CausalS2V, StepModulation, TextCache
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,6 +89,10 @@ class HistoryMode:
         """One bank for all steps."""
         return self.kind != "per_step"
 
+    def banks(self, steps: Sequence[Step]) -> Sequence[Step]:
+        """The steps that have a bank of their own."""
+        return steps[:1] if self.shared else steps
+
     def corruption(self, seed: int, block: int, shape: tuple[int, ...]) -> tuple[float, torch.Tensor] | None:
         """(sigma, noise) to remember a block at, a function of (seed, block); None: each step remembers by itself."""
         if not self.shared:
@@ -107,9 +112,9 @@ def roll_block(model: CausalS2V, steps: Sequence[Step], banks: Sequence[StepCach
                ) -> tuple[torch.Tensor, torch.Tensor]:
     """One block through all its steps: (clean latents, what entered the last step), both like x.
 
-    banks: one per step; with a corruption (HistoryMode) the same one every time.
+    banks: one per step; with a corruption (HistoryMode) a single one.
     """
-    for step, bank in zip(steps, banks, strict=True):
+    for step, bank in zip(steps, banks if corruption is None else [*banks] * len(steps), strict=True):
         entered = x
         x, _ = denoise_block(model, step, x, audio, text, bank, block=block, sink_distance=sink_distance, remember=corruption is None)
     if corruption is not None:
@@ -119,28 +124,45 @@ def roll_block(model: CausalS2V, steps: Sequence[Step], banks: Sequence[StepCach
     return x, entered
 
 
-@torch.no_grad()
-def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[torch.Tensor], features: Sequence[torch.Tensor],
-                   context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, *, ring_blocks: int = 4, anchor_blocks: int = 0,
-                   sink_distance: int = 30, refresh_block: int = 0, history: HistoryMode = PER_STEP, seed: int = 0,
-                   kind: type[StepCache] = StepCache, first_block: int = 0) -> Iterator[torch.Tensor]:
-    """Clean latents [16, F, h, w] of block after block in flat memory; noises: [16, F, h, w], features: [L, Ca, 4F].
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What the blocks of a stream see beside themselves.
 
-    seed: of the noise on the history, where the mode has any. kind: of the caches, for ablations. first_block: the first
-    one's number in time positions.
+    ring_blocks, anchor_blocks, first_block: as in Geometry. sink_distance: rel of the rolling reference. refresh_block: from this block
+    of the rollout on the sink is its own first latent (AAS); 0: never. kind: of the caches, for ablations.
     """
-    steps = make_steps(model, sigmas)
-    h, w = reference.shape[-2:]
-    text = model.encode_text(context)
-    caches = [model.new_cache(h, w, noises[0].shape[1], ring_blocks, anchor_blocks, kind) for _ in (steps[:1] if history.shared else steps)]
-    first = None
+
+    ring_blocks: int = 4
+    anchor_blocks: int = 0
+    first_block: int = 0
+    sink_distance: int = 30
+    refresh_block: int = 0
+    history: HistoryMode = PER_STEP
+    kind: type[StepCache] = StepCache
+
+    @classmethod
+    def of(cls, geometry: Geometry, sink_distance: int, refresh_block: int) -> Course:
+        """As the runtime has it for streams of this geometry."""
+        return cls(ring_blocks=geometry.ring_blocks, anchor_blocks=geometry.anchor_blocks, first_block=geometry.first_block,
+                   sink_distance=sink_distance, refresh_block=refresh_block)
+
+
+@torch.no_grad()
+def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Iterable[torch.Tensor], features: Iterable[torch.Tensor],
+                   context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, course: Course = Course(), seed: int = 0) -> Iterator[torch.Tensor]:
+    """Clean latents [16, F, h, w] of block after block in flat memory; noises: [16, F, h, w], features: [L, Ca, 4F], context: text rows
+    [n, text_dim], reference: [16, 1, h, w], motion: [16, M, h, w]. seed: of the noise on the history, where its mode has any."""
+    steps, text, history = make_steps(model, sigmas), model.encode_text(context), course.history
+    (h, w), banks, first = reference.shape[-2:], [], None
     for block, (x, feature) in enumerate(zip(noises, features)):
-        if block == 0 or (refresh_block and block == refresh_block):
+        if block == 0:
+            banks = [model.new_cache(h, w, x.shape[1], course.ring_blocks, course.anchor_blocks, course.kind) for _ in history.banks(steps)]
+        if block == 0 or block == course.refresh_block:
             sink = model.prefill(reference if first is None else first, motion, text)
-            for cache in caches:
-                model.set_sink(cache, sink, h, w)
-        x, _ = roll_block(model, steps, caches * len(steps) if history.shared else caches, x, model.encode_audio(feature), text,
-                          block=first_block + block, sink_distance=sink_distance, corruption=history.corruption(seed, block, x.shape))
+            for bank in banks:
+                model.set_sink(bank, sink, h, w)
+        x, _ = roll_block(model, steps, banks, x, model.encode_audio(feature), text, block=course.first_block + block,
+                          sink_distance=course.sink_distance, corruption=history.corruption(seed, block, x.shape))
         first = x[:, :1] if first is None else first
         yield x
 
@@ -148,40 +170,18 @@ def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Sequence[t
 # ---------------------------------------------------------------- whole clips, for training
 
 
-@dataclass(frozen=True)
-class ClipCondition:
-    """What a batch of clips is generated from, and where it stands in its stream.
-
-    features [B,L,Ca,4F]; context: text rows [n,text_dim] per clip; reference [B,16,1,h,w]; motion [B,16,M,h,w].
-    first_block: number of the first block. refresh_block: from this block of the clip on the sink is its own
-    first latent (AAS); 0: never, and only the cached order can. causal: False for a bidirectional model.
-    """
-
-    features: torch.Tensor
-    context: list[torch.Tensor]
-    reference: torch.Tensor
-    motion: torch.Tensor
-    window_blocks: int = 4
-    sink_distance: int = 30
-    first_block: int = 0
-    refresh_block: int = 0
-    causal: bool = True
+class ClipCondition(Clip):
+    """A Clip with what a rollout asks of it."""
 
     def to(self, device: torch.device) -> ClipCondition:
         """The same on another device; text rows stay, they are copied where they are read."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("features", "reference", "motion")})
 
     def velocity(self, model: CausalS2V, history_grad: bool = True) -> Velocity:
-        """The model under this condition, all blocks at once."""
+        """The model under this condition, all blocks at once. Raises ConfigError where the sink is refreshed."""
         if self.refresh_block:
             raise ConfigError("refresh_block: a clip at once has one sink; use the cached order")
-
-        def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self.features, self.context, self.reference, self.motion,
-                                      window_blocks=self.window_blocks, sink_distance=self.sink_distance,
-                                      first_block=self.first_block, history_grad=history_grad, causal=self.causal)
-
-        return velocity
+        return lambda x, sigma: model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self, history_grad=history_grad)
 
     def sink(self, model: CausalS2V, text: TextCache, block: int, first: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values per layer that block `block` of the clip sees. first: the clip's own first latent, once it is there."""
@@ -226,7 +226,7 @@ def cached_clips(model: CausalS2V, sigmas: Sequence[float], x: torch.Tensor, con
                  history: HistoryMode = PER_STEP, seed: int = 0) -> Rolled:
     """The cached order for a batch of clips from noise x [B,C,F,h,w]; keeps keys and values of one bank of the whole clips."""
     steps, text = make_steps(model, sigmas), model.encode_text(condition.context)
-    banks = [ClipHistory(condition.window_blocks) for _ in (steps[:1] if history.shared else steps)]
+    banks = [ClipHistory(condition.window_blocks) for _ in history.banks(steps)]
     made, entered = [], []
     for block, piece in enumerate(x.chunk(blocks, dim=2)):
         if block == 0 or block == condition.refresh_block:
@@ -234,7 +234,7 @@ def cached_clips(model: CausalS2V, sigmas: Sequence[float], x: torch.Tensor, con
             for bank in banks:
                 bank.set_sink(sink, model.sink_angles(*x.shape[-2:]))
         audio = model.encode_audio(condition.features.chunk(blocks, dim=-1)[block])
-        out = roll_block(model, steps, banks * len(steps) if history.shared else banks, piece, audio, text,
+        out = roll_block(model, steps, banks, piece, audio, text,
                          block=condition.first_block + block, sink_distance=condition.sink_distance,
                          corruption=history.corruption(seed, block, piece.shape))
         made.append(out[0]), entered.append(out[1])

@@ -55,15 +55,15 @@ def commands(guard: Callable, ours: Ours) -> typer.Typer:
     people = typer.Typer(name="human", no_args_is_help=True, rich_markup_mode="rich", help="A rating study that works from disk, and its scores.")
     app.add_typer(people)
     for add in (_suites, _files, _reports):
-        add(_register(app, guard), ours)
+        add(commands_of(app, guard), ours)
     app.command(epilog=gate_commands.EPILOG)(guard(gate_commands.gates))
     app.command(epilog=gate_commands.PROMPTS_EPILOG)(guard(gate_commands.prompts))
-    _people(_register(people, guard), ours)
+    _people(commands_of(people, guard), ours)
     return app
 
 
-def _register(group: typer.Typer, guard: Callable) -> Callable:
-    """command(*examples): a decorator that makes a guarded command of `group`."""
+def commands_of(group: typer.Typer, guard: Callable) -> Callable:
+    """command(*examples): a decorator that makes a guarded command of `group`, whose help ends with the examples."""
     return lambda *examples: lambda function: group.command(epilog="\n\n".join(("[bold]Examples[/bold]", *examples)))(guard(function))
 
 

@@ -19,7 +19,7 @@ from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
 from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
 from liveavatar.core import SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
-from liveavatar.diffusion.rollout import cached_rollout
+from liveavatar.diffusion.rollout import Course, cached_rollout
 from liveavatar.models.probe import Probe, Seen, identity_error
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.runtime.engine import Engine
@@ -61,10 +61,9 @@ class Avatar:
         asked = [self._asked(audio) for audio in audio_messages(pcm, blocks, self.geometry.samples_per_block, self.source.lookahead_samples)]
         state, latents, pictures = self.vae.new_state(), [], []
         self.vae.decode(opened.motion[:, :PRIMING_LATENTS], state)
+        course = Course.of(self.geometry, int(self.source.sink_policy), self.source.refresh_block)
         for x in cached_rollout(self.model, self.source.sigmas, [b.latents for b in asked], [b.features for b in asked], opened.context,
-                                opened.reference, opened.motion, ring_blocks=self.geometry.ring_blocks,
-                                sink_distance=int(self.source.sink_policy), refresh_block=self.source.refresh_block,
-                                first_block=self.geometry.first_block):
+                                opened.reference, opened.motion, course):
             latents.append(x.float().cpu())
             pictures.append(to_bytes(self.vae.decode(x, state)).numpy())
         return torch.cat(latents, dim=1), np.concatenate(pictures)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -93,17 +94,15 @@ def forward_rows(model: CausalS2V, rows: Sequence[Row], modulation: StepModulati
     whole_h = rows[0].x.shape[-2]
     places = [_Place(model, row, exchange, latents, whole_h, w) for row in rows]
     audio = AudioTokens(*(torch.cat(parts) for parts in zip(*(row.audio for row in rows))))
-    tokens = model._noisy_tokens(x, None)
-    for i, layer in enumerate(model.blocks):
 
-        def attend(q, k, v, i=i):
-            q, k, v = exchange.to_heads(q, k, v)
-            seen = [place.attend(i, q[n : n + 1], k[n : n + 1], v[n : n + 1]) for n, place in enumerate(places)]
-            return exchange.to_tokens(torch.cat(seen))
+    def attend(i, q, k, v):
+        q, k, v = exchange.to_heads(q, k, v)
+        seen = [place.attend(i, q[n : n + 1], k[n : n + 1], v[n : n + 1]) for n, place in enumerate(places)]
+        return exchange.to_tokens(torch.cat(seen))
 
-        tokens = layer(tokens, modulation.blocks[i], attend, _texts(rows, i))
-        if i in model._injector_of:
-            tokens = model.audio_injector(model._injector_of[i], tokens, audio.tokens, audio.pooled).to(model.dtype)
+    layers = range(len(model.blocks))
+    attends, texts = [partial(attend, i) for i in layers], (_texts(rows, i) for i in layers)
+    tokens = model.through_layers(model.noisy_tokens(x), modulation, attends, texts, audio)
     for row in rows:
         row.cache.advance(row.block)
     return exchange.whole(model.head(tokens, modulation.head, (latents, h // 2, w // 2)))

@@ -8,8 +8,9 @@ once: the training path, equal to the streaming path at the same noise levels).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models import layers as L
 from liveavatar.models.audio_encoder import AudioTokens, CausalAudioEncoder
 from liveavatar.models.cache import ClipHistory, Sink, StepCache
+from liveavatar.models.clip import Clip
 from liveavatar.models.positions import REFERENCE_POSITION, grid_positions, reference_position, spread
 
 MOTION_LATENTS = 19  # capacity of the frame packer: buckets of 1, 2 and 16
@@ -212,7 +214,8 @@ class CausalS2V(nn.Module):
 
     # ------------------------------------------------------------ tokens and positions
 
-    def _noisy_tokens(self, x: torch.Tensor, pose: torch.Tensor | None) -> torch.Tensor:
+    def noisy_tokens(self, x: torch.Tensor, pose: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents and pose [B, 16, F, h, w] -> [B, F*tok, D]."""
         tokens = L.embed_patches(self.patch_embedding, x)
         # Without a pose the pose latents are zeros: only the bias of cond_encoder acts, and it must.
         pose_tokens = self.cond_encoder.bias if pose is None else L.embed_patches(self.cond_encoder, pose)
@@ -319,19 +322,25 @@ class CausalS2V(nn.Module):
 
         x, pose: [B, 16, F, h, w] on the model's device. Writes the cache, does not advance it.
         """
-        tokens = self._noisy_tokens(x, pose)
-        for i, layer in enumerate(self.blocks):
 
-            def attend(q, k, v, i=i):
-                if places.turns:
-                    cache.roll_anchors(i, places.turns)
-                return ops.attention(*cache.attended(i, q, k, v, places.block, places.reference))
+        def attend(i, q, k, v):
+            if places.turns:
+                cache.roll_anchors(i, places.turns)
+            return ops.attention(*cache.attended(i, q, k, v, places.block, places.reference))
 
-            tokens = layer(tokens, modulation.blocks[i], attend, text.layers[i])
-            if i in self._injector_of:
-                tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled).to(self.dtype)
+        attends = [partial(attend, i) for i in range(len(self.blocks))]
+        tokens = self.through_layers(self.noisy_tokens(x, pose), modulation, attends, text.layers, audio)
         latents, h, w = x.shape[-3:]
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
+
+    def through_layers(self, tokens: torch.Tensor, modulation: StepModulation, attends: Iterable[L.Attend],
+                       texts: Iterable[tuple[torch.Tensor, torch.Tensor]], audio: AudioTokens) -> torch.Tensor:
+        """tokens [B, T, D] through every layer and what audio injects behind some. attends, texts: a layer's, as it takes them."""
+        for i, (layer, m, attend, text) in enumerate(zip(self.blocks, modulation.blocks, attends, texts, strict=True)):
+            tokens = layer(tokens, m, attend, text)
+            if i in self._injector_of:
+                tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled)
+        return tokens
 
     def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """prefill of a batch, differentiable: reference [B, 16, 1, h, w], motion [B, 16, 19 or fewer, h, w] -> lists over
@@ -345,35 +354,23 @@ class CausalS2V(nn.Module):
             keys.append(k), values.append(v)
         return keys, values
 
-    def forward_clip(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, context, reference: torch.Tensor,
-                     motion: torch.Tensor, *, window_blocks: int = 4, sink_distance: int = REFERENCE_POSITION,
-                     first_block: int = 0, pose: torch.Tensor | None = None, history_grad: bool = True, causal: bool = True) -> torch.Tensor:
-        """All blocks of a clip in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
+    def forward_clip(self, x: torch.Tensor, t: torch.Tensor, clip: Clip, *, pose: torch.Tensor | None = None, history_grad: bool = True) -> torch.Tensor:
+        """All blocks of clips in one differentiable pass (training.md 2.1, 2.4 "level-parallel").
 
-        x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks; features: [B, layers, Ca, 4F];
-        context: batch of text rows; reference: [B, 16, 1, h, w]; motion: [B, 16, M, h, w].
-        Block n sees the sink, itself and the window_blocks - 1 blocks before it. first_block: number of the
-        clip's first block in its stream (positions only). history_grad: False stops gradients at the keys and
-        values of other blocks. causal: False lets every block see the whole clip, one sink for all: the
-        bidirectional teacher. Returns fp32 [B, 16, F, h, w].
+        x, pose: [B, 16, F, h, w]; t: [B, N] timesteps of the N blocks. history_grad: False stops gradients at the keys and values of
+        other blocks. Returns fp32 [B, 16, F, h, w].
         """
-        batch, _, latents, h, w = x.shape
-        blocks = t.shape[1]
-        size = latents // blocks
-        text = self.encode_text(context)
-        sink_k, sink_v = self.prefill_batch(reference, motion, text)
-        audio = self._encode_clip_audio(features, blocks)
-        modulation = self.modulation(t)
-        tokens = self._noisy_tokens(x, pose)
-        numbers = range(first_block, first_block + blocks)
-        if causal:
-            attends = self._clip_attends(sink_k, sink_v, numbers, size, h, w, window_blocks, sink_distance, history_grad)
+        assert not clip.refresh_block, "a clip at once has one sink"
+        latents, h, w = x.shape[-3:]
+        blocks, text = t.shape[1], self.encode_text(clip.context)
+        sink_k, sink_v = self.prefill_batch(clip.reference, clip.motion, text)
+        audio, modulation = self._encode_clip_audio(clip.features, blocks), self.modulation(t)
+        numbers, size = range(clip.first_block, clip.first_block + blocks), latents // blocks
+        if clip.causal:
+            attends = self._clip_attends(sink_k, sink_v, numbers, size, h, w, clip.window_blocks, clip.sink_distance, history_grad)
         else:
-            attends = self._whole_attends(sink_k, sink_v, numbers, size, h, w, sink_distance)
-        for i, layer in enumerate(self.blocks):
-            tokens = layer(tokens, modulation.blocks[i], attends[i], text.layers[i])
-            if i in self._injector_of:
-                tokens = self.audio_injector(self._injector_of[i], tokens, audio.tokens, audio.pooled)
+            attends = self._whole_attends(sink_k, sink_v, numbers, size, h, w, clip.sink_distance)
+        tokens = self.through_layers(self.noisy_tokens(x, pose), modulation, attends, text.layers, audio)
         return self.head(tokens, modulation.head, (latents, h // 2, w // 2))
 
     def _encode_clip_audio(self, features: torch.Tensor, blocks: int) -> AudioTokens:

@@ -64,4 +64,4 @@ class Bands:
         try:
             act()
         except RuntimeError as error:
-            raise LinkBroken(self._peer, " ".join(str(error).split())[:200]) from error
+            raise LinkBroken(self._peer, error) from error

@@ -40,7 +40,7 @@ class DecoderBeside:
     # ------------------------------------------------------------ a holder
 
     def under_way(self) -> list[tuple[Callable, Message]]:
-        return [(self.decoder, item.block) for item in self._queued]
+        return [(self.decoder, item.block) for item in list(self._queued)[:1]]  # an advance waits for the oldest alone
 
     def holds_back(self, message: Message) -> bool:
         if isinstance(message, Block):

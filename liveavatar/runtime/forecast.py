@@ -15,22 +15,24 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 import yaml
 from rich.box import SIMPLE
 from rich.table import Table
 
+from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD
 from liveavatar.config import Config, build
-from liveavatar.core import ConfigError, Geometry, InputError
+from liveavatar.core import FPS, ConfigError, Geometry, InputError
 from liveavatar.models.s2v import S2VConfig
-from liveavatar.runtime.placement import WAN_VAE, Device, Plan, attention_flops, cut, decode_flops, linear_flops, parameter_count, plan
+from liveavatar.runtime.placement import WAN_VAE, Device, Plan, attention_flops, cut, decode_flops, linear_flops, plan, transformer_bytes
 from liveavatar.runtime.simulation import Costs, Simulation, turn_seconds
+from liveavatar.runtime.sources import REFRESH_BLOCK
 
 SHARE = 0.64
 DECODE_SHARE = 0.35  # of the peak in the VAE's convolutions: this project's target of 80 ms on an H200
 HOP_SECONDS = 50e-6  # of a send and a receive, whatever their size
 BLOCKS = 80  # simulated for a rate
 LIVE_SECONDS = 40.0  # simulated for real time
-AHEAD = 5120  # samples of look-ahead of the wav2vec front end, 0.32 s
 SHAPES = {"14b": S2VConfig(), "30b": (6656, 48, 17920), "100b": (10240, 68, 27648)}
 
 
@@ -83,29 +85,34 @@ def model_shape(name: str) -> S2VConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """How fast one rank works. precision: of the linear layers. share: of the stated peak. measured: seconds per role, or per
-    kind ("step", "decode", "condition"), wins."""
+    """How fast one rank works. precision: "bf16" or "fp8", of the linear layers. share: of the stated peak. measured: seconds per role,
+    or per kind ("step", "decode", "condition"), wins."""
 
     device: Accelerator
     precision: str = "bf16"
     share: float = SHARE
     measured: Mapping[str, float] | None = None
 
-    def costs(self, model: S2VConfig, geometry: Geometry, vae: Mapping, chain: Iterable[str], sessions: int) -> Costs:
-        """Of every role of the chain. Raises ConfigError for fp8 where the device has none."""
-        if self.precision == "fp8" and self.device.fp8 is None:
+    @property
+    def fp8(self) -> bool:
+        return self.precision == "fp8"
+
+    def costs(self, model: S2VConfig, geometry: Geometry, vae: Mapping, chain: Iterable[str], batch: int) -> Costs:
+        """Of every role of the chain; batch: as runtime.batch. Raises ConfigError for fp8 where the device has none."""
+        if self.fp8 and self.device.fp8 is None:
             raise ConfigError("this device has no FP8 units: say --precision bf16")
         linear, attention = linear_flops(model, geometry), attention_flops(model, geometry)
-        fast = (self.device.fp8 if self.precision == "fp8" else self.device.bf16) * 1e12 * self.share
+        fast = (self.device.fp8 if self.fp8 else self.device.bf16) * 1e12 * self.share
         slow = self.device.bf16 * 1e12 * self.share
-        weights = parameter_count(model) * (1 if self.precision == "fp8" else 2) / (self.device.bandwidth * 1e12)
+        weights = transformer_bytes(model, torch.bfloat16, self.fp8) / (self.device.bandwidth * 1e12)
         work = linear / fast + attention / slow
         seconds = {"condition": 0.0, "step": max(work, weights), "decode": decode_flops(vae, geometry) / slow * (self.share / DECODE_SHARE), **(self.measured or {})}
-        size = 2 * 16 * geometry.block_latents * geometry.latent_height * geometry.latent_width + 614_400
+        g, latents, features = geometry, 2 * model.in_dim * geometry.block_latents, 4 * model.audio_layers * model.audio_dim
+        size = latents * g.latent_height * g.latent_width + features * g.frames_per_block  # bytes of a block: bf16 and fp32
         return Costs(
             roles={role: seconds.get(role, seconds.get(role.rstrip("0123456789"))) for role in chain},
             hop=HOP_SECONDS + size / (self.device.link * 1e9), refresh=linear / fast * geometry.sink_tokens / geometry.block_tokens,
-            batch=tuple(max(n * work, weights) / max(work, weights) for n in range(1, sessions + 1)),
+            batch=tuple(max(n * work, weights) / max(work, weights) for n in range(1, batch + 1)),
         )  # fmt: skip
 
 
@@ -160,20 +167,21 @@ class Forecast:
 def forecast(config: Config, model: S2VConfig, geometry: Geometry, speeds: Speeds, ranks: int, *, name: str = "GPU", vae: Mapping | None = None,
              price: float | None = None) -> Forecast:
     """Plan and simulate `ranks` devices. price: dollars per GPU and hour instead of the table's. Raises ConfigError, PlacementError."""
-    vae, sessions = vae or WAN_VAE, config.runtime.sessions
-    costs = speeds.costs(model, geometry, vae, config.chain, sessions)
+    vae, sessions, refresh = vae or WAN_VAE, config.runtime.sessions, config.sampler.refresh_block
+    config = replace(config, model=replace(config.model, fast=replace(config.model.fast, fp8=speeds.fp8)))
+    costs = speeds.costs(model, geometry, vae, config.chain, config.runtime.batch)
     stages = cut(config.chain, ranks, costs.roles)
     devices = [Device(name=name, kind="cuda", memory=round(speeds.device.memory * 1e9))] * ranks
     planned = plan(config, model, geometry, devices, stages=stages, vae=vae, times=costs.roles)
-    credits, lookahead = config.runtime.in_flight, AHEAD
-    pipe = Simulation(stages, costs, geometry, lookahead=lookahead, refresh_block=4, credits=credits).offline(BLOCKS // sessions + 8, sessions)
-    live = Simulation(stages, costs, geometry, lookahead=lookahead, credits=credits).live(LIVE_SECONDS, sessions)
+    chain = {"lookahead": WAV2VEC_LOOKAHEAD, "refresh_block": REFRESH_BLOCK if refresh is None else refresh, "credits": config.runtime.in_flight}
+    pipe = Simulation(stages, costs, geometry, **chain).offline(BLOCKS // sessions + 8, sessions)
+    live = Simulation(stages, costs, geometry, **chain).live(LIVE_SECONDS, sessions)
     busy = live.utilisation()
     power = sum(speeds.device.idle_watts + share * (speeds.device.watts - speeds.device.idle_watts) for share in busy)
     return Forecast(
-        plan=planned, devices=ranks, fps=pipe.fps, real_time=pipe.fps / 25 / sessions, first_frame=pipe.pass_seconds,
-        turn_voice=turn_seconds(stages, costs, geometry, lookahead=lookahead, microphone=False),
-        turn_microphone=turn_seconds(stages, costs, geometry, lookahead=lookahead, microphone=True),
+        plan=planned, devices=ranks, fps=pipe.fps, real_time=pipe.fps / FPS / sessions, first_frame=pipe.pass_seconds,
+        turn_voice=turn_seconds(stages, costs, geometry, lookahead=WAV2VEC_LOOKAHEAD, microphone=False),
+        turn_microphone=turn_seconds(stages, costs, geometry, lookahead=WAV2VEC_LOOKAHEAD, microphone=True),
         busy=tuple(busy), bottleneck=max(range(ranks), key=lambda rank: busy[rank]),
         underrun=max(0.0, live.underrun - sessions * pipe.pass_seconds * sessions), watt_hours=power / 60 / sessions,
         dollars=(speeds.device.price if price is None else price) * ranks / 60 / sessions,
@@ -217,7 +225,7 @@ def plot(forecasts: list[Forecast], title: str, path: Path) -> None:
     rate, wait = figure.subplots(1, 2)
     gpus, fits = [f.devices for f in forecasts], [not f.plan.problems for f in forecasts]
     rate.bar(gpus, [f.fps for f in forecasts], color=["#2a6f97" if fit else "#c9ced3" for fit in fits])
-    rate.axhline(25 * forecasts[0].plan.sessions, color="#d1495b", linewidth=1, label="real time")
+    rate.axhline(FPS * forecasts[0].plan.sessions, color="#d1495b", linewidth=1, label="real time")
     rate.set(xlabel="GPUs", ylabel="pictures per second", xticks=gpus)
     for values, label, colour in (([f.first_frame for f in forecasts], "one pass", "#2a6f97"), ([f.turn_voice for f in forecasts], "turn, voice", "#66a182"),
                                   ([f.turn_microphone for f in forecasts], "turn, microphone", "#edae49")):  # fmt: skip

@@ -25,6 +25,7 @@ from liveavatar.config import LAUNCHERS, Config, one_of
 from liveavatar.core import ConfigError, PlacementError, RankFailure
 from liveavatar.runtime import worker
 from liveavatar.runtime.chains import Chain, Crew, ProcessChain, ThreadChain
+from liveavatar.runtime.links import one_line
 from liveavatar.runtime.seats import seats_of
 from liveavatar.runtime.supervisor import describe_exit
 
@@ -281,7 +282,7 @@ class RayCrew:
                 try:
                     self._ray.init(address=address, log_to_driver=False)
                 except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-                    raise ConfigError(f"runtime.ray_address={address}: cannot reach a Ray cluster there: {worker.one_line(error)[:200]}") from None
+                    raise ConfigError(f"runtime.ray_address={address}: cannot reach a Ray cluster there: {one_line(error)}") from None
                 return
             cores = max(os.cpu_count() or 1, self._world)  # ranks wait more than they compute where cores are few
             self._ray.init(num_cpus=cores, num_gpus=torch.cuda.device_count(), include_dashboard=False,
@@ -309,7 +310,7 @@ class RayCrew:
         try:
             return f"its actor returned {self._ray.get(self._runs[rank])}"
         except self._ray.exceptions.RayError as error:
-            return f"its actor is gone ({worker.one_line(error)[:160]})"
+            return f"its actor is gone ({one_line(error)})"
 
     def gone(self) -> bool:
         return not self._runs or len(self._ray.wait(self._runs, num_returns=len(self._runs), timeout=0)[0]) == len(self._runs)

@@ -30,12 +30,17 @@ class LinkClosed(Exception):
     """This end was closed on purpose; nothing more comes."""
 
 
-class LinkBroken(Exception):
-    """The peer is gone. `peer` is its rank."""
+def one_line(error: BaseException | str) -> str:
+    """The text of an exception on one line."""
+    return " ".join(str(error).split())[:500]
 
-    def __init__(self, peer: int, reason: str):
+
+class LinkBroken(Exception):
+    """The peer is gone. `peer` is its rank; reason: in words, or what was raised."""
+
+    def __init__(self, peer: int, reason: str | BaseException):
         self.peer = peer
-        super().__init__(reason)
+        super().__init__(one_line(reason))
 
 
 class Link(Protocol):
@@ -223,7 +228,7 @@ def settle(works: list, peer: int) -> None:
         for work in works:
             work.wait()
     except RuntimeError as error:
-        raise LinkBroken(peer, " ".join(str(error).split())[:200]) from error
+        raise LinkBroken(peer, error) from error
     works.clear()
 
 
@@ -272,7 +277,7 @@ class DistLink:
         try:
             slot.works.append(dist.isend(buffer, self.peer, group=group, tag=tag))
         except RuntimeError as error:
-            raise LinkBroken(self.peer, " ".join(str(error).split())[:200]) from error
+            raise LinkBroken(self.peer, error) from error
 
     def flush(self) -> None:
         """Wait until everything sent has left. Raises LinkBroken."""
@@ -319,7 +324,7 @@ class DistLink:
         try:
             works = [dist.irecv(buffer, self.peer, group=group, tag=tag)]
         except RuntimeError as error:
-            raise LinkBroken(self.peer, " ".join(str(error).split())[:200]) from error
+            raise LinkBroken(self.peer, error) from error
         settle(works, self.peer)
 
     def _own(self, specs: list[Spec], buffer: torch.Tensor) -> list[torch.Tensor]:
@@ -354,7 +359,7 @@ class ReceiveAhead(threading.Thread):
             self.broken = error
             self.inbox.close()
         except RuntimeError as error:  # no memory for what arrives, say: the rank shall end with a name, not fall silent
-            self.broken = LinkBroken(self.link.peer, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self.broken = LinkBroken(self.link.peer, f"{type(error).__name__}: {error}")
             self.inbox.close()
         except LinkClosed:
             return

@@ -15,10 +15,11 @@ import psutil
 import torch
 from rich.table import Table
 
-from liveavatar.config import Config, RuntimeConfig
+from liveavatar.config import Config, FastConfig
 from liveavatar.core import FPS, ConfigError, Geometry, PlacementError
 from liveavatar.models.cache import cache_bytes
-from liveavatar.models.s2v import CausalS2V, S2VConfig, stored_dtype
+from liveavatar.models.fast import prepare
+from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.runtime.seats import Seat, seats_of
 
 PROCESS_BYTES = 600_000_000  # a Python process with torch imported, on the host
@@ -79,8 +80,10 @@ def steps_of(stage: Sequence[str]) -> int:
 
 
 def check_together(config: Config, stages: Sequence[Sequence[str]]) -> None:
-    """Raise ConfigError where the register (runtime.shift_register, runtime.batch) could never move two blocks together."""
+    """Raise ConfigError where the register (runtime.shift_register, runtime.batch) could never move two blocks together, or graphs could not."""
     r = config.runtime
+    if config.model.fast.graphs and (r.shift_register or r.batch > 1 or max(r.shards or (1,)) > 1):
+        raise ConfigError("model.fast.graphs: a captured forward is of one block on one rank: not with runtime.shards, shift_register or batch")
     if r.shift_register and max(map(steps_of, stages)) < 2:
         raise ConfigError("runtime.shift_register: no stage holds several steps, so there is nothing to move together: "
                           "cut the chain into fewer stages, or leave it off")
@@ -158,14 +161,12 @@ def local_devices(kind: str, ranks: int) -> list[Device]:
 
 
 @lru_cache(maxsize=8)
-def _parameters(model: S2VConfig) -> dict[str, int]:
+def transformer_bytes(model: S2VConfig, dtype: torch.dtype, fp8: bool = False) -> int:
+    """Bytes of all tensors of the transformer, kept in `dtype` but for the fp32 parts and, with fp8, the linears of blocks and injectors
+    (E4M3 and a scale per row)."""
     with torch.device("meta"):
-        return {name: p.numel() for name, p in CausalS2V(model).named_parameters()}
-
-
-def transformer_bytes(model: S2VConfig, dtype: torch.dtype) -> int:
-    """Bytes of all tensors of the transformer, kept in `dtype` but for the fp32 parts."""
-    return sum(count * stored_dtype(name, dtype).itemsize for name, count in _parameters(model).items())
+        made = prepare(CausalS2V(model).cast(dtype), FastConfig(fp8=fp8))
+    return sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
 
 
 def vae_bytes(vae: Mapping, geometry: Geometry, dtype: torch.dtype) -> tuple[int, int]:
@@ -201,11 +202,6 @@ def forward_flops(model: S2VConfig, geometry: Geometry) -> float:
     return linear_flops(model, geometry) + attention_flops(model, geometry)
 
 
-def parameter_count(model: S2VConfig) -> int:
-    """Of the transformer."""
-    return sum(_parameters(model).values())
-
-
 def decode_flops(vae: Mapping, geometry: Geometry) -> float:
     """FLOPs of decoding one block, scaled from 27.4 TFLOP at 704x384 and base width 96 (model.md section 12)."""
     width = vae.get("base_dim", 96) / 96 / (vae.get("patch_size") or 1)
@@ -217,8 +213,8 @@ def decode_flops(vae: Mapping, geometry: Geometry) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds. shard: 0 but for those that
-    follow in a stage of several ranks."""
+    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds; loading: bytes beyond `fixed` that
+    are given back before the first session. shard: 0 but for those that follow in a stage of several ranks."""
 
     rank: int
     shard: int = 0
@@ -226,15 +222,20 @@ class RankPlan:
     device: Device
     fixed: dict[str, int] = field(default_factory=dict)
     per_session: dict[str, int] = field(default_factory=dict)
+    loading: int = 0
     seconds: float | None = None  # of one block, predicted (a shared stage: without its exchange) or measured
 
     def bytes(self, sessions: int) -> int:
-        return sum(self.fixed.values()) + sessions * sum(self.per_session.values())
+        """The most it holds at any time."""
+        return sum(self.fixed.values()) + max(self.loading, sessions * sum(self.per_session.values()))
 
     @property
     def sessions_that_fit(self) -> int:
+        """0 too where it could not load."""
         left = self.device.memory - sum(self.fixed.values())
         each = sum(self.per_session.values())
+        if left < self.loading:
+            return 0
         return max(0, left // each) if each else 1_000_000 * (left >= 0)
 
 
@@ -246,6 +247,7 @@ class Plan:
     sessions: int
     geometry: Geometry
     dtype: torch.dtype
+    fp8: bool  # linears of blocks and injectors
     host_bytes: int  # host RAM all ranks and the head take
     host_memory: int
 
@@ -292,7 +294,8 @@ class Plan:
     def table(self) -> Table:
         """For people: one row a rank."""
         g = self.geometry
-        table = Table(title=f"{g.width}x{g.height}, {str(self.dtype).removeprefix('torch.')}, {self.sessions} session(s)")
+        numbers = str(self.dtype).removeprefix("torch.") + (" with FP8 linears" if self.fp8 else "")
+        table = Table(title=f"{g.width}x{g.height}, {numbers}, {self.sessions} session(s)")
         for column in ("rank", "roles", "loads", "each session", "total of free", "ms/block"):
             table.add_column(column)
         for r in self.ranks:
@@ -328,40 +331,41 @@ def plan(config: Config, model_config: S2VConfig, geometry: Geometry, devices: S
     if len(devices) < len(seats):
         shared = "" if len(seats) == len(stages) else f" (runtime.shards: {len(seats)} ranks)"
         raise PlacementError(f"{len(stages)} stages{shared} need {len(seats)} devices, there are {len(devices)}")
-    sizer = Sizer(model_config, geometry, dtype, vae, text_encoder_bytes, config.runtime)
+    sizer = Sizer(config, model_config, geometry, dtype, vae, text_encoder_bytes)
     ranks = tuple(sizer.rank(seat, device, times) for seat, device in zip(seats, devices))
     sessions, on_host = config.runtime.sessions, [r for r in ranks if r.device.kind == "cpu"]
     processes = 1 if config.runtime.launcher == "inproc" else 1 + len(ranks)
-    return Plan(ranks=ranks, sessions=sessions, geometry=geometry, dtype=dtype,
+    return Plan(ranks=ranks, sessions=sessions, geometry=geometry, dtype=dtype, fp8=config.model.fast.fp8,
                 host_bytes=processes * PROCESS_BYTES + sum(r.bytes(sessions) for r in on_host),
                 host_memory=host_memory() if host is None else host)
 
 
 class Sizer:
-    """Bytes and seconds of roles for one model, size and dtype."""
+    """Bytes and seconds of roles for one config, model, size and dtype."""
 
-    def __init__(self, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int,
-                 runtime: RuntimeConfig):
-        self.runtime, self.model, self.geometry, self.dtype, self.vae, self.text_encoder_bytes = runtime, model, geometry, dtype, vae, text_encoder_bytes
+    def __init__(self, config: Config, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int):
+        self.runtime, self.fp8, self.model, self.geometry, self.dtype = config.runtime, config.model.fast.fp8, model, geometry, dtype
+        self.vae, self.text_encoder_bytes = vae, text_encoder_bytes
         self.vae_weights, self.vae_state = vae_bytes(vae, geometry, dtype) if vae is not None else (0, 0)
 
     def rank(self, seat: Seat, device: Device, times: Mapping[str, float] | None) -> RankPlan:
         """The plan of the rank at `seat`."""
-        roles, fixed, per_session = seat.roles, {}, {}
+        roles, fixed, per_session, loading = seat.roles, {}, {}, 0
         steps = steps_of(roles)
         if {"condition", "decode"} & set(roles) and self.vae is not None:
             fixed["vae"] = self.vae_weights
         if "condition" in roles and self.text_encoder_bytes:
             fixed["text encoder"] = self.text_encoder_bytes
         if steps:
-            fixed["transformer"] = transformer_bytes(self.model, self.dtype)
+            fixed["transformer"] = transformer_bytes(self.model, self.dtype, self.fp8)
+            loading = transformer_bytes(self.model, self.dtype) - fixed["transformer"]  # loaded whole, then rounded linear by linear
             per_session |= self.step_caches(steps, seat.shards)
         if "decode" in roles:
             per_session["vae state"] = self.vae_state
         fixed["working"] = self.working(roles, seat.shards) + (CUDA_CONTEXT_BYTES if device.kind == "cuda" else 0)
         seconds = [self.seconds(r, device, times) for r in roles]
         return RankPlan(rank=seat.rank, shard=seat.shard, roles=roles, device=device, fixed=fixed, per_session=per_session,
-                        seconds=None if None in seconds else sum(seconds) / seat.shards)
+                        loading=loading, seconds=None if None in seconds else sum(seconds) / seat.shards)
 
     def step_caches(self, steps: int, shards: int = 1) -> dict[str, int]:
         """Per session: [sink | ring] of each step and the stage's one un-rotated sink, a rank's share of the heads; the prompt's K and V."""

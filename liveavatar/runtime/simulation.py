@@ -162,6 +162,9 @@ class Simulation:
                 if isinstance(message, Audio):
                     session.admitted[message.index] = self.now
                 self._arrive(0, message)
+        for session in self.sessions.values():  # as Engine._renew
+            if refresh := session.timeline.renew():
+                self._arrive(0, refresh)
         if decision.wake is not None and decision.wake != self._wake:
             self._wake = decision.wake
             self._at(max(self.now, decision.wake), lambda: None)
@@ -199,13 +202,18 @@ class Simulation:
         if rank.working or not rank.queue:
             return
         group = [rank.queue.pop(0)]
-        while isinstance(group[0], Audio) and rank.queue and isinstance(rank.queue[0], Audio) and len(group) < len(self.costs.batch):
+        while isinstance(group[0], Audio) and rank.queue and len(group) < len(self.costs.batch) and self._joins(rank.queue[0], group):
             group.append(rank.queue.pop(0))
         seconds = self._seconds(rank, group)
         rank.working, rank.busy = True, rank.busy + seconds
         for message in group:
             self._announce_clean(rank, message, len(group))
         self._at(self.now + seconds, self._leave, index, group)
+
+    @staticmethod
+    def _joins(message: Message, group: list[Message]) -> bool:
+        """Whether it shares the group's forward: a session's next block needs what the one before it leaves in the ring."""
+        return isinstance(message, Audio) and all(message.session != other.session for other in group)
 
     def _seconds(self, rank: Rank, group: list[Message]) -> float:
         if isinstance(group[0], Audio):

@@ -6,7 +6,6 @@ roles need, and for nothing else.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Protocol
 import torch
 
 from liveavatar import ops
-from liveavatar.conditioning.audio_features import AudioFrontEnd, Wav2VecFrontEnd, build_front_end
+from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD, AudioFrontEnd, build_front_end
 from liveavatar.conditioning.identity import output_size
 from liveavatar.config import Config
 from liveavatar.core import ConfigError, Geometry, InputError, WeightsError
@@ -110,8 +109,7 @@ class FolderSource:
     def _lookahead(self) -> int:
         if self.folder.audio.get("kind") != "wav2vec2":
             return self.front_end(torch.device("cpu")).lookahead_samples
-        default = inspect.signature(Wav2VecFrontEnd).parameters["lookahead_samples"].default
-        return self.folder.audio.get("lookahead_samples", default)  # the head shall not load the encoder to ask it
+        return self.folder.audio.get("lookahead_samples", WAV2VEC_LOOKAHEAD)  # the head shall not load the encoder to ask it
 
     def _text_encoder_bytes(self) -> int:
         path = self.folder.need("text_encoder")

@@ -28,8 +28,6 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     ops.use_attention(fast.attention)
     if fast.graphs and device.type != "cuda":
         raise ConfigError(f"model.fast.graphs: CUDA graphs need a GPU, and this rank runs on {device.type}")
-    if fast.graphs and (exchange.shards > 1 or config.runtime.shift_register or config.runtime.batch > 1):
-        raise ConfigError("model.fast.graphs: a captured forward is of one block on one rank: not with runtime.shards, shift_register or batch")
     dtype = source.dtype(device)
     steps = [int(name.removeprefix("step")) for name in stage_names if name.startswith("step")]
     pictures = {"condition", "decode"} & set(stage_names)

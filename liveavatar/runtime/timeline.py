@@ -166,15 +166,19 @@ class Timeline:
     def _start(self) -> int:
         return self.next_block * self.geometry.samples_per_block
 
+    def renew(self) -> Refresh | None:
+        """The new sink the next block is to see, once its latent is there; sent ahead of that block, it is prefilled while ranks wait."""
+        if self.refresh_at != self.next_block or self._clean is None:
+            return None
+        self.refresh_at = None
+        return Refresh(self.session, reference=self._clean)
+
     def admit(self, now: float, finish_after: int | None = None) -> list[Message]:
         """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe. finish_after: see core.Audio."""
         assert not self.gated and len(self._pcm)
-        size, messages = self.geometry.samples_per_block, []
+        size, messages = self.geometry.samples_per_block, [refresh] if (refresh := self.renew()) else []
         if not self.ended:  # the end of an utterance; the stream goes on behind it
             self._pcm = np.concatenate([self._pcm, np.zeros(max(0, size - len(self._pcm)), np.float32)])
-        if self.refresh_at == self.next_block:
-            messages.append(Refresh(self.session, reference=self._clean))
-            self.refresh_at = None
         window = np.zeros(size + self.lookahead, dtype=np.float32)
         window[: len(self._pcm)] = self._pcm[: len(window)]
         if not np.array_equal(self._ahead, window[: len(self._ahead)]):  # what was announced is not what came

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from liveavatar.config import Config
 from liveavatar.core import ConfigError, Message
 from liveavatar.runtime.bands import Bands
-from liveavatar.runtime.links import DistLink, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode
+from liveavatar.runtime.links import DistLink, LinkBroken, LinkClosed, QueueLink, ReceiveAhead, decode, encode, one_line
 from liveavatar.runtime.pump import Pump
 from liveavatar.runtime.seats import Seat, seats_of
 
@@ -63,11 +63,6 @@ def explain(error: Exception, pump: Pump | None) -> str:
     """One line: where it happened, if a role was at work, and what."""
     doing = pump.doing() if pump else None
     return f"{f'{doing[0]}: ' if doing else ''}{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an exception on one line."""
-    return " ".join(str(error).split())[:500]
 
 
 # ---------------------------------------------------------------- the rank's side of the control connection
@@ -177,7 +172,7 @@ class Neighbours:
                 if seat.shards > 1 and seat.shard == 0:
                     self._share(seat)
         except RuntimeError as error:
-            raise LinkBroken(rank, f"cannot join the group: {one_line(error)}") from error
+            raise LinkBroken(rank, f"cannot join the group: {error}") from error
 
     def _share(self, leader: Seat) -> None:
         ranks = [leader.rank, *leader.others]

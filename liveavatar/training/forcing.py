@@ -17,6 +17,7 @@ import torch
 from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
 from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
+from liveavatar.diffusion.rollout import ClipCondition
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import load_text_encoder, load_transformer, load_vae
@@ -327,15 +328,13 @@ def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Dr
     kept: a finished avatar, whose velocity without a prompt is the truth in the cells of the face."""
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(config, draws.numpy)
-
-    def velocity_of(model: Transformer, context: list[torch.Tensor]) -> torch.Tensor:
-        return model.forward_clip(mix(batch.latents, noise, sigma), 1000 * sigma, batch.features, context, batch.reference, batch.motion,
-                                  window_blocks=config.window_blocks, sink_distance=distance, first_block=first, causal=causal)
-
-    velocity, truth = velocity_of(model, batch.context), batch.latents
+    condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, config.window_blocks, distance, first, causal=causal)
+    noisy, truth = mix(batch.latents, noise, sigma), batch.latents
+    velocity = condition.velocity(model)(noisy, sigma)
     if kept is not None:
         with torch.no_grad():
-            truth = torch.where(losses.face_cells(batch.weight), noise - velocity_of(kept.model, [kept.silent_prompt] * len(noise)), truth)
+            known = replace(condition, context=[kept.silent_prompt] * len(noise)).velocity(kept.model)(noisy, sigma)
+        truth = torch.where(losses.face_cells(batch.weight), noise - known, truth)
     loss = losses.forcing_loss(velocity, truth, noise, batch.weight)
     per_clip = (velocity.detach() - (noise - truth)).square().mean(dim=(1, 2, 3, 4))
     high = sigma.mean(1) > 0.7

@@ -19,7 +19,7 @@ from PIL import Image
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.core import FPS
 from liveavatar.diffusion.denoise import noise
-from liveavatar.diffusion.rollout import ClipCondition, cached_rollout
+from liveavatar.diffusion.rollout import ClipCondition, Course, cached_rollout
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import Probe
 from liveavatar.models.s2v import CausalS2V
@@ -76,10 +76,10 @@ def _prepared(vae: StreamingVAE, config: forcing.ForcingConfig, scene: Scene, se
 def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
              sigmas: Sequence[float], seed: int, **how) -> np.ndarray:
     """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets.
-    how: options of cached_rollout."""
+    how: fields of the rollout's Course."""
     held, features, noises, state = _prepared(vae, config, scene, seed)
     blocks = cached_rollout(model, sigmas, noises, features.split(config.block_pictures, dim=-1), rows, held[:, :1], held,
-                            ring_blocks=config.window_blocks, seed=seed, **how)
+                            Course(ring_blocks=config.window_blocks, **how), seed)
     return np.concatenate([to_bytes(vae.decode(block, state)) for block in blocks])
 
 
