@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from api_server import PCM, STATEMENT, bearer, changed, portrait, problem, running, settings, tone, until
-from liveavatar.serving import eventlog, quotas, routes_avatars, signing
+from liveavatar.serving import eventlog, routes_avatars, signing
 from liveavatar.serving.watermark import Watermark
 
 
@@ -47,11 +47,10 @@ def test_a_face_lives_as_long_as_its_consent(tmp_path):
 
 
 def test_uploads_of_a_day_and_avatars_of_a_tenant_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(quotas, "UPLOADED", 50_000)
     monkeypatch.setattr(routes_avatars, "MOST", 1)
 
     async def story():
-        async with running(settings(tmp_path)) as server:
+        async with running(settings(tmp_path, access={"upload_bytes_per_day": 50_000})) as server:
             face = {"files": {"portrait": portrait()}, "data": {"synthetic": "true"}}  # 28 kB
             assert (await server.http.post("/v1/avatars", **face)).status_code == 201
             assert problem(await server.http.post("/v1/avatars", **face)) == (429, "quota")  # one is enough

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from liveavatar.core import ConfigError
-from liveavatar.serving.badge import CORNERS, Badge
+from liveavatar.serving.badge import Badge
+from liveavatar.serving.settings import CORNERS
 
 
 @pytest.mark.parametrize("corner", CORNERS)

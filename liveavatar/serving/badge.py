@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from liveavatar.config import one_of
 from liveavatar.core import ConfigError
+from liveavatar.serving.settings import CORNERS
 
-CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 SHARE, LEAST = 0.07, 12  # height of the label: of the shorter side; pixels at least
 OVERSAMPLING = 4
 BACKGROUND, INK = (20, 20, 24, 190), (255, 255, 255, 255)
@@ -22,8 +23,7 @@ class Badge:
     def __init__(self, text: str, height: int, width: int, corner: str = "top-left"):
         if not 0 < len(text) <= 24 or not text.isprintable() or not text.strip():
             raise ConfigError(f"provenance.badge_text={text!r}: must be 1 to 24 printable characters")
-        if corner not in CORNERS:
-            raise ConfigError(f"badge corner {corner!r}: must be one of {', '.join(CORNERS)}")
+        one_of("provenance.badge_corner", corner, CORNERS)
         label = _label(text, max(LEAST, round(SHARE * min(height, width))))
         rows, columns, margin = *label.shape[:2], max(2, label.shape[0] // 4)
         if rows + 2 * margin > height or columns + 2 * margin > width:

@@ -133,7 +133,7 @@ TABLE = {row.name: row for row in (
              reason=("watermark", "sign", "log")),
     _counter("auth_failures_total", "Requests without right.", reason=("missing", "key", "token", "expired", "audience", "scope")),
     _counter("rate_limited_total", "Requests over a limit.",
-             reason=("requests", "sessions", "offers", "viewers", "audio", "failures", "buffer_full")),
+             reason=("requests", "sessions", "offers", "viewers", "audio", "uploads", "failures", "buffer_full")),
     _counter("ssrf_blocked_total", "Addresses given by callers and refused.", reason=("scheme", "host", "address")),
     _counter("uploads_rejected_total", "Files refused.", reason=("size", "type", "decode", "pixels", "consent")),
     _counter("webhook_deliveries_total", "Events told to webhooks.", outcome=("delivered", "retried", "failed", "refused")),

@@ -13,7 +13,7 @@ from liveavatar.serving.settings import AccessConfig
 
 FAILURES = 20  # wrong keys or tokens a minute from one address
 AUDIO_UNIT = 0.01  # seconds of audio to one count
-UPLOADED, UPLOAD_UNIT = 2_000_000_000, 1000  # bytes a day of a key's pictures and videos; to one count
+UPLOAD_UNIT = 1000  # bytes to one count
 MESSAGES = 600  # a second on one socket: 20 ms packets at twelve times real time
 
 
@@ -48,7 +48,7 @@ class Quotas:
         }
         self._most = settings.sessions
         self._audio = RateLimitItemPerDay(math.ceil(settings.audio_seconds_per_day / AUDIO_UNIT))
-        self._uploads = RateLimitItemPerDay(UPLOADED // UPLOAD_UNIT)
+        self._uploads = RateLimitItemPerDay(math.ceil(settings.upload_bytes_per_day / UPLOAD_UNIT))
 
     def count(self, what: str, key: str) -> None:
         """One more of "requests", "sessions" or "offers" by this server key."""

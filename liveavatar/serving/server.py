@@ -123,7 +123,7 @@ def marker(settings: ServeConfig) -> Callable[[Role, int, int], Mark]:
     key = server_key(folder, Path(said) if said else None) if provenance.watermark else b""
 
     def made(role: Role, height: int, width: int) -> Mark:
-        steps = [Badge(provenance.badge_text, height, width).draw] if provenance.badge else []
+        steps = [Badge(provenance.badge_text, height, width, provenance.badge_corner).draw] if provenance.badge else []
         steps += [Watermark(key, payload(role), height, width).mark] if provenance.watermark else []
 
         def mark(picture):

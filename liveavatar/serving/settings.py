@@ -9,6 +9,9 @@ from liveavatar.core import ConfigError
 
 ENGINES = ("model", "testcard")
 MODES = ("conversation", "livestream")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
+TOKEN_SECONDS = 600.0  # a browser's token lives no longer (API-5)
 
 
 def positive(section: str, settings: object, *names: str) -> None:
@@ -25,7 +28,7 @@ class ListenConfig:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    admin_host: str = "127.0.0.1"  # metrics and drain
+    admin_host: str = "127.0.0.1"  # metrics and drain, without a key: another one only where `insecure` says so
     admin_port: int | None = None  # None: /metrics on the main port, for server keys with scope admin and for loopback
     origins: tuple[str, ...] = ()  # of web pages that may call the API (CORS); the console needs none
     insecure: bool = False
@@ -35,6 +38,9 @@ class ListenConfig:
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"listen.port={self.port}: must be 0..65535 (0: any free one)")
+        if self.admin_port is not None and self.admin_host not in LOOPBACK and not self.insecure:
+            raise ConfigError(f"listen.admin_host={self.admin_host}: that door asks for no key; keep it on 127.0.0.1, or set listen.insecure=true "
+                              "where only operators reach it")
         if "*" in self.origins:
             raise ConfigError("listen.origins: name the origins, '*' would let every page use a visitor's token")
         if (self.certificate is None) != (self.key is None):
@@ -46,19 +52,22 @@ class AccessConfig:
     """Who may do what, and how much of it. Limits are per server key."""
 
     required: bool = True
-    token_seconds: float = 600.0  # life of a browser's token
+    token_seconds: float = TOKEN_SECONDS  # life of a browser's token
     sessions: int = 8  # at once
     sessions_per_minute: int = 30
     offers_per_minute: int = 60
     requests_per_minute: int = 1200
     viewers: int = 20  # of one session
     audio_seconds_per_day: float = 86_400.0
+    upload_bytes_per_day: int = 2_000_000_000  # of pictures and videos
     image_bytes: int = 10_000_000
     audio_bytes: int = 50_000_000
 
     def __post_init__(self):
         positive("access", self, "token_seconds", "sessions", "sessions_per_minute", "offers_per_minute", "requests_per_minute", "viewers",
-                 "audio_seconds_per_day", "image_bytes", "audio_bytes")  # fmt: skip
+                 "audio_seconds_per_day", "upload_bytes_per_day", "image_bytes", "audio_bytes")  # fmt: skip
+        if self.token_seconds > TOKEN_SECONDS:
+            raise ConfigError(f"access.token_seconds={self.token_seconds}: must be at most {TOKEN_SECONDS:g}; a page asks for a new one before that")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +198,13 @@ class ProvenanceConfig:
     watermark_key_file: str | None = None  # None: made at first start in storage.folder
     badge: bool = True
     badge_text: str = "AI"
+    badge_corner: str = "top-left"
     sign: bool = True  # C2PA manifest in recordings
     certificate: str | None = None  # PEM chain and key; None: a local authority is made at first start
     key: str | None = None
+
+    def __post_init__(self):
+        one_of("provenance.badge_corner", self.badge_corner, CORNERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +253,6 @@ class ServeConfig:
         one_of("mode", self.mode, MODES)
         if self.talk is not None and self.speech.voice == "none":
             raise ConfigError("talk: a conversation needs a voice: set speech.voice, e.g. to hibari")
-        local = self.listen.host in ("127.0.0.1", "::1", "localhost")
-        if not (self.access.required or local or self.listen.insecure):
+        if not (self.access.required or self.listen.host in LOOPBACK or self.listen.insecure):
             raise ConfigError(f"listen.host={self.listen.host}: without access.required anybody could speak through the avatars; "
                               "listen on 127.0.0.1, require keys, or set listen.insecure=true")

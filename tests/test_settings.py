@@ -1,0 +1,24 @@
+"""What an operator may not say: doors without keys, tokens that live too long, corners there are none of."""
+
+import pytest
+
+from liveavatar.core import ConfigError
+from liveavatar.serving.settings import AccessConfig, ListenConfig, ProvenanceConfig, ServeConfig
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: ListenConfig(admin_host="0.0.0.0", admin_port=9000), "admin_host"),
+    (lambda: ServeConfig(listen=ListenConfig(host="0.0.0.0"), access=AccessConfig(required=False)), "insecure=true"),
+    (lambda: ListenConfig(origins=("*",)), "name the origins"),
+    (lambda: AccessConfig(token_seconds=601), "at most 600"),
+    (lambda: AccessConfig(upload_bytes_per_day=0), "must be positive"),
+    (lambda: ProvenanceConfig(badge_corner="middle"), "badge_corner"),
+])  # fmt: skip
+def test_refused_with_a_way_out(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_an_operator_may_know_better():
+    assert ListenConfig(admin_host="10.0.0.7", admin_port=9000, insecure=True).admin_host == "10.0.0.7"
+    assert ListenConfig(admin_host="10.0.0.7").admin_port is None  # no such door
