@@ -8,6 +8,7 @@ printed with it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -193,12 +194,12 @@ def sweep(config: Config, model: S2VConfig, geometry: Geometry, speeds: Speeds, 
     return [forecast(config, model, geometry, speeds, ranks, **more) for ranks in range(1, len(config.chain) + 1)]
 
 
-COLUMNS = ("GPUs", "fits", "FPS", "real time", "first frame", "turn: voice", "microphone", "load by rank", "missing", "Wh/min", "$/min")
+COLUMNS = ("GPUs", "fits", "FPS", "x real\ntime", "first\nframe", "turn,\nvoice", "turn,\nmic", "load\nby rank", "mis-\nsing", "Wh/\nmin", "$/\nmin")  # 80 wide
 
 
 def table(forecasts: list[Forecast], title: str) -> Table:
     """Of one forecast all that is known; of several a row each."""
-    shown = Table(title=title, box=SIMPLE, pad_edge=False)
+    shown = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     if len(forecasts) == 1:
         for column in ("", f"{forecasts[0].devices} GPU(s)"):
             shown.add_column(column)
@@ -206,12 +207,18 @@ def table(forecasts: list[Forecast], title: str) -> Table:
             shown.add_row(*row)
         return shown
     for column in COLUMNS:
-        shown.add_column(column)
+        shown.add_column(column, no_wrap=True)
     for f in forecasts:
-        shown.add_row(str(f.devices), "no" if f.plan.problems else "yes", f"{f.fps:.1f}", f"{f.real_time:.2f} x", f"{f.first_frame:.2f} s",
-                      f"{f.turn_voice:.2f} s", f"{f.turn_microphone:.2f} s", " ".join(f"{b:.0%}" for b in f.busy),
-                      f"{f.underrun / LIVE_SECONDS:.0%}", f"{f.watt_hours:.1f}", f"{f.dollars:.3f}")  # fmt: skip
+        shown.add_row(str(f.devices), "no" if f.plan.problems else "yes", f"{f.fps:.1f}", f"{f.real_time:.2f}", f"{f.first_frame:.2f}s",
+                      f"{f.turn_voice:.2f}s", f"{f.turn_microphone:.2f}s", _runs(f"{b:.0%}" for b in f.busy),
+                      f"{f.underrun / LIVE_SECONDS:.0%}", f"{f.watt_hours:.1f}", f"{f.dollars:.2f}")  # fmt: skip
     return shown
+
+
+def _runs(loads: Iterable[str]) -> str:
+    """Loads rank by rank, those that are alike once: 4x27% 16%."""
+    runs = [(load, len(list(same))) for load, same in itertools.groupby(loads)]
+    return " ".join(f"{count}x{load}" if count > 1 else load for load, count in runs)
 
 
 def plot(forecasts: list[Forecast], title: str, path: Path) -> None:
