@@ -176,7 +176,7 @@ async def add_sound(
     had = found(who, at, channel, owner, CONTROL)
 
     async def make() -> Response:
-        sound = await at.channels.add_sound(had, *await read_speech(request, rate))
+        sound = await at.channels.add_sound(had, *await read_speech(request, rate, at.recordings))
         return JSONResponse(SoundView(**asdict(sound)).model_dump(), 201, {"Location": f"/v1/channels/{had.name}/sounds/{sound.id}"})
 
     return await at.idempotency.once(who.owner, f"sounds {had.id}", once, await request.body() + b"%d" % rate, make)
