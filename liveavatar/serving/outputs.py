@@ -59,19 +59,21 @@ def wanted(wish: OutputWish) -> Wanted:
 
 @dataclass(eq=False, kw_only=True)
 class Output:
-    """One that runs or ran, of a session. sink: Destination or Recorder. folder: of its HLS files."""
+    """One that runs or ran, of a session. sink: None when it is over, for it holds the session's pictures. folder: of its HLS files."""
 
     id: str
     session: str
     name: str
     kind: str
-    sink: Destination | Recorder
+    sink: Destination | Recorder | None
     task: asyncio.Task
     folder: Path | None = None
+    last: OutputStatus | None = None
 
     @property
     def status(self) -> OutputStatus:
-        return self.sink.status
+        """Now, or at its end."""
+        return self.last or self.sink.status
 
 
 class Outputs:
@@ -157,8 +159,9 @@ class Outputs:
 
     def stop(self, lease: Lease, output: Output) -> None:
         """Send what is queued and end it; harmless when it, or its session, is over."""
-        self._leave(lease, output)
-        output.sink.close()
+        if output.sink is not None:
+            self._leave(lease, output)
+            output.sink.close()
 
     def file(self, output: Output, name: str) -> tuple[Path, str]:
         """A file of an HLS output and its media type. Raises NotFound."""
@@ -169,6 +172,7 @@ class Outputs:
     def _ended(self, lease: Lease, output: Output) -> None:
         """It sends nothing any more: nothing of it holds the session."""
         self._leave(lease, output)
+        output.last, output.sink = output.sink.status, None
         if not output.task.cancelled() and output.task.exception() is not None:
             log.error("output_broke", session=lease.id, kind=output.kind, reason=type(output.task.exception()).__name__)
         asyncio.get_running_loop().call_later(HLS_SECONDS, self._forget, output)
