@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,11 +61,10 @@ def read_record(cls: type[Kept], file: Path) -> Kept:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A private folder to be filled, which is at `path` when the block ends well, and nowhere before."""
     beside = private_folder(path.with_name(UNFINISHED + path.name))
-    try:
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, beside)
         yield beside
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
+        undo.pop_all()
     beside.rename(path)
     flush_folder(path.parent)
 

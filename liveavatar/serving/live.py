@@ -64,15 +64,13 @@ class Role:
 class LiveSession:
     """See the module. Made by Studio.open; every call on the event loop.
 
-    reopen: gives an engine session for a role, waiting until there is a chain. mark: what is drawn into every picture
-    (watermark, badge), uint8 [H, W, 3] -> the same. remark: makes that for another role. sleep: waits so many seconds.
+    reopen: gives an engine session for a role, waiting until there is a chain. marks: what is drawn into every picture of a
+    role (watermark, badge), uint8 [H, W, 3] -> the same. sleep: waits so many seconds.
     """
 
     def __init__(self, role: Role, config: ServeConfig, still: np.ndarray, *, reopen: Callable[[Role], Awaitable[Session]], executor: Executor,
-                 mark: Callable[[np.ndarray], np.ndarray] = lambda picture: picture, mode: str | None = None, metrics: Metrics | None = None,
-                 remark: Callable[[Role], Callable[[np.ndarray], np.ndarray]] | None = None,
+                 marks: Callable[[Role], Callable[[np.ndarray], np.ndarray]], mode: str | None = None, metrics: Metrics | None = None,
                  clock: Callable[[], float] = monotonic, sleep: Callable[[float], Awaitable] = asyncio.sleep):  # fmt: skip
-        self._remark = remark or (lambda role: mark)
         self.metrics = metrics or Metrics(version=__version__)
         self.id, self.role, self.config, self.clock, self.mode = secrets.token_urlsafe(16), role, config, clock, mode or config.mode
         self.height, self.width = still.shape[0] * config.media.scale, still.shape[1] * config.media.scale
@@ -85,7 +83,7 @@ class LiveSession:
         self.happenings = Happenings(clock)
         self.gauges, self.factor, self.rung = Gauges(), Factor(), GROUND
         self.resting: str | None = None  # why a channel lets it idle (metrics.FILLERS): schedule, between two entries; degraded, for want of one
-        self._reopen, self._mark, self._sleep = reopen, mark, sleep
+        self._reopen, self._marks, self._mark, self._sleep = reopen, marks, marks(role), sleep
         self._engine: Session | None = None
         self._offset, self._pushed, self._asked = 0, Signal(), None  # offset: a position of speech less the engine's
         self._pacer: Pacer | None = None
@@ -174,7 +172,7 @@ class LiveSession:
         self._check()
         await self._tell(lambda engine: engine.set_reference(picture))
         self.role = replace(self.role, avatar=avatar, picture=picture)
-        self._mark = self._remark(self.role)
+        self._mark = self._marks(self.role)
         self.happenings.add("session.updated", avatar=avatar)
 
     async def observe(self) -> Observation:

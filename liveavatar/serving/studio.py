@@ -129,13 +129,12 @@ class Studio:
         began = self.clock()
         try:
             fitted = await self.engine.fitted(role.picture)
-            still = fitted.permute(1, 2, 0).numpy()
-            mark, role = self._marker(role, *still.shape[:2]), replace(role, picture=fitted)
+            still, role = fitted.permute(1, 2, 0).numpy(), replace(role, picture=fitted)
+            session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock,
+                                  metrics=self.metrics, marks=lambda role: self._marker(role, *still.shape[:2]))  # fmt: skip
             engine_session = await self._opened(role)  # last: whatever fails before leaves no place in the chain taken
         finally:
             self._reserved -= 1
-        session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock, metrics=self.metrics,
-                              mark=mark, remark=lambda role: self._marker(role, *still.shape[:2]))  # fmt: skip
         self.sessions[session.id] = session
         with about(session=session.id):
             session.start(engine_session)
