@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -275,7 +276,7 @@ def worst(found: Sequence[Probe]) -> Probe:
 def seam(video: VideoFile, at: float, around: float = 1.0) -> float:
     """How much larger the change of the picture across `at` seconds is than the usual one around it; about 1 without a seam."""
     pictures = [(t, picture.astype(np.int16)) for t, picture in video.frames(max(0.0, at - around), at + around)]
-    steps = [(b[0], np.abs(b[1] - a[1]).mean()) for a, b in zip(pictures, pictures[1:], strict=False)]
+    steps = [(b[0], np.abs(b[1] - a[1]).mean()) for a, b in pairwise(pictures)]
     across = next((step for t, step in steps if t >= at - 1e-6), None)
     if across is None:
         raise InputError(f"{video.path}: no picture at {at:g} s")

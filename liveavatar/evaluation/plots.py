@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,7 @@ def timeline(path: Path, run: Recording) -> None:
         start = min((s.opened for s in run.streams), default=0.0)
         for stream in run.streams:
             sent = [(line["t"] - start, line["count"]) for line in stream["sent"]]
-            steps = [(b[0], (b[0] - a[0]) / b[1]) for a, b in zip(sent, sent[1:], strict=False)]
+            steps = [(b[0], (b[0] - a[0]) / b[1]) for a, b in pairwise(sent)]
             if steps:
                 axes.plot(*zip(*steps, strict=True), label=stream.name, linewidth=0.9)
             for line in stream["repeated"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -177,7 +178,7 @@ class Order:
 
 def _above(metric: str, *variants: str) -> Callable[[Values], list[float]]:
     """Each variant's value over the next one's."""
-    return lambda v: [v[a][metric] - v[b][metric] for a, b in zip(variants, variants[1:], strict=False)]
+    return lambda v: [v[a][metric] - v[b][metric] for a, b in pairwise(variants)]
 
 
 def _below(metric: str, best: str, *worse: str) -> Callable[[Values], list[float]]:

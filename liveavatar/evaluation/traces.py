@@ -10,6 +10,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +268,7 @@ def _latency(run: Recording, warmup: int) -> list[Measure]:
 
 def _intervals(run: Recording, warmup: int) -> list[Measure]:
     after = [[line for line in s["sent"] if line["block"] >= warmup] for s in run.streams]
-    steps = [b["t"] - a["t"] for lines in after for a, b in zip(lines, lines[1:], strict=False)]
+    steps = [b["t"] - a["t"] for lines in after for a, b in pairwise(lines)]
     single = all(line["count"] == 1 for lines in after for line in lines)
     return percentiles("frame_interval" if single else "block_interval", steps, "s", "no pictures after warm-up")
 
