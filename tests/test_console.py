@@ -301,6 +301,38 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(running_br
     assert wrong == [] and unnamed == []
 
 
+def test_a_page_that_is_loaded_anew_gives_its_place_back_unless_it_is_on_air(running_browser, tmp_path):
+    runner, browser = running_browser
+
+    async def begun(page, server):
+        await page.click("#start")
+        await moving(page)
+        (session,) = server.studio.sessions.values()
+        return session
+
+    async def until(true) -> None:
+        async with asyncio.timeout(WAIT_MS / 1000):
+            while not true():
+                await asyncio.sleep(0.05)
+
+    async def body():
+        async with on_port(settings(tmp_path)) as (server, port), visitor(browser, f"http://{port}") as (page, wrong):
+            await enter(page, server.key)
+            session = await begun(page, server)
+            await page.reload()
+            await until(lambda: session.state == "closed")
+            session = await begun(page, server)
+            made = await server.http.post(f"/v1/sessions/{session.id}/outputs", json={"kind": "hls"})
+            assert made.status_code == 201
+            await holds(page, "document.getElementById('state').dataset.state === 'idle'")
+            await asyncio.sleep(2)  # the page is told once a second who else takes the picture
+            await page.reload()
+            await until(lambda: len(session.broadcast.sinks) == 1)  # the playlist's
+            assert session.state == "idle" and wrong == []
+
+    runner.run(body())
+
+
 def test_the_page_takes_nothing_from_elsewhere_and_says_everything_twice():
     """No other host, no inline script or style, no HTML from strings; each word in both languages, each that is used known."""
     files = {path.name: path.read_text(encoding="utf-8") for path in CONSOLE.iterdir()}

@@ -31,10 +31,11 @@ export class Api {
     return this.key ? {Authorization: `Bearer ${this.key}`, ...more} : more;
   }
 
-  async ask(method, path, {json, body, headers} = {}) {
+  async ask(method, path, {json, body, headers, keepalive = false} = {}) {
     const type = json === undefined ? {} : {"Content-Type": "application/json"};
     const answer = await fetch(path, {
       method,
+      keepalive,
       headers: this.headers({...type, ...headers}),
       body: json === undefined ? body : JSON.stringify(json),
     });
@@ -57,8 +58,9 @@ export class Api {
     return (await this.ask("POST", path, {body})).json();
   }
 
-  delete(path) {
-    return this.ask("DELETE", path);
+  // Also while the page goes away, when nobody waits for the answer.
+  delete(path, keepalive = false) {
+    return this.ask("DELETE", path, {keepalive});
   }
 
   async picture(path) {

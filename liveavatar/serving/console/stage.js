@@ -53,6 +53,7 @@ export class Stage {
     $("talk_on").addEventListener("change", () => {
       this.changing = app.try(() => this.converse($("talk_on").checked));
     });
+    addEventListener("pagehide", () => this.gone());
     document.addEventListener("keydown", event => {
       if (event.key === "Escape" && this.player && !document.querySelector("dialog[open]")) app.try(() => this.interrupt());
     });
@@ -70,6 +71,7 @@ export class Stage {
     try {
       const prompt = $("prompt").value.trim();
       const session = await this.app.api.post("/v1/sessions", {avatar_id: this.app.avatars.chosen, ...(prompt && {prompt})});
+      this.own = session.id;
       await this.watch(session).catch(async error => {
         await this.app.api.delete(`/v1/sessions/${session.id}`).catch(() => null); // nobody sees it: it would hold its place for a minute
         throw error;
@@ -122,6 +124,13 @@ export class Stage {
     this.app.tell("session", null);
     await player?.close(over);
     this.draw();
+  }
+
+  // The page closes or is loaded anew. What it began and nobody else takes would hold its place for a minute; what is on air goes on.
+  gone() {
+    const {app, own} = this;
+    if (app.session?.id === own && !(app.stats?.viewers > 1)) app.api.delete(this.home, true).catch(() => null);
+    else if (this.player?.home) app.api.delete(this.player.home, true).catch(() => null);
   }
 
   async end() {
