@@ -2,6 +2,7 @@
 
 import pytest
 
+from liveavatar.config import build
 from liveavatar.core import ConfigError
 from liveavatar.serving.settings import AccessConfig, ListenConfig, ProvenanceConfig, ServeConfig
 
@@ -13,6 +14,10 @@ from liveavatar.serving.settings import AccessConfig, ListenConfig, ProvenanceCo
     (lambda: AccessConfig(token_seconds=601), "at most 600"),
     (lambda: AccessConfig(upload_bytes_per_day=0), "must be positive"),
     (lambda: ProvenanceConfig(badge_corner="middle"), "badge_corner"),
+    (lambda: build(ServeConfig, {"profiles": {"tv": {"bitrate": 0}}}), "profiles.tv: media.bitrate=0: must be positive"),
+    (lambda: build(ServeConfig, {"profiles": {"tv": {"mode": "show"}}}), "profiles.tv: mode"),
+    (lambda: build(ServeConfig, {"profiles": {"tv": {"bitrat": 9}}}), "profiles.tv.bitrat'; did you mean 'bitrate'"),
+    (lambda: build(ServeConfig, {"profiles": {7: {}}}), "profiles must be str"),
 ])  # fmt: skip
 def test_refused_with_a_way_out(make, words):
     with pytest.raises(ConfigError, match=words):

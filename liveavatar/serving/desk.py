@@ -18,9 +18,10 @@ from liveavatar.serving.access import Principal
 from liveavatar.serving.answers import as_problem
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.happenings import Event
-from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited
+from liveavatar.serving.live import LiveSession
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited, Unprocessable
 from liveavatar.serving.quotas import Quotas
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.telemetry import now as monotonic
@@ -41,7 +42,9 @@ class Wish:
 
     avatar: str
     mode: str | None = None
+    profile: str | None = None
     prompt: str | None = None
+    emotion: str = ""
     idle_seconds: float | None = None
     length_seconds: float | None = None
     endless: bool = False
@@ -189,15 +192,23 @@ class Desk:
         principal.need_key()
         if self.studio.draining:
             raise Capacity("the server is shutting down", kind="draining", retry_after=30)
-        role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, wish.mode), prompt=wish.prompt or "", owner=principal.owner,
+        config = self._settings_of(wish.profile)
+        mode = wish.mode or config.mode
+        role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, mode), prompt=wish.prompt or "", owner=principal.owner,
                     metadata=wish.metadata)  # fmt: skip
         self.quotas.sessions(principal.key, self._held(principal.key))
         self._building[principal.key] += 1
         try:
-            session = await self.studio.open(role, mode=wish.mode)
+            session = await self.studio.open(role, mode=mode, config=config)
         finally:
             self._building[principal.key] -= 1
         return self._admit(principal, wish, session)
+
+    def _settings_of(self, profile: str | None) -> ServeConfig:
+        """Those of sessions with this profile. Raises Unprocessable."""
+        if profile is not None and profile not in self.settings.profiles:
+            raise Unprocessable(f"no profile {profile!r}: /v1/server names those there are", kind="profile")
+        return self.settings if profile is None else self.settings.under(profile)
 
     def portrait(self, principal: Principal, avatar_id: str, mode: str | None) -> Path:
         """The picture of an avatar this one may show in this mode. Raises NotFound, Forbidden (consent_...)."""
@@ -220,7 +231,7 @@ class Desk:
                                                                        (wish.length_seconds, limits.length_seconds)))  # fmt: skip
         if wish.endless:
             idle = length = math.inf
-        lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode,
+        lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=session.mode,
                       opened=now, seen=now, created=self._wall(), idle_seconds=idle, length_seconds=length)  # fmt: skip
 
         def failed(error: Exception) -> None:

@@ -18,7 +18,8 @@ from liveavatar.serving.problems import Invalid, Unprocessable
 from liveavatar.serving.recorded import pieces, read_speech
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import (
-    Accepted, InterruptedView, LeaseView, Number, SayWish, SessionChange, SessionList, SessionView, SessionWish, Token, TokenWish, problems,
+    Accepted, InterruptedView, LeaseView, Number, SayWish, SessionChange, SessionList, SessionView, SessionWish, Token, TokenWish, UpdateOrder,
+    problems,
 )  # fmt: skip
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], dependencies=[BEARER])
@@ -32,7 +33,8 @@ def view(lease: Lease, desk) -> SessionView:
     session, home = lease.session, f"/v1/sessions/{lease.id}"
     return SessionView(
         id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None,
-        epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height,
+        epoch=session.epoch, owner=lease.owner, profile=lease.wish.profile, prompt=lease.wish.prompt, emotion=lease.wish.emotion,
+        listening=not lease.over and session.role.listening, width=session.width, height=session.height,
         viewers=session.stats()["viewers"], created_at=lease.created, metadata=lease.wish.metadata,
         lease=None if lease.over else _ends(lease, desk),
         links={"self": home, **{name: f"{home}/{name}" for name in ("stream", "whep", "stats", "audio", "say", "interrupt", "tokens", "outputs")}},
@@ -73,7 +75,7 @@ async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
         await at.webhooks.check(wish.webhook.url)
     for output in outputs:
         await at.outputs.check(output)
-    lease = await at.desk.open(who, Wish(avatar=wish.avatar_id, mode=wish.mode, prompt=wish.prompt, metadata=dict(wish.metadata),
+    lease = await at.desk.open(who, Wish(avatar=wish.avatar_id, mode=wish.mode, profile=wish.profile, prompt=wish.prompt, metadata=dict(wish.metadata),
                                          idle_seconds=wish.limits.idle_seconds, length_seconds=wish.limits.length_seconds))  # fmt: skip
     if wish.webhook is not None:
         at.webhooks.follow(lease.session, wish.webhook.url, wish.webhook.secret.get_secret_value())
@@ -122,23 +124,22 @@ async def heartbeat(session_id: SessionId, who: Who, at: At) -> LeaseView:
 
 @router.patch("/{session_id}", response_model=SessionView, responses=problems(400, 403, 404, 409, 413))
 async def change_session(session_id: SessionId, change: SessionChange, who: Who, at: At) -> SessionView:
-    """Another prompt or another face from the next block on; other metadata."""
+    """Another prompt, emotion or face from the next block on, listening or not; other metadata."""
     lease = at.desk.running(who, session_id, CONTROL)
-    await changed(lease, change.prompt, change.avatar_id, who, at)
+    await changed(lease, change, who, at)
     if change.metadata is not None:
         at.desk.change(lease, metadata=dict(change.metadata))
     return view(lease, at.desk)
 
 
-async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: Principal, at: Services) -> None:
+async def changed(lease: Lease, change: SessionChange | UpdateOrder, who: Principal, at: Services) -> None:
     """Steer a running session. Raises a Problem; an avatar is checked before anything changes."""
-    portrait = None if avatar_id is None else at.desk.portrait(who, avatar_id, lease.mode)
-    if prompt is not None:
-        await lease.session.set_prompt(prompt)
-        at.desk.change(lease, prompt=prompt)
+    portrait = None if change.avatar_id is None else at.desk.portrait(who, change.avatar_id, lease.mode)
+    await lease.session.set_prompt(change.prompt, emotion=change.emotion, listening=change.listening)
+    at.desk.change(lease, **change.model_dump(include={"prompt", "emotion"}, exclude_none=True))
     if portrait is not None:
-        await lease.session.set_reference(avatar_id, await asyncio.to_thread(load_picture, portrait))
-        at.desk.change(lease, avatar=avatar_id)
+        await lease.session.set_reference(change.avatar_id, await asyncio.to_thread(load_picture, portrait))
+        at.desk.change(lease, avatar=change.avatar_id)
 
 
 @router.post("/{session_id}/interrupt", response_model=InterruptedView, responses=problems(403, 404, 409))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError
@@ -79,6 +79,7 @@ class SessionsConfig:
     audio_seconds: float = 60.0  # speech that may wait; beyond: 429 buffer_full
     park_seconds: float = 20.0  # idle for so long without a viewer: no blocks are made until somebody looks or speaks
     headroom: float = 0.15  # of the measured real-time factor that stays unused
+    listening: bool = False  # while a user of a conversation or of Realtime speaks, the prompt says that the person listens
     degrade: bool = True  # leave things out, step by step, when pictures come too late (ladder.py); else they are just late
     drain_seconds: float = 600.0  # sessions may go on for so long after SIGTERM
 
@@ -102,6 +103,21 @@ class MediaConfig:
     def __post_init__(self):
         one_of("media.encoder", self.encoder, ("auto", "libx264", "h264_nvenc"))
         positive("media", self, "bitrate", "sound_bitrate", "keyframe_seconds", "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What sessions opened with a profile's name have otherwise than this server's others; None: as those. See MediaConfig and SessionsConfig."""
+
+    mode: str | None = None
+    preset: str | None = None
+    bitrate: int | None = None
+    sound_bitrate: int | None = None
+    keyframe_seconds: float | None = None
+    scale: int | None = None
+    audio_seconds: float | None = None
+    park_seconds: float | None = None
+    listening: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +255,7 @@ class ServeConfig:
     access: AccessConfig = field(default_factory=AccessConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
+    profiles: dict[str, ProfileConfig] = field(default_factory=dict)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     outputs: OutputsConfig = field(default_factory=OutputsConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -251,8 +268,22 @@ class ServeConfig:
     def __post_init__(self):
         one_of("engine_kind", self.engine_kind, ENGINES)
         one_of("mode", self.mode, MODES)
+        for name in self.profiles:
+            self.under(name)
         if self.talk is not None and self.speech.voice == "none":
             raise ConfigError("talk: a conversation needs a voice: set speech.voice, e.g. to hibari")
         if not (self.access.required or self.listen.host in LOOPBACK or self.listen.insecure):
             raise ConfigError(f"listen.host={self.listen.host}: without access.required anybody could speak through the avatars; "
                               "listen on 127.0.0.1, require keys, or set listen.insecure=true")
+
+    def under(self, profile: str) -> ServeConfig:
+        """As it is for a session of this profile, which must be one of `profiles`. Raises ConfigError for impossible values in it."""
+        said = {name: value for name, value in vars(self.profiles[profile]).items() if value is not None}
+        sections = {}
+        for section in ("media", "sessions"):
+            own = getattr(self, section)
+            sections[section] = own, {field.name: said.pop(field.name) for field in fields(own) if field.name in said}
+        try:
+            return replace(self, profiles={}, **said, **{section: replace(own, **values) for section, (own, values) in sections.items()})
+        except ConfigError as error:
+            raise ConfigError(f"profiles.{profile}: {error}") from None

@@ -115,6 +115,9 @@ class Talk:
             self._tell_progress()
             if self.avatar.state in ("closing", "closed", "failed"):
                 return
+            if self._inbox.empty():  # else it may be over already: turns that were typed
+                with contextlib.suppress(Conflict):  # as in _hush
+                    await self.avatar.hears(self.conversation.hearing)
 
     async def _carry_out(self, order: Order) -> list[Order]:
         match order:
