@@ -22,6 +22,7 @@ from types import MappingProxyType
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from liveavatar.core import ConfigError
+from liveavatar.serving import tls
 from liveavatar.serving.problems import Forbidden, Invalid, TooLarge, Unprocessable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -144,7 +145,7 @@ async def _exchange(method: str, target: Target, body: bytes, headers: Mapping[s
 
     own = {"Host": urlsplit(target.url).netloc, "Accept-Encoding": "identity"}
     try:
-        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=None) as client:
+        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=None, verify=await tls.context()) as client:
             named = {"sni_hostname": target.host}  # certificates are checked against the name, not the address
             async with client.stream(method, target.pinned, content=body, headers={**headers, **own}, extensions=named) as answer:
                 data = bytearray()
