@@ -19,6 +19,7 @@ from liveavatar.serving.answers import as_problem
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.happenings import Event
 from liveavatar.serving.live import LiveSession
+from liveavatar.serving.moderation import Moderation
 from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited, Unprocessable
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.role import Role
@@ -139,10 +140,11 @@ class Desk:
     a Problem for an avatar that may not be used.
     """
 
-    def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, *,
+    def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, moderation: Moderation, *,
                  told: Callable[[str, dict], None] = lambda name, data: None, clock: Callable[[], float] = monotonic,
                  wall: Callable[[], float] = time.time, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
         self.studio, self.settings, self.quotas, self._usable, self._told = studio, settings, quotas, usable, told
+        self._moderation = moderation
         self._clock, self._wall, self._sleep = clock, wall, sleep
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
@@ -180,7 +182,7 @@ class Desk:
     async def open(self, principal: Principal, wish: Wish) -> Lease:
         """A new session of the asker's. Slots are reserved before anything is built; what fails leaves nothing behind.
 
-        Raises Forbidden, NotFound (avatar), RateLimited (quota, rate), Capacity, InputError (prompt).
+        Raises Forbidden, NotFound (avatar), RateLimited (quota, rate), Capacity, InputError (prompt), and what Moderation.check raises.
         """
         try:
             return await self._open(principal, wish)
@@ -199,10 +201,16 @@ class Desk:
         self.quotas.sessions(principal.key, self._held(principal.key))
         self._building[principal.key] += 1
         try:
+            if wish.prompt:
+                await self._moderation.check("prompt", wish.prompt, **self._judged(principal, wish, mode))
             session = await self.studio.open(role, mode=mode, config=config)
         finally:
             self._building[principal.key] -= 1
         return self._admit(principal, wish, session)
+
+    def _judged(self, principal: Principal, wish: Wish, mode: str) -> dict:
+        """How strictly, and for whom, what a session says is judged."""
+        return {"closed": wish.endless or mode == "livestream", "owner": principal.owner, "prefix": principal.key, "avatar": wish.avatar}
 
     def _settings_of(self, profile: str | None) -> ServeConfig:
         """Those of sessions with this profile. Raises Unprocessable."""
@@ -240,6 +248,7 @@ class Desk:
             session.happenings.add("error", code=problem.kind, status=problem.status, detail=problem.detail, retryable=problem.status >= 500)
 
         lease.feeder, session.spend = Feeder(session, failed, errors=(LiveAvatarError,)), partial(self.quotas.speech, lease.key)
+        session.moderate = partial(self._moderation.check, session=session.id, **self._judged(principal, wish, session.mode))
         self._leases[session.id] = lease
         self.spawn(lease, lease.feeder.run())
         facts = {"session": session.id, "owner": lease.owner, "prefix": lease.key, "avatar": wish.avatar, "mode": lease.mode}

@@ -65,6 +65,7 @@ class LiveSession:
         self.opened_at = self.used_at = clock()  # used: somebody watched or spoke
         self.speech = Speech(config.sessions.audio_seconds)
         self.spend: Callable[[float], AbstractContextManager] = nullcontext  # round the taking of so many seconds of sound: Desk counts them
+        self.moderate: Callable[[str, str], Awaitable[None]] = _anything  # ("speech" or "prompt", text): raises what Moderation.check raises
         self.playout = Playout(still, mode=self.mode, ahead=self._ahead)
         self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
@@ -150,12 +151,14 @@ class LiveSession:
     # ------------------------------------------------------------ control
 
     async def set_prompt(self, prompt: str | None = None, *, emotion: str | None = None, listening: bool | None = None) -> None:
-        """New text from the next block on, see Role; None: that part of it stays. Raises Conflict, InputError."""
+        """New text from the next block on, see Role; None: that part of it stays. Raises Conflict, InputError, and what moderate() raises."""
         self._check()
         said = (("prompt", prompt), ("emotion", emotion), ("listening", listening))
         changes = {name: value for name, value in said if value is not None and value != getattr(self.role, name)}
         if not changes:
             return
+        if changes.keys() - {"listening"}:
+            await self.moderate("prompt", replace(self.role, **changes).text)
         await self._tell(lambda engine: engine.set_prompt(replace(self.role, **changes).text))
         self.role = replace(self.role, **changes)
         self.happenings.add("session.updated", **changes)
@@ -420,3 +423,7 @@ class LiveSession:
             "latency": {"audio wait": engine.timeline.queued_seconds if engine else 0.0, "encode": self.broadcast.encode_seconds,
                         "playout": len(self.playout) / FPS},
         }  # fmt: skip
+
+
+async def _anything(what: str, text: str) -> None:
+    """Nobody minds."""

@@ -18,8 +18,7 @@ from liveavatar.serving.problems import Invalid, Unprocessable
 from liveavatar.serving.recorded import pieces, read_speech
 from liveavatar.serving.services import BEARER, At, OnceKey, Services, Who
 from liveavatar.serving.wire import (
-    Accepted, InterruptedView, LeaseView, Number, SayWish, SessionChange, SessionList, SessionView, SessionWish, Token, TokenWish, UpdateOrder,
-    problems,
+    Accepted, InterruptedView, LeaseView, Number, SayWish, SessionChange, SessionList, SessionView, SessionWish, Token, TokenWish, problems,
 )  # fmt: skip
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], dependencies=[BEARER])
@@ -122,24 +121,25 @@ async def heartbeat(session_id: SessionId, who: Who, at: At) -> LeaseView:
 # ---------------------------------------------------------------- steer
 
 
-@router.patch("/{session_id}", response_model=SessionView, responses=problems(400, 403, 404, 409, 413))
+@router.patch("/{session_id}", response_model=SessionView, responses=problems(400, 403, 404, 409, 413, 503))
 async def change_session(session_id: SessionId, change: SessionChange, who: Who, at: At) -> SessionView:
     """Another prompt, emotion or face from the next block on, listening or not; other metadata."""
     lease = at.desk.running(who, session_id, CONTROL)
-    await changed(lease, change, who, at)
+    await changed(lease, change.prompt, change.avatar_id, who, at, emotion=change.emotion, listening=change.listening)
     if change.metadata is not None:
         at.desk.change(lease, metadata=dict(change.metadata))
     return view(lease, at.desk)
 
 
-async def changed(lease: Lease, change: SessionChange | UpdateOrder, who: Principal, at: Services) -> None:
+async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: Principal, at: Services, *, emotion: str | None = None,
+                  listening: bool | None = None) -> None:  # fmt: skip
     """Steer a running session. Raises a Problem; an avatar is checked before anything changes."""
-    portrait = None if change.avatar_id is None else at.desk.portrait(who, change.avatar_id, lease.mode)
-    await lease.session.set_prompt(change.prompt, emotion=change.emotion, listening=change.listening)
-    at.desk.change(lease, **change.model_dump(include={"prompt", "emotion"}, exclude_none=True))
+    portrait = None if avatar_id is None else at.desk.portrait(who, avatar_id, lease.mode)
+    await lease.session.set_prompt(prompt, emotion=emotion, listening=listening)
+    at.desk.change(lease, **{name: said for name, said in (("prompt", prompt), ("emotion", emotion)) if said is not None})
     if portrait is not None:
-        await lease.session.set_reference(change.avatar_id, await asyncio.to_thread(load_picture, portrait))
-        at.desk.change(lease, avatar=change.avatar_id)
+        await lease.session.set_reference(avatar_id, await asyncio.to_thread(load_picture, portrait))
+        at.desk.change(lease, avatar=avatar_id)
 
 
 @router.post("/{session_id}/interrupt", response_model=InterruptedView, responses=problems(403, 404, 409))
@@ -182,18 +182,21 @@ async def push_recording(
     return Accepted(epoch=epoch, segment=segment, seconds=len(pcm) / rate)
 
 
-@router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413))
+@router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413, 503))
 async def say(session_id: SessionId, wish: SayWish, who: Who, at: At) -> Accepted:
     """Text, spoken with the server's voice."""
     lease = at.desk.running(who, session_id, PUBLISH)
-    return spoken(lease, wish, at)
+    return await spoken(lease, wish, at)
 
 
-def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
-    """Queue text for the voice. Raises Unprocessable without a voice, BufferFull, RateLimited."""
+async def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
+    """Queue text for the voice. Raises Unprocessable without a voice, BufferFull, RateLimited, and what Moderation.check raises."""
     if at.speak is None:
         raise Unprocessable("this server has no voice: see speech.voice", kind="voice")
     at.quotas.may_speak(lease.key)
-    epoch, segment = lease.epoch(wish.epoch), lease.segment(wish.segment)
+    epoch = lease.epoch(wish.epoch)  # before anything is waited for: an interruption meanwhile is meant for this, too
+    await lease.session.moderate("speech", wish.text)
+    lease.need_running()
+    segment = lease.segment(wish.segment)
     lease.feeder.put(Utterance(at.speak(wish.text), segment, epoch))
     return Accepted(epoch=epoch, segment=segment, seconds=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field, fields, replace
 
 from liveavatar.config import Config, one_of
@@ -20,6 +21,15 @@ def positive(section: str, settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:  # so put, not-a-number is refused too
             raise ConfigError(f"{section}.{name}={value}: must be positive")
+
+
+def networks(key: str, said: tuple[str, ...]) -> None:
+    """Raise ConfigError unless all are networks or addresses."""
+    for text in said:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {text!r} is no network: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +234,29 @@ class ProvenanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModerationConfig:
+    """What the operator does not want here (moderation.py). words: file with a word or phrase a line. url: of an endpoint that judges text as
+    OpenAI's /v1/moderations does. faces: folder with pictures of people who must not become avatars."""
+
+    words: str | None = None
+    url: str | None = None
+    model: str | None = None  # sent to the endpoint
+    key_file: str | None = None
+    private: tuple[str, ...] = ()  # networks (CIDR) in which the endpoint may be although they are private, e.g. 127.0.0.0/8
+    seconds: float = 2.0  # for one judgement
+    silent: str = "refuse"  # or allow: what passes without a judgement; on channels and livestreams nothing ever does
+    faces: str | None = None
+    face_distance: float = 0.6  # of two faces below which they are one person's: the network's authors' value
+
+    def __post_init__(self):
+        one_of("moderation.silent", self.silent, ("refuse", "allow"))
+        positive("moderation", self, "seconds", "face_distance")
+        networks("moderation.private", self.private)
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"moderation.url={self.url}: must begin with http:// or https://")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitoringConfig:
     """Logs to stdout; spans to an OTLP collector where one is named.
 
@@ -263,6 +296,7 @@ class ServeConfig:
     talk: TalkConfig | None = None
     realtime: RealtimeConfig | None = None
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
+    moderation: ModerationConfig = field(default_factory=ModerationConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
     def __post_init__(self):

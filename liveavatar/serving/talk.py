@@ -188,6 +188,7 @@ class Talk:
     async def _voice(self, order: Speak, epoch: int) -> None:
         """A segment per sentence: its end is spoken at once, also while the mind still thinks about the next."""
         segment = order.turn * SENTENCES + order.number
+        await self.avatar.moderate("speech", order.text)
         async for pcm, rate in self.voice.speak(order.text):
             await say_to(self.avatar, (pcm, rate), segment=segment, epoch=epoch)
             await self._inbox.put(partial(self.conversation.voiced, order.turn, order.number, 1000 * len(pcm) / rate))
