@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from forker import forking
 
 TINY_SIZE = 64  # pixels, both sides: latents 8 x 8
 
@@ -67,6 +68,13 @@ def save_tiny(folder, **overrides):
 def tiny_folder(tmp_path_factory):
     """Path of a tiny checkpoint folder; read only."""
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def forker():
+    """Where ranks are forked: forker.run(function, *args), see forker.py."""
+    with forking() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
