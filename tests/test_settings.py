@@ -11,6 +11,8 @@ from liveavatar.serving.settings import AccessConfig, ListenConfig, ProvenanceCo
     (lambda: ListenConfig(admin_host="0.0.0.0", admin_port=9000), "admin_host"),
     (lambda: ServeConfig(listen=ListenConfig(host="0.0.0.0"), access=AccessConfig(required=False)), "insecure=true"),
     (lambda: ListenConfig(origins=("*",)), "name the origins"),
+    (lambda: ListenConfig(proxies=("10.0.0.300",)), "'10.0.0.300' is no network"),
+    (lambda: ListenConfig(proxies=("10.0.0.1", "0.0.0.0/0")), "name the proxies' own addresses"),
     (lambda: AccessConfig(token_seconds=601), "at most 600"),
     (lambda: AccessConfig(upload_bytes_per_day=0), "must be positive"),
     (lambda: ProvenanceConfig(badge_corner="middle"), "badge_corner"),

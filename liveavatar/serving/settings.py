@@ -40,6 +40,7 @@ class ListenConfig:
     port: int = 8080
     admin_host: str = "127.0.0.1"  # metrics and drain, without a key: another one only where `insecure` says so
     admin_port: int | None = None  # None: /metrics on the main port, for server keys with scope admin and for loopback
+    proxies: tuple[str, ...] = ()  # addresses or networks (CIDR) of reverse proxies whose X-Forwarded-For is believed; of all others it never is
     origins: tuple[str, ...] = ()  # of web pages that may call the API (CORS); the console needs none
     insecure: bool = False
     certificate: str | None = None  # PEM files for HTTPS; browsers give the microphone to https and localhost only
@@ -51,6 +52,9 @@ class ListenConfig:
         if self.admin_port is not None and self.admin_host not in LOOPBACK and not self.insecure:
             raise ConfigError(f"listen.admin_host={self.admin_host}: that door asks for no key; keep it on 127.0.0.1, or set listen.insecure=true "
                               "where only operators reach it")
+        networks("listen.proxies", self.proxies)
+        if any(ipaddress.ip_network(proxy).prefixlen == 0 for proxy in self.proxies):
+            raise ConfigError(f"listen.proxies={list(self.proxies)}: name the proxies' own addresses, else everybody could say from where they come")
         if "*" in self.origins:
             raise ConfigError("listen.origins: name the origins, '*' would let every page use a visitor's token")
         if (self.certificate is None) != (self.key is None):
