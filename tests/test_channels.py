@@ -130,10 +130,15 @@ def test_a_session_that_cannot_be_opened_is_tried_again_with_growing_pauses():
     desk = SimpleNamespace(studio=studio, settings=ServeConfig(), open=refused)
     store = SimpleNamespace(now=lambda _: channel, progress=lambda _: Progress())
     longest = SimpleNamespace(uniform=lambda low, high: high)
-    runner = Runner(Crew(desk=desk, outputs=None, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept, rng=longest), "1")
+    desk.leases = lambda who: [SimpleNamespace(wish=SimpleNamespace(endless=endless)) for endless in kinds]
+    runner, kinds = Runner(Crew(desk=desk, outputs=None, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept, rng=longest), "1"), []
     asyncio.run(asyncio.wait_for(runner.run(), 5))
     assert [after - before - LOOK_SECONDS for before, after in zip(tries, tries[1:])] == [1, 2, 4, 8, 16, 30, 30]
     assert runner.troubles == {"session": "full"}
+    runner.lease, kinds = object(), [True, False]  # of a server that drains: a conversation goes on, and so does the channel
+    assert not runner._leaving
+    kinds = [True, True]
+    assert runner._leaving
 
 
 def test_outputs_follow_what_is_wanted():
@@ -329,16 +334,16 @@ def test_what_a_channel_may_be_and_whose_it_is(tmp_path):
 # ---------------------------------------------------------------- a server that dies
 
 
-def served(folder: Path) -> subprocess.Popen:
+def served(folder: Path, *words: str) -> subprocess.Popen:
     """A process of its own: configs/serve_tiny.yaml with the test card."""
-    overrides = ["--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={folder}"]
+    overrides = [*words, "--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={folder}"]
     return subprocess.Popen([sys.executable, "-m", "liveavatar", "serve", str(ROOT / "configs" / "serve_tiny.yaml"), *overrides], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
 
 
 @pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffprobe is missing: apt-get install ffmpeg")
-def test_a_killed_server_comes_back_with_its_channels_on_air(tmp_path):
-    """kill -9, then another process on the same folder: the channel is on air again and goes on in its list; SIGTERM hands it over (17.2, 17.6)."""
+def test_a_killed_server_is_replaced_by_one_that_stood_by(tmp_path):
+    """kill -9 while another process stands by, warm and mute: the channel is on air there and goes on in its list; SIGTERM hands it over (17.2, 17.6)."""
     first = second = None
     try:
         first = served(tmp_path)
@@ -351,9 +356,11 @@ def test_a_killed_server_comes_back_with_its_channels_on_air(tmp_path):
             client.post("/v1/channels/night:start")
             wait(lambda: client.get("/v1/channels/night").json()["entry"] == "part-2")
             assert client.get("/v1/channels/night").json()["outputs"][0]["state"] == "live"
+            second = served(tmp_path, "--standby")
+            assert first_word(second, "standing")
+            assert client.get("/v1/channels/night").json()["state"] == "on_air" and second.poll() is None
         first.kill()
         first.wait()
-        second = served(tmp_path)
         with httpx.Client(base_url=first_word(second, "http://"), headers=bearer(key), timeout=30) as client:
             wait(lambda: client.get("/v1/channels/night").json()["entry"] not in (None, "part-0", "part-1", "part-2"))
             wait(lambda: client.get("/v1/channels/night").json()["outputs"][0]["bytes"] > 0)

@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 
 from liveavatar.core import ConfigError, LiveAvatarError
-from liveavatar.serving.access import CONTROL, Principal
+from liveavatar.serving.access import ANYBODY, CONTROL, Principal
 from liveavatar.serving.channel_store import ChannelStore
 from liveavatar.serving.channels import Channel, Entry, SoundFile, Turn, begun, due, ended
 from liveavatar.serving.desk import Desk, Lease, Wish
@@ -65,7 +65,8 @@ def no_voice() -> Unprocessable:
 
 
 class Runner:
-    """Keeps one channel on air from run() to end(), or until the server drains: then the entry on air is heard to its end (17.2).
+    """Keeps one channel on air from run() to end(), or until the server drains: then, when no other session is left, the entry on air is
+    heard to its end (17.2).
 
     lease: of its session; None: it is not on air. entry: the name of what is being said. sessions: how many it has had.
     troubles: what went wrong last, by "session", "entry", or the name of an output that was refused.
@@ -95,7 +96,10 @@ class Runner:
 
     @property
     def _leaving(self) -> bool:
-        return self._ending or self._crew.desk.studio.draining
+        """Whoever takes over from a server that drains must wait until it is gone: so channels leave last."""
+        desk = self._crew.desk
+        last = self.lease is None or all(lease.wish.endless for lease in desk.leases(ANYBODY))
+        return self._ending or desk.studio.draining and last
 
     # ------------------------------------------------------------ sessions
 
