@@ -92,13 +92,15 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     audit = Audit(folder, lambda: metrics.provenance_failed("log"))
     audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
     desk = Desk(studio, settings, quotas, _usable(store, consents), told=audit.note)
+    webhooks = Webhooks(settings.outputs.private, metrics.webhook, metrics.edge)
     signer = Signer(folder, settings.provenance.certificate, settings.provenance.key) if settings.provenance.sign else None
     outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=signer and signer.sign,
                       seal=signer and signer.seal, broke=metrics.recording_failed)  # fmt: skip
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
                     desk=desk, audit=audit, outputs=outputs,
-                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak)),
-                    webhooks=Webhooks(settings.outputs.private, metrics.webhook, metrics.edge),
+                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak,
+                                           webhooks=webhooks)),
+                    webhooks=webhooks,
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
                     stages=stages or Stages(metrics, engine=settings.engine_kind), speak=speak,
