@@ -25,7 +25,7 @@ from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
 from liveavatar.serving.recorder import RECORDINGS, Recorder, Sign, expire, recover
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.signing import Seal
-from liveavatar.serving.ssrf import check_url
+from liveavatar.serving.ssrf import check
 from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.wire import OutputWish
 
@@ -120,7 +120,7 @@ class Outputs:
     async def _allowed(self, kind: str, url: str) -> str:
         """Where to connect: the address that was checked."""
         outputs = self._settings.outputs
-        target = await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        target = await check(url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
         return target.address
 
     async def start(self, lease: Lease, wanted: Wanted) -> Output:
