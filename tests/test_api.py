@@ -202,7 +202,7 @@ def test_a_profile_an_emotion_and_listening_reach_the_session_and_the_model(tmp_
             plain = await server.http.post("/v1/sessions", json={"mode": "conversation"})
             assert (plain.json()["profile"], plain.json()["width"]) == (None, 128)
             own = await server.http.post("/v1/sessions", json={"profile": "phone", "mode": "conversation"})
-            assert (own.json()["mode"], server.studio.sessions[own.json()["id"]].mode) == ("conversation", "conversation")  # what is asked for comes first
+            assert own.json()["mode"] == "conversation" == server.studio.sessions[own.json()["id"]].mode  # what is asked for comes first
             assert problem(await server.http.post("/v1/sessions", json={"profile": "tv"})) == (422, "profile")
             assert (await server.http.get("/v1/server")).json()["profiles"] == ["phone"]
 
