@@ -97,7 +97,7 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     webhooks = Webhooks(settings.outputs.private, metrics.webhook, metrics.edge)
     signer = Signer(folder, settings.provenance.certificate, settings.provenance.key) if settings.provenance.sign else None
     outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=signer and signer.sign,
-                      seal=signer and signer.seal, broke=metrics.recording_failed)  # fmt: skip
+                      seal=signer and signer.seal, broke=metrics.recording_failed, told=audit.note)  # fmt: skip
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
                     desk=desk, audit=audit, outputs=outputs, moderation=moderation,
                     channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak,
