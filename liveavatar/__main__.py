@@ -249,6 +249,7 @@ def serve(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The whole server; configs/serve_tiny.yaml is one.")],
     overrides: Overrides = None,
     engine: Annotated[Optional[str], typer.Option(metavar="model|testcard", help="What makes the pictures. Default: the config's.")] = None,
+    standby: Annotated[bool, typer.Option("--standby", help="Warm up, and go on air when the server that has the storage folder is gone: told to end, or dead.")] = False,
 ) -> None:
     """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits and log level anew."""
     from liveavatar.config import load
@@ -262,7 +263,7 @@ def serve(
 
     settings = read()
     try:
-        server.run(settings, typer.echo, read)
+        server.run(settings, typer.echo, read, standby)
     except OSError as error:
         from liveavatar.core import ConfigError
 

@@ -33,7 +33,6 @@ from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.realtime import Backend
-from liveavatar.serving.recorder import Sign
 from liveavatar.serving.services import BEARER, Services
 from liveavatar.serving.settings import ServeConfig, TalkConfig
 from liveavatar.serving.signing import Signer
@@ -93,11 +92,15 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     audit = Audit(folder, lambda: metrics.provenance_failed("log"))
     audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
     desk = Desk(studio, settings, quotas, _usable(store, consents), told=audit.note)
-    outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings), broke=metrics.recording_failed)
+    webhooks = Webhooks(settings.outputs.private, metrics.webhook, metrics.edge)
+    signer = Signer(folder, settings.provenance.certificate, settings.provenance.key) if settings.provenance.sign else None
+    outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=signer and signer.sign,
+                      seal=signer and signer.seal, broke=metrics.recording_failed)  # fmt: skip
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
                     desk=desk, audit=audit, outputs=outputs,
-                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak)),
-                    webhooks=Webhooks(settings.outputs.private, metrics.webhook, metrics.edge),
+                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak,
+                                           webhooks=webhooks)),
+                    webhooks=webhooks,
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
                     stages=stages or Stages(metrics, engine=settings.engine_kind), speak=speak,
@@ -159,12 +162,6 @@ def _mark_key(settings: ServeConfig) -> bytes | None:
     """Of the invisible mark, where pictures are marked. Raises ConfigError."""
     wanted, file = settings.provenance, settings.provenance.watermark_key_file
     return server_key(Path(settings.storage.folder), Path(file) if file else None) if wanted.watermark else None
-
-
-def _sign(settings: ServeConfig) -> Sign | None:
-    """What signs recordings, where they are to be signed. Raises ConfigError."""
-    wanted = settings.provenance
-    return Signer(settings.storage.folder, wanted.certificate, wanted.key).sign if wanted.sign else None
 
 
 def _guard(app: FastAPI, at: Services) -> None:

@@ -20,19 +20,22 @@ from liveavatar.serving.background import Background
 from liveavatar.serving.desk import Lease
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.egress import Destination, OutputStatus
+from liveavatar.serving.fragments import SIDECAR, SideCar, accompany
 from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
 from liveavatar.serving.recorder import RECORDINGS, Recorder, Sign, expire, recover
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.signing import Seal
 from liveavatar.serving.ssrf import check_url
 from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.wire import OutputWish
 
 MOST = 8  # of one session
-BROKEN = {"recording_failed": "io", "recording_unsigned": "sign"}
+BROKEN = {"recording_failed": "io", "recording_unsigned": "sign", "playlist_unsigned": "sign"}
 HOUR, DAY = 3600.0, 86_400.0
-HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)")
+HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)|" + re.escape(SIDECAR))
 HLS_SECONDS = 60.0  # a playlist stays after its end
-MEDIA_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/iso.segment"}
+Report = Callable[[str, dict], None]  # an event of a sink, with its facts
+MEDIA_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/iso.segment", ".jws": "application/jose"}
 
 log = structlog.get_logger("liveavatar.outputs")
 
@@ -78,12 +81,12 @@ class Output:
 
 class Outputs:
     """All of one server. facts(lease): what the side-car of a recording says. recordable(lease): raises a Problem where it may
-    not be recorded. sign: signs finished ones. broke(reason): a recording did, "io", "disk_full" or "sign".
+    not be recorded. sign: signs finished ones; seal: the side-cars of playlists. broke(reason): a recording did, "io", "disk_full" or "sign".
     """
 
     def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], recordable: Callable[[Lease], None], sign: Sign | None,
-                 broke: Callable[[str], None] = lambda reason: None):
-        self._settings, self._facts, self._recordable, self._sign, self._broke = settings, facts, recordable, sign, broke
+                 seal: Seal | None = None, broke: Callable[[str], None] = lambda reason: None):  # fmt: skip
+        self._settings, self._facts, self._recordable, self._sign, self._seal, self._broke = settings, facts, recordable, sign, seal, broke
         self._playlists = private_folder(Path(settings.storage.folder) / "hls")
         for left in self._playlists.iterdir():  # of a server that was killed
             shutil.rmtree(left)
@@ -128,24 +131,30 @@ class Outputs:
         lease.need_running()
         output_id = secrets.token_hex(8)
         folder = private_folder(self._playlists / output_id) if wanted.kind == "hls" else None
-        sink = self._sink(lease, wanted, folder)
+        report = self._reporter(lease)
+        sink = self._sink(lease, wanted, folder, report)
         lease.session.add_sink(sink)
         work = _recorded(lease.session, sink) if isinstance(sink, Recorder) else sink.run()
+        if folder is not None and self._seal is not None:
+            facts = {"stream": output_id, "session": lease.id, "avatar": lease.wish.avatar}
+            work = accompany(work, SideCar(folder, facts, self._seal), lambda reason: report("playlist_unsigned", {"reason": reason}))
         output = self._known[output_id] = Output(id=output_id, session=lease.id, name=wanted.name or wanted.kind, kind=wanted.kind, sink=sink,
                                                  folder=folder, task=self._background.spawn(work))  # fmt: skip
         output.task.add_done_callback(lambda task: self._ended(lease, output))
         return output
 
-    def _sink(self, lease: Lease, wanted: Wanted, folder: Path | None) -> Destination | Recorder:
-        session, settings = lease.session, self._settings
-        size = session.width, session.height
-
+    def _reporter(self, lease: Lease) -> Report:
         def report(event: str, facts: dict) -> None:
             log.info(event, session=lease.id, **facts)
-            session.happenings.add(event, **facts)
+            lease.session.happenings.add(event, **facts)
             if event in BROKEN:
                 self._broke("disk_full" if facts["reason"] == os.strerror(errno.ENOSPC) else BROKEN[event])
 
+        return report
+
+    def _sink(self, lease: Lease, wanted: Wanted, folder: Path | None, report: Report) -> Destination | Recorder:
+        session, settings = lease.session, self._settings
+        size = session.width, session.height
         if wanted.kind == "record":
             self._recordable(lease)
             return Recorder(*size, settings.storage, settings.outputs, facts=self._facts(lease), sign=self._sign, ask_keyframe=session.ask_keyframe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import signal
 import zlib
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from liveavatar import __version__
 from liveavatar.core import LiveAvatarError
 from liveavatar.serving import listen, logs, spans
 from liveavatar.serving.app import create_app
+from liveavatar.serving.audit import FILE
 from liveavatar.serving.badge import Badge
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.inspection import Inspector, Judge
@@ -28,23 +30,28 @@ from liveavatar.serving.stages import Stages
 from liveavatar.serving.studio import Mark, Studio
 from liveavatar.serving.watermark import Watermark, server_key
 
+STANDBY_SECONDS = 0.1  # between two looks whether the other server is gone
+
 log = structlog.get_logger("liveavatar.server")
 
 
-def run(settings: ServeConfig, say: Callable[[str], None] = print, reread: Callable[[], ServeConfig] | None = None) -> None:
+def run(settings: ServeConfig, say: Callable[[str], None] = print, reread: Callable[[], ServeConfig] | None = None, standby: bool = False) -> None:
     """Serve until told to end. say: lines for the person who started it: the address, and once the first key. reread: the
-    settings as their file says now, for SIGHUP; None: it is not heard.
+    settings as their file says now, for SIGHUP; None: it is not heard. standby: see stand_by.
 
     Raises LiveAvatarError (weights, memory, files), OSError for a port that is taken.
     """
     logs.configure(settings.monitoring.log_level, settings.monitoring.log_format)
-    asyncio.run(_serve(settings, say, reread))
+    asyncio.run(_serve(settings, say, reread, standby))
 
 
-async def _serve(settings: ServeConfig, say: Callable[[str], None], reread: Callable[[], ServeConfig] | None) -> None:
-    listening = listen.bind(settings)
+async def _serve(settings: ServeConfig, say: Callable[[str], None], reread: Callable[[], ServeConfig] | None, standby: bool) -> None:
+    listening = None if standby else listen.bind(settings)
     provider = spans.provider(settings.monitoring.otlp, __version__) if settings.monitoring.otlp else None
-    app, inspector = assemble(settings, [spans.Spans(provider.get_tracer("liveavatar")).note] if provider else [])
+    studio, stages = _studio(settings, [spans.Spans(provider.get_tracer("liveavatar")).note] if provider else [])
+    if standby and not await stand_by(studio, say):
+        return
+    app, inspector = _application(settings, studio, stages)
     services: Services = app.state.services
     if (key := services.access.first_key()) is not None:
         say(f"first key, shown this once (scopes: all): {key}")
@@ -60,6 +67,42 @@ async def _serve(settings: ServeConfig, say: Callable[[str], None], reread: Call
             provider.shutdown()
 
 
+async def stand_by(studio: Studio, say: Callable[[str], None]) -> bool:
+    """Load and warm the chain beside the server that has the storage folder, and return when that one is gone, however it ended: then its
+    channels go on air here (17.2). Until then nothing is opened, sent or listened to. False: told to end first. Raises what Studio.start raises."""
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    starting, ending = asyncio.create_task(studio.start()), asyncio.create_task(told.wait())
+    try:
+        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            folder = Path(studio.config.storage.folder)
+            say(f"warm, standing by for {folder}")
+            while not told.is_set() and _written(folder / FILE):
+                await asyncio.wait({ending}, timeout=STANDBY_SECONDS)
+        return not told.is_set()
+    finally:
+        for task in (starting, ending):
+            task.cancel()
+        await asyncio.gather(starting, ending, return_exceptions=True)
+        if told.is_set() or studio.engine is None:
+            await studio.aclose()
+
+
+def _written(audit: Path) -> bool:
+    """Whether a server has this event log open: the kernel lets go of its lock when the process ends, even by kill -9."""
+    try:
+        with open(audit, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _stopped(looking: asyncio.Task) -> None:
     if not looking.cancelled():
         log.error("inspection_stopped", exc_info=looking.exception())
@@ -70,6 +113,11 @@ def assemble(settings: ServeConfig, watchers: Iterable[Callable[[dict], None]] =
 
     watchers: are given every line of the engine's trace. Raises LiveAvatarError.
     """
+    return _application(settings, *_studio(settings, watchers))
+
+
+def _studio(settings: ServeConfig, watchers: Iterable[Callable[[dict], None]]) -> tuple[Studio, Stages]:
+    """What needs nothing of the storage folder but the key of the mark."""
     gpus = find_gpus()
     metrics = Metrics(version=__version__, gpus=gpus.names if gpus else ())
     stages = Stages(metrics, engine=settings.engine_kind)
@@ -79,10 +127,15 @@ def assemble(settings: ServeConfig, watchers: Iterable[Callable[[dict], None]] =
         for watcher in noted:
             watcher(line)
 
-    studio = Studio(settings, marker=marker(settings), metrics=metrics, notes=notes, watch=lambda name, data: log.info(name, **data))
-    watch_studio(metrics, studio, private_folder(Path(settings.storage.folder)))
     if gpus is not None:
         gpus.watch(metrics)
+    return Studio(settings, marker=marker(settings), metrics=metrics, notes=notes, watch=lambda name, data: log.info(name, **data)), stages
+
+
+def _application(settings: ServeConfig, studio: Studio, stages: Stages) -> tuple[FastAPI, Inspector]:
+    """Opens the storage folder. Raises LiveAvatarError."""
+    metrics = studio.metrics
+    watch_studio(metrics, studio, private_folder(Path(settings.storage.folder)))
     app = create_app(studio, settings, metrics=metrics, stages=stages)
     services: Services = app.state.services
     watch_outputs(metrics, services.outputs)

@@ -61,7 +61,9 @@ class Studio:
     # ------------------------------------------------------------ start and stop
 
     async def start(self) -> None:
-        """Load the chain and warm it; sessions are let in afterwards. Raises what Engine.start raises."""
+        """Load the chain and warm it; sessions are let in afterwards. Harmless the second time. Raises what Engine.start raises."""
+        if self.engine is not None:
+            return
         self.engine = await self._launch(self.config)
         await self._warm()
         if self.config.sessions.degrade:
