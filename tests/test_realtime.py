@@ -154,6 +154,8 @@ def test_barge_in_truncates_where_the_viewer_was(portrait):
         told = [event for event in avatar.happenings if event.name == "speak.finished"][0].data
         await model.say(type="input_audio_buffer.speech_stopped", event_id="e", audio_end_ms=1500, item_id="u1")
         await client.until("input_audio_buffer.speech_stopped")
+        while avatar.role.listening:  # `run` bounds it
+            await asyncio.sleep(0.01)
         assert [event.data for event in avatar.happenings if event.name == "session.updated"] == [{"listening": True}, {"listening": False}]
         assert truncate["item_id"] == "i1" and truncate["audio_end_ms"] == told["position_ms"] and 400 <= truncate["audio_end_ms"] <= 1600
         await client.send(type="conversation.item.truncate", item_id="i1", content_index=0, audio_end_ms=2900)  # its own guess, too late

@@ -13,6 +13,7 @@ import json
 import re
 import threading
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from liveavatar.serving.voices import key_of
 
 REFUSED = "moderation.refused"  # in the event log
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+REMEMBERED = 1024  # texts that the endpoint has let pass: a channel says the same day and night
 
 log = structlog.get_logger("liveavatar.moderation")
 
@@ -54,6 +56,7 @@ class Moderation:
         key = key_of(config.key_file)
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._model = {"model": config.model} if config.model else {}
+        self._passed: OrderedDict[str, None] = OrderedDict()
         self._faces = ProtectedFaces(Path(config.faces), config.face_distance) if config.faces else None
 
     async def check(self, what: str, text: str, *, closed: bool, **facts) -> None:
@@ -63,9 +66,11 @@ class Moderation:
         """
         if self._words is not None and self._words.search(folded(text)):
             self._refuse(what, "words", text.encode(), facts)
-        if self._config.url is None:
+        if self._config.url is None or text in self._passed:
             return
         flagged = await self._judgement(text)
+        if flagged is False:
+            self._remember(text)
         if flagged is None and (closed or self._config.silent == "refuse"):
             self._refuse(what, "silence", text.encode(), facts, Unjudged("the text could not be judged: come again", retry_after=5))
         if flagged:
@@ -81,6 +86,11 @@ class Moderation:
         except (Problem, ValueError) as error:
             log.error("moderation_silent", reason=str(error))
             return None
+
+    def _remember(self, text: str) -> None:
+        self._passed[text] = None
+        while len(self._passed) > REMEMBERED:
+            self._passed.popitem(last=False)
 
     def check_face(self, picture: bytes, **facts) -> None:
         """picture: PNG of `uploads.portrait`. Blocks. Raises Refused (kind protected_face)."""
