@@ -178,7 +178,7 @@ def read_video(source: Path | bytes | str, key: bytes, pictures: int = 500, deep
     import av
 
     detector, size, stream = Detector(key), {}, isinstance(source, str)
-    name = {str: lambda: urlsplit(source).hostname or source, bytes: lambda: "stream"}.get(type(source), lambda: str(source))()
+    name = urlsplit(source).hostname or source if stream else "stream" if isinstance(source, bytes) else str(source)
     options = {"timeout": (seconds, seconds)} if stream else {"options": {"protocol_whitelist": "file"}}
     until = clock() + seconds if stream else math.inf
     try:
