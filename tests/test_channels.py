@@ -302,7 +302,9 @@ async def on_the_web(server, home: str, **more) -> dict:
             if (web["name"], web["state"]) == ("web", "live") and web["links"]:
                 playlist = await server.http.get(f"{home}/outputs/web/hls/index.m3u8")
                 assert web["links"]["playlist"] == playlist.request.url.path
-                if playlist.status_code == 200 and "#EXTINF" in playlist.text:
+                sidecar = await server.http.get(f"{home}/outputs/web/hls/provenance.jws")  # 19.4
+                if playlist.status_code == sidecar.status_code == 200 and "#EXTINF" in playlist.text:
+                    assert sidecar.headers["content-type"] == "application/jose" and sidecar.text.count(".") == 2
                     return seen
             await asyncio.sleep(0.1)
 
