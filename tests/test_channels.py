@@ -370,7 +370,7 @@ def served(folder: Path, *words: str) -> subprocess.Popen:
 
 @pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffprobe is missing: apt-get install ffmpeg")
 def test_a_killed_server_is_replaced_by_one_that_stood_by(tmp_path):
-    """kill -9 while another process stands by, warm and mute: the channel is on air there and goes on in its list; SIGTERM hands it over (17.2, 17.6)."""
+    """kill -9 while another process stands by, warm and mute: the channel is on air there and goes on in its list (17.2, 17.6)."""
     first = second = None
     try:
         first = served(tmp_path)

@@ -43,8 +43,8 @@ BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...
 
 @dataclass(eq=False, kw_only=True)
 class Services:
-    """One server's. settings: as of the last reload(). probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
-    speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
+    """One server's. settings: as of the last reload(). probe: how late the event loop is. mark_key: of the watermark; None: nothing is
+    marked. speak: text to speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
     recordings: decodes speech files. one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
