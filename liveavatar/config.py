@@ -213,7 +213,9 @@ def _convert(hint, value, where: str, key: str):
     if hint is dict or origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} must be a mapping, got {value!r}")
-        return value
+        if not options:
+            return value
+        return {_convert(options[0], name, where, key): _convert(options[1], item, where, f"{key}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
