@@ -115,6 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with DEVICE:
         layer, rows = FullWidth(args.width), []
+    said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, "rows": rows}
+    before = earlier(args.compare, ("where", "path"))
     for name in args.paths:
         dtype, way = PATHS[name]
         torch._dynamo.reset()
@@ -122,8 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
         with ops.own_kernels(way.kernels):
             rows.append({"where": args.fixture.name, "path": name, **on_fixture(args.fixture, dtype, way)})
             rows.append({"where": f"a layer of {args.width}", "path": name, **layer.row(dtype, way)})
-    show("distance from the plain path", rows, COLUMNS, ("where", "path"), earlier(args.compare, ("where", "path")), ("rms_error",))
-    write(args.out, config={"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, rows=rows)
+        write(args.out, complete=False, **said)
+    show("distance from the plain path", rows, COLUMNS, ("where", "path"), before, ("rms_error",))
+    write(args.out, **said)
 
 
 if __name__ == "__main__":

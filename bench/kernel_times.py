@@ -48,15 +48,17 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or not ops.own_kernels_available():
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
-    device, rows = torch.device("cuda"), []
+    device, rows, before = torch.device("cuda"), [], earlier(args.compare, ("kernel",))
+    said = {"config": {"tokens": args.tokens, "width": WIDTH}, "rows": rows}
     for name, (call, size) in cases(args.tokens, device).items():
         got, took = call().clone().float(), timed(call, device)
         with ops.own_kernels(False):
             expected, plain = call().clone().float(), timed(call, device)
         rows.append({"kernel": name, "error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took,
                      "reference_seconds": plain, "gain": plain / took, "gb_per_second": size / took / 1e9})  # fmt: skip
-    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), earlier(args.compare, ("kernel",)))
-    write(args.out, config={"tokens": args.tokens, "width": WIDTH}, rows=rows)
+        write(args.out, complete=False, **said)
+    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), before)
+    write(args.out, **said)
 
 
 if __name__ == "__main__":

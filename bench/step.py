@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +146,8 @@ def traced(call: Callable[[], object], device: torch.device) -> dict[str, int]:
             "kernels": sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)}  # fmt: skip
 
 
-def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.device, dtype: torch.dtype, repeat: int, rates: Rates) -> list[dict]:
+def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.device, dtype: torch.dtype, repeat: int, rates: Rates) -> Iterator[dict]:
     """Every way at every size; what a machine cannot run is a row that says why."""
-    rows = []
     for size in sizes:
         width, height = map(int, size.split("x"))
         geometry = Geometry(height=height, width=width)
@@ -164,9 +163,8 @@ def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.
                 except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
                     row["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             gc.collect()
-            rows.append(row)
             print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
-    return rows
+            yield row
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,15 +184,21 @@ def main(arguments: list[str] | None = None) -> None:
     sizes, dtype = args.sizes or (["64x64"] if args.scale else ["704x384", "384x256"]), torch.bfloat16
     rates = Rates(matmul_rate(device, 512 if device.type == "cpu" else 8192), matmul_rate(device, 8192, fp8=True) if ops.fp8_matmul_available() else None)
     print(f"matmul: {rates.bf16:.4g} TFLOP/s bf16, {'no' if rates.fp8 is None else format(rates.fp8, '.4g')} FP8; attention by {ops.best_attention()}")
-    rows = rows_of(config, sizes, args.ways, device, dtype, args.repeat, rates)
-    for row in rows:
-        theirs = earlier(args.reference, ("size",)).get((row["size"],))
-        row["gain"] = theirs["seconds"] / row["seconds"] if theirs and "seconds" in row else None
-    show("one forward", rows, COLUMNS, ("size", "way"), earlier(args.compare, ("size", "way")))
-    timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-    fastest = min(timed, key=lambda row: row["seconds"], default=None)
-    write(args.out, config={"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows=rows,
-          matmul_tflops={"bf16": rates.bf16, "fp8": rates.fp8}, roles={"step": fastest["seconds"]} if fastest else {}, way=fastest and fastest["way"])  # fmt: skip
+    rows, before, theirs = [], earlier(args.compare, ("size", "way")), earlier(args.reference, ("size",))
+
+    def keep(complete: bool) -> None:
+        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
+        fastest = min(timed, key=lambda row: row["seconds"], default=None)
+        write(args.out, complete=complete, rows=rows, matmul_tflops={"bf16": rates.bf16, "fp8": rates.fp8}, way=fastest and fastest["way"],
+              config={"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale},
+              roles={"step": fastest["seconds"]} if fastest else {})  # fmt: skip
+
+    for row in rows_of(config, sizes, args.ways, device, dtype, args.repeat, rates):
+        reference = theirs.get((row["size"],))
+        rows.append(row | {"gain": reference["seconds"] / row["seconds"] if reference and "seconds" in row else None})
+        keep(complete=False)
+    show("one forward", rows, COLUMNS, ("size", "way"), before)
+    keep(complete=True)
 
 
 if __name__ == "__main__":
