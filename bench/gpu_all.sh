@@ -31,10 +31,10 @@ wide=(--sizes 704x384) small=(--sizes 384x256) layer=()
 if [ -n "$scale" ]; then wide=(--scale) small=(--scale) layer=(--width 256); fi
 [ -n "$scale" ] ||
 part  50 kernels       bench/kernel_times.py
-part 140 step          bench/step.py   "${wide[@]}" --ways "all fp8" all eager plain --repeat 5
+part 140 step          bench/step.py   "${wide[@]}" --ways "all fp8" all eager plain "all fp8 attention" --repeat 5
 part  70 decode        bench/decode.py "${wide[@]}" --ways "channels last + bytes" "compiled + bytes" plain --repeat 5
 part  40 accuracy      bench/accuracy.py ${layer[@]+"${layer[@]}"}
-part 100 step-alone    bench/step.py   "${wide[@]}" --ways attention kernels fp8 "eager fp8" packed graphs --repeat 3
+part 100 step-alone    bench/step.py   "${wide[@]}" --ways "all fp8 cache" attention kernels fp8 "eager fp8" packed graphs --repeat 3
 part  40 step-384x256  bench/step.py   "${small[@]}" --ways "all fp8" all plain --repeat 5
 part 120 step-compiled bench/step.py   "${wide[@]}" --ways "all+compile fp8" "all+compile" compile --repeat 3
 if [ "$list" = --list ]; then echo "$sum sum"; else ls -l "$out"/*"-$gpu.json"; fi

@@ -27,13 +27,15 @@ def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], obj
     q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in packed.chunk(3, dim=-1))
     angle = randn(tokens, WIDTH // HEADS // 2)
     angles, keys, values = torch.stack([angle.cos(), angle.sin()]), torch.zeros_like(q), torch.zeros_like(v)
-    row = tokens * WIDTH
+    row, small = tokens * WIDTH, ops.Rounded.zeros(*k.shape, device=device)
     return {"norm_modulate": (lambda: ops.norm_modulate(x, shift, scale, 1e-6, torch.bfloat16), 6 * row),
             "gate_residual": (lambda: ops.gate_residual(x, y, gate, torch.bfloat16), 8 * row),
             "rms_norm": (lambda: ops.rms_norm(packed.chunk(3, dim=-1)[0], weight, 1e-6), 4 * row),
             "rotate_into": (lambda: (ops.rotate_into(k, angles, keys), keys)[1], 4 * row),
             "rope_cache": (lambda: torch.cat([ops.rope_cache(q, k, v, angles, keys, values).flatten(), keys.flatten(), values.flatten()]), 12 * row),
-            "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824)}  # fmt: skip
+            "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824),
+            "round_heads": (lambda: (ops.put(k, small, angles), small.values)[1], 3 * row),
+            "restore_heads": (lambda: ops.restored(small, torch.bfloat16), 3 * row)}  # fmt: skip
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:

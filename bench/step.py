@@ -4,7 +4,7 @@
     python bench/step.py --sizes 704x384 --ways plain all --compare bench/results/step-old.json
     python bench/step.py --scale                            # a small model on a CPU, to show that it runs
 
-Ways: the plain forward, each optimisation alone, all together, and all together with FP8 linears. The ring is full, text keys
+Ways: the plain forward, each optimisation alone, all together, and all together with FP8 linears, cache and attention. The ring is full, text keys
 and modulation are ready, as in a stream that runs. A block is timed alone, from latents on the device to velocity, and waited for.
 "roles" in the JSON is what `liveavatar plan --measured` reads: the fastest way of the first size.
 """
@@ -48,6 +48,8 @@ WAYS = {
     "eager fp8": FastConfig(**TOGETHER, fp8=True),
     "all fp8": FastConfig(**TOGETHER, graphs=True, fp8=True),
     "all+compile fp8": FastConfig(**TOGETHER, graphs=True, compile=True, fp8=True),
+    "all fp8 cache": FastConfig(**TOGETHER, graphs=True, fp8=True, fp8_cache=True),
+    "all fp8 attention": FastConfig(**TOGETHER, graphs=True, fp8=True, fp8_cache=True, attention="fp8"),
 }
 WARM = 12  # blocks: the ring is full after 4, each of its slots is captured at the latest in block 10
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
@@ -109,7 +111,8 @@ def measure(config: S2VConfig, geometry: Geometry, way: FastConfig, device: torc
         row = spread_of(seconds(stream.block, device, repeat, warm=WARM))
         row |= {"host_seconds": host_seconds(stream.block, device), **traced(stream.block, device)}
     linear, attention = linear_flops(config, geometry), attention_flops(config, geometry)
-    best = linear / ((rates.fp8 if way.fp8 and rates.fp8 else rates.bf16) * 1e12) + attention / (rates.bf16 * 1e12)
+    best = sum(work / ((rates.fp8 if small and rates.fp8 else rates.bf16) * 1e12)
+               for work, small in ((linear, way.fp8), (attention, way.attention == "fp8")))
     row["tflops"] = (linear + attention) / row["seconds"] / 1e12
     row |= {"matmul_share": row["tflops"] / rates.bf16, "roofline_seconds": best, "roofline_share": best / row["seconds"]}
     row["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
@@ -155,7 +158,7 @@ def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.
             row = {"size": size, "way": name}
             if WAYS[name].graphs and device.type != "cuda":
                 row["problem"] = "needs a GPU"
-            elif WAYS[name].fp8 and device.type == "cuda" and rates.fp8 is None:
+            elif (WAYS[name].fp8 or WAYS[name].fp8_cache) and device.type == "cuda" and rates.fp8 is None:
                 row["problem"] = "no FP8 units"
             else:
                 try:
