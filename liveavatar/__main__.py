@@ -251,7 +251,7 @@ def serve(
     engine: Annotated[Optional[str], typer.Option(metavar="model|testcard", help="What makes the pictures. Default: the config's.")] = None,
     standby: Annotated[bool, typer.Option("--standby", help="Warm up, and go on air when the server that has the storage folder is gone: told to end, or dead.")] = False,
 ) -> None:
-    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits and log level anew."""
+    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits, leases, outputs and log level anew."""
     from liveavatar.config import load
 
     with _needs("serve", "uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client"):

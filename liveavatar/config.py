@@ -18,7 +18,7 @@ import yaml
 from liveavatar.core import ConfigError
 
 LAUNCHERS = ("inproc", "local", "torchrun", "ray")
-ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch")
+ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch", "fp8")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -31,9 +31,12 @@ class FastConfig:
     fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, about 3 % error each
     compile: bool = False  # torch.compile of what stands around self-attention, and of the decoder; minutes at start
     graphs: bool = False  # CUDA graphs of a step; needs a GPU
-    attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best that is there
+    fp8_cache: bool = False  # keys and values of sink and ring in E4M3, a scale per token and head; half the memory of a session
+    attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best there is; fp8: ours over fp8_cache
 
     def __post_init__(self):
+        if self.attention == "fp8" and not self.fp8_cache:
+            raise ConfigError("model.fast.attention: fp8 reads keys and values that are kept so: say model.fast.fp8_cache=true too")
         one_of("model.fast.attention", self.attention, ATTENTION)
 
 

@@ -302,7 +302,9 @@ async def on_the_web(server, home: str, **more) -> dict:
             if (web["name"], web["state"]) == ("web", "live") and web["links"]:
                 playlist = await server.http.get(f"{home}/outputs/web/hls/index.m3u8")
                 assert web["links"]["playlist"] == playlist.request.url.path
-                if playlist.status_code == 200 and "#EXTINF" in playlist.text:
+                sidecar = await server.http.get(f"{home}/outputs/web/hls/provenance.jws")  # 19.4
+                if playlist.status_code == sidecar.status_code == 200 and "#EXTINF" in playlist.text:
+                    assert sidecar.headers["content-type"] == "application/jose" and sidecar.text.count(".") == 2
                     return seen
             await asyncio.sleep(0.1)
 
@@ -368,7 +370,7 @@ def served(folder: Path, *words: str) -> subprocess.Popen:
 
 @pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffprobe is missing: apt-get install ffmpeg")
 def test_a_killed_server_is_replaced_by_one_that_stood_by(tmp_path):
-    """kill -9 while another process stands by, warm and mute: the channel is on air there and goes on in its list; SIGTERM hands it over (17.2, 17.6)."""
+    """kill -9 while another process stands by, warm and mute: the channel is on air there and goes on in its list (17.2, 17.6)."""
     first = second = None
     try:
         first = served(tmp_path)

@@ -168,11 +168,11 @@ def _mark_key(settings: ServeConfig) -> bytes | None:
 
 def _guard(app: FastAPI, at: Services) -> None:
     """What every request passes; the last one added comes first."""
-    access, listen = at.settings.access, at.settings.listen
-    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, metrics=at.metrics, bounds=(
-        ("/v1/avatars|/v1/consents|/v1/compat/bithuman", access.image_bytes + FORM_BYTES),
-        ("/v1/watermark:detect", routes_watermark.VIDEO_BYTES),
-        ("/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds", access.audio_bytes),
+    required, listen = at.settings.access.required, at.settings.listen
+    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=required, metrics=at.metrics, bounds=(
+        ("/v1/avatars|/v1/consents|/v1/compat/bithuman", lambda: at.settings.access.image_bytes + FORM_BYTES),
+        ("/v1/watermark:detect", lambda: routes_watermark.VIDEO_BYTES),
+        ("/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds", lambda: at.settings.access.audio_bytes),
     ))  # fmt: skip
     if listen.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(listen.origins), allow_methods=["GET", "POST", "PATCH", "DELETE"],

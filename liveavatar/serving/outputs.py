@@ -97,6 +97,10 @@ class Outputs:
         self._known: dict[str, Output] = {}
         self._background = Background()
 
+    def reload(self, settings: ServeConfig) -> None:
+        """Others for outputs that are started from now on."""
+        self._settings = settings
+
     def of(self, session_id: str) -> list[Output]:
         """Those of one session, also a while after its end."""
         return [output for output in self.known() if output.session == session_id]

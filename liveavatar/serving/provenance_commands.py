@@ -28,7 +28,8 @@ VERIFY_EPILOG = (
     "liveavatar verify rtmp://host/live/name --seconds 20   [dim]whatever FFmpeg reads: rtmp, rtsp, srt, http[/dim]"
 )
 TOKEN = "LIVEAVATAR_TOKEN"  # environment: for an HLS playlist that is not public; keys are no arguments
-TRUST = {"C2PA": ("who is in no trust list here", "who is in a trust list"), "side-car": ("whom the folder does not know", "who is the folder's server")}
+TRUST = {"C2PA": ("who is in no trust list here", "who is in a trust list"),
+         "side-car": ("whom the folder does not know", "who is the folder's server")}  # fmt: skip
 
 FOLDER = Path("var")
 Folder = Annotated[Path, typer.Option("--folder", "-f", metavar="FOLDER", help="The server's storage.folder.")]
@@ -36,7 +37,7 @@ Head = Annotated[Optional[str], typer.Option(metavar="LINES:HASH", help="A head 
 
 
 def verify(
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="Any video that FFmpeg reads: a file, the URL of a stream, the folder or playlist of HLS.")],
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="What FFmpeg reads: a file, the URL of a stream, the folder or playlist of HLS.")],
     key: Annotated[Optional[Path], typer.Option("--key", "-k", metavar="FILE", help="The watermark's key. Default: watermark.key in the folder.")] = None,
     folder: Folder = FOLDER,
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures to read; 25 are enough of most video.")] = 500,

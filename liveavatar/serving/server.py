@@ -23,6 +23,7 @@ from liveavatar.serving.inspection import Inspector, Judge
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.monitor import watch_dates, watch_outputs, watch_studio
 from liveavatar.serving.probes import find_gpus
+from liveavatar.serving.reloading import differing, merged
 from liveavatar.serving.role import Role
 from liveavatar.serving.services import Services
 from liveavatar.serving.settings import MonitoringConfig, ServeConfig
@@ -155,15 +156,19 @@ def _judge(monitoring: MonitoringConfig, metrics: Metrics) -> Judge | None:
 
 
 def reload(services: Services, reread: Callable[[], ServeConfig]) -> None:
-    """Take over limits per key and the log's level from settings that are read again (SIGHUP, 17.4); a mistake in them changes nothing."""
+    """Take over what needs no restart from settings that are read again (SIGHUP, 17.4), and say what does; a mistake in them changes nothing."""
+    had = services.settings
     try:
         fresh = reread()
+        settings = merged(had, fresh)
     except (LiveAvatarError, OSError) as error:
         log.error("settings_refused", reason=str(error))
         return
-    logs.set_level(fresh.monitoring.log_level)
-    services.quotas.limit(fresh.access)
-    log.warning("settings_reloaded", log_level=fresh.monitoring.log_level)
+    logs.set_level(settings.monitoring.log_level)
+    if settings.monitoring.judge is not None:
+        services.metrics.gauge("identity_similarity_floor", settings.monitoring.identity_floor)
+    services.reload(settings)
+    log.warning("settings_reloaded", changed=differing(had, settings), need_restart=differing(settings, fresh))
 
 
 def marker(settings: ServeConfig) -> Callable[[Role, int, int], Mark]:

@@ -174,17 +174,17 @@ def deep_heights(height: int) -> tuple[int, ...]:
 def read_video(source: Path | bytes | str, key: bytes, pictures: int = 500, deep: bool = False, *, seconds: float = 60.0,
                clock: Callable[[], float] = now) -> Reading:  # fmt: skip
     """The mark of the first so many pictures of a video: a file, its bytes, or the URL of a stream that FFmpeg reads, for at most so many
-    seconds. deep: try every size. Raises InputError when it cannot be read; what it says of a URL is its host, for the rest may be a key."""
+    seconds once it is open. deep: try every size. Raises InputError when it cannot be read, which names the host of a URL: the rest may be a key."""
     import av
 
     detector, size, stream = Detector(key), {}, isinstance(source, str)
     name = urlsplit(source).hostname or source if stream else "stream" if isinstance(source, bytes) else str(source)
     options = {"timeout": (seconds, seconds)} if stream else {"options": {"protocol_whitelist": "file"}}
-    until = clock() + seconds if stream else math.inf
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), **options) as container:
             if not container.streams.video:
                 raise InputError(f"{name}: holds no video")
+            until = clock() + seconds if stream else math.inf  # from here on: FFmpeg takes seconds to know a stream
             for frame in itertools.islice(container.decode(video=0), pictures):
                 if not size:
                     size = {"width": frame.width, "height": frame.height}

@@ -129,6 +129,10 @@ class Webhooks:
                  edge: Callable[[str, Callable[[], Level]], Callable[[], None]] = lambda name, read: lambda: None):  # fmt: skip
         self._private, self._count, self._edge, self._deliveries = private, count, edge, Background()
 
+    def reload(self, private: tuple[str, ...]) -> None:
+        """Other networks that are allowed, from the next try on."""
+        self._private = private
+
     async def check(self, url: str) -> None:
         """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
         await check(url, SCHEMES, private=self._private)

@@ -223,7 +223,7 @@ class Viewer:
         self._offer: Offer | None = None
         self._tracks: list[PacketTrack] = []
         self._barrier, self._wall = asyncio.Event(), WallClock()
-        self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
+        self._epoch, self._whole, self._greeted, self._pli, self._stale, self._trickled = 0, False, False, 0, 0, 0
         self._sign, self._reports, self._channel, self._microphone = clock(), {}, None, None
         self._early: deque[packets.Packet] = deque(maxlen=2)  # a tick's sound, which comes before its picture
         self._tasks: set[asyncio.Task] = set()
@@ -292,6 +292,11 @@ class Viewer:
 
     # -- packets.Sink
 
+    def greet(self, still: packets.Packet) -> None:
+        """A keyframe to look at, and to listen by, until the one that was asked for comes; the pictures in between build upon others."""
+        self._greeted = True
+        self.edges[packets.H264].put(still)
+
     def put(self, item: packets.Packet) -> None:
         """Into its edge; pictures from the first keyframe on, sound from its tick on, nothing of a past epoch."""
         picture = item.codec == packets.H264
@@ -312,7 +317,7 @@ class Viewer:
     def _usable(self, item: packets.Packet, picture: bool) -> bool:
         if picture:
             return self._whole or item.keyframe  # else nothing to build upon: the keyframe that was asked for is on its way
-        return self._barrier.is_set() or self._whole or packets.H264 not in self.wants
+        return self._barrier.is_set() or self._whole or self._greeted or packets.H264 not in self.wants
 
     def flush(self, epoch: int) -> None:
         """Nothing older than `epoch` leaves any more."""
