@@ -75,7 +75,7 @@ class OutputWish(Wire):
 
 
 class SessionWish(Wire):
-    """Body of POST /v1/sessions."""
+    """Body of POST /v1/sessions. profile: one of those that GET /v1/server names; what else is said here comes first."""
 
     avatar_id: Word = "default"
     mode: Mode | None = None
