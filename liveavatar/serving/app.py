@@ -29,6 +29,7 @@ from liveavatar.serving.ice import IceServers
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.minds import open_mind
+from liveavatar.serving.moderation import Moderation
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
@@ -91,13 +92,14 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     speak = voice.speak if voice else speak
     audit = Audit(folder, lambda: metrics.provenance_failed("log"))
     audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
-    desk = Desk(studio, settings, quotas, _usable(store, consents), told=audit.note)
+    moderation = Moderation(settings.moderation, audit.note)
+    desk = Desk(studio, settings, quotas, _usable(store, consents), moderation, told=audit.note)
     webhooks = Webhooks(settings.outputs.private, metrics.webhook, metrics.edge)
     signer = Signer(folder, settings.provenance.certificate, settings.provenance.key) if settings.provenance.sign else None
     outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=signer and signer.sign,
-                      seal=signer and signer.seal, broke=metrics.recording_failed)  # fmt: skip
+                      seal=signer and signer.seal, broke=metrics.recording_failed, told=audit.note)  # fmt: skip
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                    desk=desk, audit=audit, outputs=outputs,
+                    desk=desk, audit=audit, outputs=outputs, moderation=moderation,
                     channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak,
                                            webhooks=webhooks)),
                     webhooks=webhooks,

@@ -243,6 +243,7 @@ class Runner:
             return pieces(*await asyncio.to_thread(self._crew.store.sound, channel.id, entry.sound))
         if self._crew.speak is None:
             raise no_voice()
+        await self._live.moderate("speech", entry.text)
         return self._crew.speak(entry.text)
 
     async def _keep(self) -> None:

@@ -49,12 +49,19 @@ def named(playlist: str) -> list[tuple[str, str]]:
 
 
 class SideCar:
-    """Of the playlist in `folder`. facts: what the statement says besides, e.g. which session. seal: signs. wall: Unix seconds."""
+    """Of the playlist in `folder`. facts: what the statement says besides, e.g. which session. seal: signs; None: nothing is written, only
+    hashed. wall: Unix seconds."""
 
-    def __init__(self, folder: Path, facts: dict, seal: Seal, wall: Callable[[], float] = time.time):
+    def __init__(self, folder: Path, facts: dict, seal: Seal | None, wall: Callable[[], float] = time.time):
         self._folder, self._facts, self._seal, self._wall = folder, facts, seal, wall
         self._files: dict[tuple[str, str], list[dict]] = {}  # the last KEPT fragments, each with its initialisation
         self._stamp: int | None = None
+        self._digest, self._init, self._count = hashlib.sha256(), "", 0  # of all fragments so far, each initialisation before its first
+
+    @property
+    def whole(self) -> dict:
+        """fragments: how many there were; sha256: of all of them as one file, the initialisation first."""
+        return {"fragments": self._count, "sha256": self._digest.hexdigest()}
 
     def look(self) -> bool:
         """Take in what is new; whether anything was. Blocks on the disk. Raises OSError, and LiveAvatarError of the signature."""
@@ -64,25 +71,28 @@ class SideCar:
                 return False
             fresh = [pair for pair in named((self._folder / PLAYLIST).read_text()) if pair not in self._files]
             for init, fragment in fresh:
-                self._files[init, fragment] = [_facts(self._folder / init), _facts(self._folder / fragment)]
+                self._files[init, fragment] = self._taken(init, fragment)
         except FileNotFoundError:  # no playlist yet, or a fragment that was already removed: the next look knows more
             return False
         if fresh:
             for old in list(self._files)[:-KEPT]:
                 del self._files[old]
-            replace_file(self._folder / SIDECAR, self._seal(self._statement()).encode())
+            if self._seal is not None:
+                replace_file(self._folder / SIDECAR, self._seal(self._statement()).encode())
         self._stamp = stamp
         return bool(fresh)
+
+    def _taken(self, init: str, fragment: str) -> list[dict]:
+        pair = {name: (self._folder / name).read_bytes() for name in (init, fragment)}  # both, or neither counts
+        for name in (init, fragment) if init != self._init else (fragment,):
+            self._digest.update(pair[name])
+        self._init, self._count = init, self._count + 1
+        return [{"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in pair.items()]
 
     def _statement(self) -> bytes:
         files = {facts["name"]: facts for pair in self._files.values() for facts in pair}
         return json.dumps({"generator": f"liveavatar/{__version__}", "digitalSourceType": CREATED_BY_MACHINE, "made": round(self._wall(), 3),
                            **self._facts, "files": list(files.values())}).encode()  # fmt: skip
-
-
-def _facts(path: Path) -> dict:
-    data = path.read_bytes()
-    return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 async def accompany(writing: Coroutine, sidecar: SideCar, failed: Callable[[str], None]) -> None:

@@ -137,7 +137,7 @@ def credential(headers: Headers) -> str | None:
 
 
 def address(scope: Scope) -> str:
-    """The client's."""
+    """The client's; of those behind one of listen.proxies the one that it names."""
     return (scope.get("client") or ("",))[0]
 
 

@@ -62,7 +62,8 @@ def server(app, settings: ServeConfig) -> Server:
     """Not yet started."""
     listen = settings.listen
     return Server(uvicorn.Config(
-        app, ssl_certfile=listen.certificate, ssl_keyfile=listen.key, log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        app, ssl_certfile=listen.certificate, ssl_keyfile=listen.key, log_config=None, access_log=False, server_header=False,
+        proxy_headers=bool(listen.proxies), forwarded_allow_ips=list(listen.proxies),  # said, or uvicorn asks the environment
         ws_max_size=MESSAGE_BYTES, ws_ping_interval=PING_SECONDS, ws_ping_timeout=PING_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS,
     ))  # fmt: skip
 

@@ -46,7 +46,7 @@ def verify(
 ) -> None:
     """Is this video ours? Its watermark and its signature, a line each. Exit status 0: watermark found, 1: not found, 2: cannot be read."""
     from liveavatar.core import ConfigError
-    from liveavatar.serving import watermark
+    from liveavatar.serving import audit, watermark
 
     key = key or folder / watermark.KEY_FILE
     if not key.is_file():
@@ -59,6 +59,8 @@ def verify(
         typer.echo(f"{fragments.checked} fragments: {manifest_line(fragments.manifest, 'side-car')}")
     else:
         typer.echo("C2PA: a stream carries no manifest" if is_url else _manifest(Path(video)))
+    if (log := folder / audit.FILE).is_file() and not fragments and not is_url:
+        typer.echo(log_line(Path(video), log))
     raise typer.Exit(0 if reading.found else NOT_FOUND)
 
 
@@ -121,6 +123,26 @@ def _manifest(file: Path) -> str:
     if importlib.util.find_spec("c2pa") is None:
         return "C2PA: not checked (pip install 'liveavatar[serve]')"
     return manifest_line(signing.inspect(file))
+
+
+def log_line(file: Path, log: Path) -> str:
+    """One line about what an event log says of a file."""
+    from hashlib import file_digest
+
+    from liveavatar.serving import eventlog
+    from liveavatar.serving.audit import FINISHED
+
+    with file.open("rb") as stream:
+        digest = file_digest(stream, "sha256").hexdigest()
+    try:
+        found = [record for record in eventlog.read(log) if record.name == FINISHED and record.data["sha256"] == digest]
+    except eventlog.LogError as error:
+        return f"event log: {error}"
+    if not found:
+        return "event log: no output of this server was exactly this file"
+    line, said = found[0], found[0].data
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line.t))
+    return f"event log: line {line.n + 1}, {said['kind']} of session {said.get('session')}, avatar {said.get('avatar')}, finished {when}"
 
 
 def consent_commands(guard: Callable) -> typer.Typer:

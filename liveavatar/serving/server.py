@@ -21,11 +21,11 @@ from liveavatar.serving.audit import FILE
 from liveavatar.serving.badge import Badge
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.inspection import Inspector, Judge
-from liveavatar.serving.live import Role
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.monitor import watch_dates, watch_outputs, watch_studio
 from liveavatar.serving.probes import find_gpus
 from liveavatar.serving.reloading import differing, merged
+from liveavatar.serving.role import Role
 from liveavatar.serving.services import Services
 from liveavatar.serving.settings import MonitoringConfig, ServeConfig
 from liveavatar.serving.stages import Stages

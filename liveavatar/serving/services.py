@@ -23,6 +23,7 @@ from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
 from liveavatar.serving.problems import Unauthorized
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.moderation import Moderation
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.puppet import Puppet
@@ -56,6 +57,7 @@ class Services:
     idempotency: Idempotency
     webhooks: Webhooks
     audit: Audit
+    moderation: Moderation
     outputs: Outputs
     channels: Channels
     viewers: Viewers

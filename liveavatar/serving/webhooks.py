@@ -17,7 +17,7 @@ import structlog
 from liveavatar.serving.background import Background
 from liveavatar.serving.packets import Level
 from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
-from liveavatar.serving.ssrf import Unresolved, check_url, request
+from liveavatar.serving.ssrf import Unresolved, check, request
 
 TRIES, FIRST_WAIT, WAIT_FACTOR = 5, 1.0, 4.0  # seconds: 1, 4, 16, 64, each with jitter
 TRY_SECONDS = 10.0  # for one answer
@@ -135,7 +135,7 @@ class Webhooks:
 
     async def check(self, url: str) -> None:
         """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
-        await asyncio.to_thread(check_url, url, SCHEMES, private=self._private)
+        await check(url, SCHEMES, private=self._private)
 
     async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> None:
         """One try, to the address that was checked, without following anybody anywhere."""

@@ -4,6 +4,9 @@ The session encodes once; every viewer gets the same packets (serving.md 7.3), s
 else. A viewer is a `packets.Sink` with an edge for pictures and one for sound, which its two tracks empty. Nothing
 leaves before both have something (CLK-3), and the first picture is a keyframe.
 
+Each connection has a DTLS certificate of its own, which aiortc makes in 0.2 ms: none is on a disk, and no two viewers can tell by it
+that they see the same server (18.6 asks for one per process at most).
+
 A data channel that the peer opens carries JSON: {"type": "ping" | "pong", "t": ...} both ways (a pong of ours also has
 "server", Unix ms), and from the page {"type": "stats", "report": {...}}, figures of its getStats().
 
