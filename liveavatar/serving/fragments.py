@@ -29,7 +29,7 @@ SIDECAR = "provenance.jws"
 KEPT = 60  # fragments a side-car speaks for, about a minute: who fetches them one by one is slower than the playlist
 LOOK_SECONDS = 0.25
 PATIENCE, PAUSE = 6, 0.5  # a live stream's side-car is asked for so often, so far apart, until it names the newest fragment
-ANSWER_SECONDS, MOST_BYTES = 10.0, 100_000_000
+ANSWER_SECONDS = 10.0
 INIT = re.compile(r'#EXT-X-MAP:URI="([^"]*)"')
 PLAIN = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]{0,99}")  # a name beside the playlist, and nowhere else
 
@@ -67,7 +67,9 @@ class SideCar:
         """Take in what is new; whether anything was. Blocks on the disk. Raises OSError, and LiveAvatarError of the signature."""
         try:
             stamp = (self._folder / PLAYLIST).stat().st_mtime_ns
-            fresh = [pair for pair in named((self._folder / PLAYLIST).read_text()) if stamp != self._stamp and pair not in self._files]
+            if stamp == self._stamp:
+                return False
+            fresh = [pair for pair in named((self._folder / PLAYLIST).read_text()) if pair not in self._files]
             for init, fragment in fresh:
                 self._files[init, fragment] = self._taken(init, fragment)
         except FileNotFoundError:  # no playlist yet, or a fragment that was already removed: the next look knows more

@@ -66,8 +66,10 @@ def verify(
 
 def _fragments(video: str, folder: Path) -> Stream | None:
     """Of an HLS stream of fragmented mp4, where `video` names one. Raises InputError."""
+    import importlib.util
     from urllib.parse import urlsplit
 
+    from liveavatar.core import ConfigError
     from liveavatar.serving import fragments, signing
 
     path = Path(video)
@@ -78,6 +80,8 @@ def _fragments(video: str, folder: Path) -> Stream | None:
         read = fragments.folder_reader(home)
     else:
         return None
+    if missing := [name for name in ("httpx", "jwt", "cryptography") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"an HLS stream is checked with {', '.join(missing)}: pip install 'liveavatar[serve]'")
     authority = folder / signing.AUTHORITY
     return fragments.fetched(read, name, authority.read_bytes() if authority.is_file() else b"")
 

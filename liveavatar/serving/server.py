@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import math
 import signal
 import zlib
 from collections.abc import Callable, Iterable
@@ -30,8 +31,10 @@ from liveavatar.serving.settings import MonitoringConfig, ServeConfig
 from liveavatar.serving.stages import Stages
 from liveavatar.serving.studio import Mark, Studio
 from liveavatar.serving.watermark import Watermark, server_key
+from liveavatar.telemetry import now as monotonic
 
 STANDBY_SECONDS = 0.1  # between two looks whether the other server is gone
+PORT_SECONDS = 10.0  # for its ports; whoever has them after that is somebody else
 
 log = structlog.get_logger("liveavatar.server")
 
@@ -74,22 +77,30 @@ async def stand_by(studio: Studio, say: Callable[[str], None]) -> bool:
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    starting, ending = asyncio.create_task(studio.start()), asyncio.create_task(told.wait())
+    starting, ending, ours = asyncio.create_task(studio.start()), asyncio.create_task(told.wait()), False
     try:
         await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             folder = Path(studio.config.storage.folder)
             say(f"warm, standing by for {folder}")
-            while not told.is_set() and _written(folder / FILE):
-                await asyncio.wait({ending}, timeout=STANDBY_SECONDS)
-        return not told.is_set()
+            await _until(lambda: not _written(folder / FILE), ending)
+            await _until(lambda: listen.free(studio.config), ending, PORT_SECONDS)  # the other's doors close a moment later
+        ours = not told.is_set()
+        return ours
     finally:
         for task in (starting, ending):
             task.cancel()
         await asyncio.gather(starting, ending, return_exceptions=True)
-        if told.is_set() or studio.engine is None:
+        if not ours:
             await studio.aclose()
+
+
+async def _until(true: Callable[[], bool], ending: asyncio.Task, seconds: float = math.inf) -> None:
+    """Until it is, or `ending` is over, or so many seconds have passed."""
+    end = monotonic() + seconds
+    while not true() and not ending.done() and monotonic() < end:
+        await asyncio.wait({ending}, timeout=STANDBY_SECONDS)
 
 
 def _written(audit: Path) -> bool:

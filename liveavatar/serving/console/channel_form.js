@@ -51,7 +51,9 @@ export class ChannelForm {
     const had = channel ?? {schedule: {entries: [], gap_seconds: 20, late_seconds: 60, loop: true}, filler: {prompts: [], seconds: 30}, outputs: []};
     this.sounds = channel?.sounds ?? [];
     this.name = text("", {name: "channel_name", required: true, pattern: "[a-z0-9][a-z0-9\\-]{0,62}", spellcheck: false, placeholder: "night-show"});
-    this.face = select(app.avatars.list.map(({id}) => [id, app.avatars.name(id)]), had.avatar_id ?? app.avatars.chosen); // prettier-ignore
+    const face = had.avatar_id ?? app.avatars.chosen,
+      faces = new Set([...app.avatars.list.map(({id}) => id), face]); // one that was erased stays until another is chosen
+    this.face = select([...faces].map(id => [id, app.avatars.name(id)]), face); // prettier-ignore
     this.mode = select(MODES.map(mode => [mode, t(`s_${mode}`)]), had.mode, {disabled: !!channel && channel.state !== "off"}); // prettier-ignore
     this.prompt = text(had.prompt, {maxLength: 2000});
     this.gap = number(had.schedule.gap_seconds);
