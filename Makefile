@@ -83,7 +83,11 @@ serve: $(VENV)/.installed-serve
 	@$(VENV)/bin/liveavatar serve configs/serve_tiny.yaml speech.voice=hibari 'talk={}' $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(PY) -m pytest $(ARGS)
+	@$(if $(ARGS),exec $(PY) -m pytest $(ARGS))
+	status=0
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not realtime' || status=$$?
+	$(PY) -m pytest -m realtime || status=$$?
+	exit $$status
 
 clean:
 	rm -rf $(VENV) out

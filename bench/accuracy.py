@@ -33,8 +33,14 @@ PATHS = {
     "packed bf16": (BF16, FastConfig(kernels=False, attention="torch", packed_qkv=True)),
     "compiled bf16": (BF16, FastConfig(kernels=False, attention="torch", compile=True)),
     "fp8 bf16": (BF16, FastConfig(kernels=False, attention="torch", packed_qkv=True, fp8=True)),
+    "fp8 cache fp32": (FP32, FastConfig(kernels=False, attention="torch", fp8_cache=True)),
+    "fp8 attention fp32": (FP32, FastConfig(kernels=False, attention="fp8", fp8_cache=True)),
+    "fp8 cache bf16": (BF16, FastConfig(kernels=False, attention="torch", fp8_cache=True)),
+    "fp8 attention bf16": (BF16, FastConfig(kernels=False, attention="fp8", fp8_cache=True)),
+    "fp8 all bf16": (BF16, FastConfig(kernels=False, attention="fp8", packed_qkv=True, fp8=True, fp8_cache=True)),
     "kernels bf16": (BF16, FastConfig(packed_qkv=True)),
     "kernels fp8 bf16": (BF16, FastConfig(packed_qkv=True, fp8=True)),
+    "kernels fp8 all bf16": (BF16, FastConfig(packed_qkv=True, fp8=True, fp8_cache=True, attention="fp8")),
 }
 COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e"}
 TOKENS, KEYS, TEXT = 64, 256, 64
@@ -79,15 +85,15 @@ class FullWidth:
         self.modulation = BlockModulation(*(0.3 * torch.randn(1, 1, dim) + (row in (2, 5)) for row in range(6)))
         self.past = [torch.randn(1, KEYS, heads, 128) for _ in "kv"]
         self.text = tuple(torch.randn(1, TEXT, heads, 128) for _ in "kv")
-        self.expected = self.update(self.block)
+        self.expected = self.update(self.block, PLAIN)
 
     @torch.inference_mode()
-    def update(self, block: TransformerBlock) -> torch.Tensor:
+    def update(self, block: TransformerBlock, way: FastConfig) -> torch.Tensor:
         dtype = block.dtype
 
         def attend(q, k, v):
             keys, values = (torch.cat([past.to(dtype), own], dim=1) for past, own in zip(self.past, (k, v)))
-            return ops.attention(q, keys, values)
+            return ops.attention(q, *(ops.rounded(x) for x in (keys, values)) if way.fp8_cache else (keys, values))
 
         x = self.x.to(dtype)
         return block(x, self.modulation, attend, tuple(t.to(dtype) for t in self.text)).float() - x.float()
@@ -104,7 +110,7 @@ class FullWidth:
             to_fp8(block, ("",))
         if way.compile:
             compile_halves(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block])}))
-        return distance(self.update(block), self.expected)
+        return distance(self.update(block, way), self.expected)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,6 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with DEVICE:
         layer, rows = FullWidth(args.width), []
+    said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, "rows": rows}
+    before = earlier(args.compare, ("where", "path"))
     for name in args.paths:
         dtype, way = PATHS[name]
         torch._dynamo.reset()
@@ -122,8 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
         with ops.own_kernels(way.kernels):
             rows.append({"where": args.fixture.name, "path": name, **on_fixture(args.fixture, dtype, way)})
             rows.append({"where": f"a layer of {args.width}", "path": name, **layer.row(dtype, way)})
-    show("distance from the plain path", rows, COLUMNS, ("where", "path"), earlier(args.compare, ("where", "path")), ("rms_error",))
-    write(args.out, config={"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, rows=rows)
+        write(args.out, complete=False, **said)
+    show("distance from the plain path", rows, COLUMNS, ("where", "path"), before, ("rms_error",))
+    write(args.out, **said)
 
 
 if __name__ == "__main__":

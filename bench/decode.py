@@ -67,7 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, dtype = dict(SCALED if args.scale else WAN_VAE), torch.bfloat16
     sizes = args.sizes or (["64x64"] if args.scale else ["704x384", "384x256"])
-    rate, rows = matmul_rate(device, 512 if device.type == "cpu" else 8192), []
+    rate, rows, before = matmul_rate(device, 512 if device.type == "cpu" else 8192), [], earlier(args.compare, ("size", "way"))
+
+    def keep(complete: bool) -> None:
+        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
+        whole = [row for row in timed if row["way"].endswith("bytes")] or timed
+        write(args.out, complete=complete, rows=rows, matmul_tflops={"bf16": rate}, roles={"decode": min(row["seconds"] for row in whole)} if whole else {},
+              config={"vae": config, "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale})  # fmt: skip
+
     torch.backends.cudnn.benchmark = True  # shapes are constant
     for size in sizes:
         width, height = map(int, size.split("x"))
@@ -78,12 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
             except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
                 row["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             rows.append(row)
-    show("one block of the decoder", rows, COLUMNS, ("size", "way"), earlier(args.compare, ("size", "way")))
-    timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-    whole = [row for row in timed if row["way"].endswith("bytes")] or timed
-    roles = {"decode": min(row["seconds"] for row in whole)} if whole else {}
-    write(args.out, config={"vae": config, "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows=rows,
-          matmul_tflops={"bf16": rate}, roles=roles)  # fmt: skip
+            keep(complete=False)
+    show("one block of the decoder", rows, COLUMNS, ("size", "way"), before)
+    keep(complete=True)
 
 
 if __name__ == "__main__":

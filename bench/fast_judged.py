@@ -23,6 +23,7 @@ from liveavatar.generate import PORTRAIT, Job, generate
 from measured import parser_of, show, write
 
 WAYS = {"packed": FastConfig(packed_qkv=True), "fp8": FastConfig(fp8=True), "packed fp8": FastConfig(packed_qkv=True, fp8=True),
+        "fp8 cache": FastConfig(fp8_cache=True), "fp8 attention": FastConfig(fp8_cache=True, attention="fp8"),
         "compiled": FastConfig(compile=True)}  # fmt: skip
 COLUMNS = {"way": "", "measure": "", "plain": ".4g", "value": ".4g", "change": ".2g", "noise": ".2g", "within": ""}
 

@@ -1,24 +1,40 @@
 #!/usr/bin/env bash
-# All that a lent GPU should tell, in about ten minutes, the most wanted first: each part has its own limit and writes its own
-# JSON, so that an early end loses little. Results go to $OUT (default bench/results).
-#   bash bench/gpu_all.sh            PYTHON=python3 by default
+# All that a lent GPU should tell, within 560 seconds, the most wanted first. Each part has its own limit and writes its JSON row by
+# row, so that a cut leaves what was done; a part whose JSON is complete is not run again. Nothing here needs more than 64 GB of GPU
+# memory. Results go to $OUT (default bench/results): seven JSONs and a log.
+#   bash bench/gpu_all.sh            PYTHON=python3 by default; BUDGET=560: less where an installation came before it
+#   bash bench/gpu_all.sh --list     seconds and names of the parts, and their sum
+#   SCALE=1 bash bench/gpu_all.sh    small models on a CPU, to show that it runs
+# The lent machine has no diffusers (bench/decode.py wants it): carry its wheel.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out="${OUT:-bench/results}"
-python="${PYTHON:-python3}"
-mkdir -p "$out"
+out="${OUT:-bench/results}" python="${PYTHON:-python3}" list="${1:-}" scale="${SCALE:-}" sum=0
+end=$((SECONDS + ${BUDGET:-560}))
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | sed 's/^NVIDIA //; s/[^A-Za-z0-9-]/-/g' | tr 'A-Z' 'a-z')"
+gpu="${gpu:-cpu}"
 part() { # seconds, name, command
-  local limit="$1" name="$2"; shift 2
-  echo "== $name"
-  timeout "$limit" "$@" 2>&1 | tee -a "$out/gpu_all.log" || echo "== $name: ended with ${PIPESTATUS[0]}" | tee -a "$out/gpu_all.log"
+  local limit="$1" name="$2" left=$((end - SECONDS)) status
+  local json="$out/$name-$gpu.json"
+  shift 2
+  sum=$((sum + limit))
+  if [ "$list" = --list ]; then echo "$limit $name"; return; fi
+  if grep -q '"complete": true' "$json" 2>/dev/null; then echo "== $name: done before"; return; fi
+  if [ "$left" -lt 10 ]; then echo "== $name: no time left" | tee -a "$out/gpu_all.log"; return; fi
+  echo "== $name" | tee -a "$out/gpu_all.log"
+  timeout -k 5 "$((limit < left ? limit : left))" "$python" "$@" --out "$json" 2>&1 | tee -a "$out/gpu_all.log"
+  status="${PIPESTATUS[0]}"
+  [ "$status" = 0 ] || echo "== $name: ended with $status" | tee -a "$out/gpu_all.log"
 }
-gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | sed 's/.* //; s/[^A-Za-z0-9-]/-/g' | tr 'A-Z' 'a-z')"
-part 60  "does every kernel run and agree"  "$python" bench/kernel_times.py --out "$out/kernels-$gpu.json"
-part 150 "step, the figures that count"     "$python" bench/step.py --sizes 704x384 --ways plain eager all "all fp8" --repeat 5 --out "$out/step-$gpu.json"
-part 40  "accuracy"                         "$python" bench/accuracy.py --out "$out/accuracy-$gpu.json"
-part 90  "decode"                           "$python" bench/decode.py --sizes 704x384 --repeat 5 --out "$out/decode-$gpu.json"
-part 150 "step, each optimisation alone"    "$python" bench/step.py --sizes 704x384 --ways kernels packed attention graphs fp8 "eager fp8" --repeat 3 --out "$out/step-alone-$gpu.json"
-part 60  "step, small picture"              "$python" bench/step.py --sizes 384x256 --ways plain all "all fp8" --repeat 5 --out "$out/step-384x256-$gpu.json"
-part 120 "step, compiled"                   "$python" bench/step.py --sizes 704x384 --ways compile "all+compile" "all+compile fp8" --repeat 3 --out "$out/step-compiled-$gpu.json"
-ls -l "$out"/*"$gpu"*
+[ "$list" = --list ] || mkdir -p "$out"
+wide=(--sizes 704x384) small=(--sizes 384x256) layer=()
+if [ -n "$scale" ]; then wide=(--scale) small=(--scale) layer=(--width 256); fi
+[ -n "$scale" ] ||
+part  50 kernels       bench/kernel_times.py
+part 140 step          bench/step.py   "${wide[@]}" --ways "all fp8" all eager plain "all fp8 attention" --repeat 5
+part  70 decode        bench/decode.py "${wide[@]}" --ways "channels last + bytes" "compiled + bytes" plain --repeat 5
+part  40 accuracy      bench/accuracy.py ${layer[@]+"${layer[@]}"}
+part 100 step-alone    bench/step.py   "${wide[@]}" --ways "all fp8 cache" attention kernels fp8 "eager fp8" packed graphs --repeat 3
+part  40 step-384x256  bench/step.py   "${small[@]}" --ways "all fp8" all plain --repeat 5
+part 120 step-compiled bench/step.py   "${wide[@]}" --ways "all+compile fp8" "all+compile" compile --repeat 3
+if [ "$list" = --list ]; then echo "$sum sum"; else ls -l "$out"/*"-$gpu.json"; fi

@@ -1,6 +1,7 @@
 """Frames over an hour: the embedded avatar speaks without a pause, and says the same words at every mark.
 
     PYTHONPATH=. .venv/bin/python bench/hour.py --minutes 60 --ranks 2
+    PYTHONPATH=. .venv/bin/python bench/hour.py --minutes 160 --video runs/eval_long/drift.mp4   # of a drift run, which has probes at each minute
 
 Streams through `runtime.Engine`, as fast as the machine can, and keeps five pictures after each mark: a sheet of them
 (one row a mark) for people to look at, and JSON with the mean colour at each mark, memory and speed, both written again
@@ -24,6 +25,7 @@ from liveavatar import config as configs
 from liveavatar.conditioning.identity import load_picture
 from liveavatar.conditioning.media import read_audio
 from liveavatar.core import FPS, SAMPLE_RATE
+from liveavatar.evaluation.clips import VideoFile
 from liveavatar.generate import PORTRAIT, SPEECH
 from liveavatar.runtime.engine import Engine
 from liveavatar.runtime.placement import cut
@@ -70,6 +72,13 @@ async def stream(config: configs.Config, portrait: Path, marks: list[float], sec
     await engine.aclose()
 
 
+def looked_up(video: Path, marks: list[float]) -> dict[int, np.ndarray]:
+    """The pictures after each mark of a video that is there."""
+    numbers = {round((m + a) * FPS) for m in marks for a in AFTER}
+    seen = ((round(at * FPS), picture) for m in marks for at, picture in VideoFile(video).frames(m, m + AFTER[-1] + 0.5))
+    return {number: picture for number, picture in seen if number in numbers}
+
+
 def sheet(wanted: dict[int, np.ndarray], marks: list[float]) -> Image.Image:
     """One row a mark, its minute written beside."""
     rows = [np.concatenate([wanted[round((m + a) * FPS)] for a in AFTER], axis=1) for m in marks]
@@ -82,7 +91,7 @@ def sheet(wanted: dict[int, np.ndarray], marks: list[float]) -> Image.Image:
 
 
 def with_colours(wanted: dict[int, np.ndarray], marks: list[float], log: list[dict]) -> list[dict]:
-    """The log with mean colours (0..255) and their mean distance to those of the first mark."""
+    """The log, a row a mark, with mean colours (0..255) and their mean distance to those of the first mark."""
     colours = [np.mean([wanted[round((m + a) * FPS)].mean((0, 1)) for a in AFTER], axis=0) for m in marks]
     return [{**row, "mean_rgb": [round(float(v), 2) for v in colour], "colour_change": round(float(np.abs(colour - colours[0]).mean()), 2)}
             for row, colour in zip(log, colours)]
@@ -95,12 +104,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--portrait", type=Path, default=PORTRAIT)
+    parser.add_argument("--video", type=Path, help="look at this one, instead of making one")
     args = parser.parse_args()
+    marks = [60 * m for m in np.arange(0, args.minutes + 1e-6, args.every)]
+    if args.video:
+        wanted, log = looked_up(args.video, marks), [{"minute": float(mark / 60)} for mark in marks]
+        write(args.out, video=str(args.video), minutes=args.minutes, marks=with_colours(wanted, marks, log))
+        return sheet(wanted, marks).save(args.out.with_suffix(".jpg"), quality=88)
     base = configs.load(args.config)
     launcher = "inproc" if args.ranks == 1 else "local"
     config = replace(base, stages=cut(base.chain, args.ranks), runtime=replace(base.runtime, sessions=1, launcher=launcher))
     seconds = 60 * args.minutes + AFTER[-1] + 0.5
-    marks = [60 * m for m in np.arange(0, args.minutes + 1e-6, args.every)]
 
     def passed(wanted: dict[int, np.ndarray], log: list[dict]) -> None:
         reached = marks[: len(log)]

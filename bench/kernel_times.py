@@ -27,13 +27,15 @@ def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], obj
     q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in packed.chunk(3, dim=-1))
     angle = randn(tokens, WIDTH // HEADS // 2)
     angles, keys, values = torch.stack([angle.cos(), angle.sin()]), torch.zeros_like(q), torch.zeros_like(v)
-    row = tokens * WIDTH
+    row, small = tokens * WIDTH, ops.Rounded.zeros(*k.shape, device=device)
     return {"norm_modulate": (lambda: ops.norm_modulate(x, shift, scale, 1e-6, torch.bfloat16), 6 * row),
             "gate_residual": (lambda: ops.gate_residual(x, y, gate, torch.bfloat16), 8 * row),
             "rms_norm": (lambda: ops.rms_norm(packed.chunk(3, dim=-1)[0], weight, 1e-6), 4 * row),
             "rotate_into": (lambda: (ops.rotate_into(k, angles, keys), keys)[1], 4 * row),
             "rope_cache": (lambda: torch.cat([ops.rope_cache(q, k, v, angles, keys, values).flatten(), keys.flatten(), values.flatten()]), 12 * row),
-            "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824)}  # fmt: skip
+            "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824),
+            "round_heads": (lambda: (ops.put(k, small, angles), small.values)[1], 3 * row),
+            "restore_heads": (lambda: ops.restored(small, torch.bfloat16), 3 * row)}  # fmt: skip
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -48,15 +50,17 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or not ops.own_kernels_available():
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
-    device, rows = torch.device("cuda"), []
+    device, rows, before = torch.device("cuda"), [], earlier(args.compare, ("kernel",))
+    said = {"config": {"tokens": args.tokens, "width": WIDTH}, "rows": rows}
     for name, (call, size) in cases(args.tokens, device).items():
         got, took = call().clone().float(), timed(call, device)
         with ops.own_kernels(False):
             expected, plain = call().clone().float(), timed(call, device)
         rows.append({"kernel": name, "error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took,
                      "reference_seconds": plain, "gain": plain / took, "gb_per_second": size / took / 1e9})  # fmt: skip
-    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), earlier(args.compare, ("kernel",)))
-    write(args.out, config={"tokens": args.tokens, "width": WIDTH}, rows=rows)
+        write(args.out, complete=False, **said)
+    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), before)
+    write(args.out, **said)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,15 @@ def parser_of(doc: str, out: str, compare: bool = True) -> argparse.ArgumentPars
     return made
 
 
-def write(out: Path, **content: object) -> None:
-    """The JSON of a run: machine, commit and what the bench has, usually config and rows."""
+def write(out: Path, *, complete: bool = True, **content: object) -> None:
+    """The JSON of a run: machine, commit and what the bench has, usually config and rows. complete: False while rows are to come, so that
+    a run that is cut off leaves what it had."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "commit": commit(), **content}, indent=1) + "\n", encoding="utf-8")
-    print(out)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps({"machine": machine(), "commit": commit(), "complete": complete, **content}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out)
+    if complete:
+        print(out)
 
 
 def earlier(path: Path | None, keys: Sequence[str]) -> dict[tuple, dict]:

@@ -26,8 +26,9 @@ from measured import earlier, parser_of, show, write
 
 from liveavatar import config as configs
 from liveavatar.core import SAMPLE_RATE
-from liveavatar.serving.live import LiveSession, Role
+from liveavatar.serving.live import LiveSession
 from liveavatar.serving.packets import H264, OPUS
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ENGINES, ServeConfig
 from liveavatar.serving.studio import Studio
 

@@ -4,7 +4,7 @@
     python bench/step.py --sizes 704x384 --ways plain all --compare bench/results/step-old.json
     python bench/step.py --scale                            # a small model on a CPU, to show that it runs
 
-Ways: the plain forward, each optimisation alone, all together, and all together with FP8 linears. The ring is full, text keys
+Ways: the plain forward, each optimisation alone, all together, and all together with FP8 linears, cache and attention. The ring is full, text keys
 and modulation are ready, as in a stream that runs. A block is timed alone, from latents on the device to velocity, and waited for.
 "roles" in the JSON is what `liveavatar plan --measured` reads: the fastest way of the first size.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ WAYS = {
     "eager fp8": FastConfig(**TOGETHER, fp8=True),
     "all fp8": FastConfig(**TOGETHER, graphs=True, fp8=True),
     "all+compile fp8": FastConfig(**TOGETHER, graphs=True, compile=True, fp8=True),
+    "all fp8 cache": FastConfig(**TOGETHER, graphs=True, fp8=True, fp8_cache=True),
+    "all fp8 attention": FastConfig(**TOGETHER, graphs=True, fp8=True, fp8_cache=True, attention="fp8"),
 }
 WARM = 12  # blocks: the ring is full after 4, each of its slots is captured at the latest in block 10
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
@@ -109,7 +111,8 @@ def measure(config: S2VConfig, geometry: Geometry, way: FastConfig, device: torc
         row = spread_of(seconds(stream.block, device, repeat, warm=WARM))
         row |= {"host_seconds": host_seconds(stream.block, device), **traced(stream.block, device)}
     linear, attention = linear_flops(config, geometry), attention_flops(config, geometry)
-    best = linear / ((rates.fp8 if way.fp8 and rates.fp8 else rates.bf16) * 1e12) + attention / (rates.bf16 * 1e12)
+    best = sum(work / ((rates.fp8 if small and rates.fp8 else rates.bf16) * 1e12)
+               for work, small in ((linear, way.fp8), (attention, way.attention == "fp8")))
     row["tflops"] = (linear + attention) / row["seconds"] / 1e12
     row |= {"matmul_share": row["tflops"] / rates.bf16, "roofline_seconds": best, "roofline_share": best / row["seconds"]}
     row["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
@@ -146,9 +149,8 @@ def traced(call: Callable[[], object], device: torch.device) -> dict[str, int]:
             "kernels": sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)}  # fmt: skip
 
 
-def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.device, dtype: torch.dtype, repeat: int, rates: Rates) -> list[dict]:
+def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.device, dtype: torch.dtype, repeat: int, rates: Rates) -> Iterator[dict]:
     """Every way at every size; what a machine cannot run is a row that says why."""
-    rows = []
     for size in sizes:
         width, height = map(int, size.split("x"))
         geometry = Geometry(height=height, width=width)
@@ -156,7 +158,7 @@ def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.
             row = {"size": size, "way": name}
             if WAYS[name].graphs and device.type != "cuda":
                 row["problem"] = "needs a GPU"
-            elif WAYS[name].fp8 and device.type == "cuda" and rates.fp8 is None:
+            elif (WAYS[name].fp8 or WAYS[name].fp8_cache) and device.type == "cuda" and rates.fp8 is None:
                 row["problem"] = "no FP8 units"
             else:
                 try:
@@ -164,9 +166,8 @@ def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.
                 except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
                     row["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             gc.collect()
-            rows.append(row)
             print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
-    return rows
+            yield row
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,15 +187,21 @@ def main(arguments: list[str] | None = None) -> None:
     sizes, dtype = args.sizes or (["64x64"] if args.scale else ["704x384", "384x256"]), torch.bfloat16
     rates = Rates(matmul_rate(device, 512 if device.type == "cpu" else 8192), matmul_rate(device, 8192, fp8=True) if ops.fp8_matmul_available() else None)
     print(f"matmul: {rates.bf16:.4g} TFLOP/s bf16, {'no' if rates.fp8 is None else format(rates.fp8, '.4g')} FP8; attention by {ops.best_attention()}")
-    rows = rows_of(config, sizes, args.ways, device, dtype, args.repeat, rates)
-    for row in rows:
-        theirs = earlier(args.reference, ("size",)).get((row["size"],))
-        row["gain"] = theirs["seconds"] / row["seconds"] if theirs and "seconds" in row else None
-    show("one forward", rows, COLUMNS, ("size", "way"), earlier(args.compare, ("size", "way")))
-    timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-    fastest = min(timed, key=lambda row: row["seconds"], default=None)
-    write(args.out, config={"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}, rows=rows,
-          matmul_tflops={"bf16": rates.bf16, "fp8": rates.fp8}, roles={"step": fastest["seconds"]} if fastest else {}, way=fastest and fastest["way"])  # fmt: skip
+    rows, before, theirs = [], earlier(args.compare, ("size", "way")), earlier(args.reference, ("size",))
+
+    def keep(complete: bool) -> None:
+        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
+        fastest = min(timed, key=lambda row: row["seconds"], default=None)
+        write(args.out, complete=complete, rows=rows, matmul_tflops={"bf16": rates.bf16, "fp8": rates.fp8}, way=fastest and fastest["way"],
+              config={"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale},
+              roles={"step": fastest["seconds"]} if fastest else {})  # fmt: skip
+
+    for row in rows_of(config, sizes, args.ways, device, dtype, args.repeat, rates):
+        reference = theirs.get((row["size"],))
+        rows.append(row | {"gain": reference["seconds"] / row["seconds"] if reference and "seconds" in row else None})
+        keep(complete=False)
+    show("one forward", rows, COLUMNS, ("size", "way"), before)
+    keep(complete=True)
 
 
 if __name__ == "__main__":

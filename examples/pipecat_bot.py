@@ -41,10 +41,10 @@ from pipecat.workers.runner import WorkerRunner
 from liveavatar.config import load
 from liveavatar.core import FPS
 from liveavatar.serving.ears import WhisperRecogniser
-from liveavatar.serving.live import Role
 from liveavatar.serving.minds import Companion, EndpointMind, Said
 from liveavatar.serving.pipecat_service import InProcess, LiveAvatarVideoService
 from liveavatar.serving.remote import RemoteAvatar
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.talk_commands import PORTRAIT, USUAL

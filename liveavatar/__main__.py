@@ -249,8 +249,9 @@ def serve(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The whole server; configs/serve_tiny.yaml is one.")],
     overrides: Overrides = None,
     engine: Annotated[Optional[str], typer.Option(metavar="model|testcard", help="What makes the pictures. Default: the config's.")] = None,
+    standby: Annotated[bool, typer.Option("--standby", help="Warm up, and go on air when the server that has the storage folder is gone: told to end, or dead.")] = False,
 ) -> None:
-    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits and log level anew."""
+    """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits, leases, outputs and log level anew."""
     from liveavatar.config import load
 
     with _needs("serve", "uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client"):
@@ -262,7 +263,7 @@ def serve(
 
     settings = read()
     try:
-        server.run(settings, typer.echo, read)
+        server.run(settings, typer.echo, read, standby)
     except OSError as error:
         from liveavatar.core import ConfigError
 
@@ -288,7 +289,7 @@ def _needs(extra: str, *packages: str):
     "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]",
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, text, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
     gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="plan: so many GPUs. Default: the recipe's processes.")] = None,

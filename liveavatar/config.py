@@ -18,7 +18,7 @@ import yaml
 from liveavatar.core import ConfigError
 
 LAUNCHERS = ("inproc", "local", "torchrun", "ray")
-ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch")
+ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch", "fp8")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -31,9 +31,12 @@ class FastConfig:
     fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, about 3 % error each
     compile: bool = False  # torch.compile of what stands around self-attention, and of the decoder; minutes at start
     graphs: bool = False  # CUDA graphs of a step; needs a GPU
-    attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best that is there
+    fp8_cache: bool = False  # keys and values of sink and ring in E4M3, a scale per token and head; half the memory of a session
+    attention: str = "auto"  # in half precision on a GPU: flash3 | cudnn | flash2 | torch; auto: the best there is; fp8: ours over fp8_cache
 
     def __post_init__(self):
+        if self.attention == "fp8" and not self.fp8_cache:
+            raise ConfigError("model.fast.attention: fp8 reads keys and values that are kept so: say model.fast.fp8_cache=true too")
         one_of("model.fast.attention", self.attention, ATTENTION)
 
 
@@ -214,7 +217,9 @@ def _convert(hint, value, where: str, key: str):
     if hint is dict or origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} must be a mapping, got {value!r}")
-        return value
+        if not options:
+            return value
+        return {_convert(options[0], name, where, key): _convert(options[1], item, where, f"{key}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

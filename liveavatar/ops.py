@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from liveavatar.config import ATTENTION
 
 _attention = "auto"
+E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
+SMALLEST_SCALE = 1e-12  # of a row of zeros
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor in FP8: values (E4M3 [..., d]) times scale (fp32 [..., 1]). It is cut and indexed along its leading axes."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def zeros(cls, *shape: int, device: torch.device | str) -> Rounded:
+        return cls(torch.zeros(shape, dtype=E4M3, device=device), torch.zeros((*shape[:-1], 1), device=device))
+
+    def __getitem__(self, where) -> Rounded:
+        return Rounded(self.values[where], self.scale[where])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
 
 
 def use_attention(name: str) -> None:
-    """From here on, in this process, who computes attention in half precision on a GPU; auto: best_attention."""
+    """From here on, in this process, who computes attention in half precision on a GPU; auto: best_attention. fp8: over keys and values
+    that are Rounded both products are of FP8 numbers, anywhere; what is not Rounded goes as with auto."""
     global _attention
     assert name in ATTENTION, name
     _attention = name
@@ -42,7 +70,7 @@ def best_attention(index: int | None = None) -> str:
 
 def _gpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[B, T, heads, d] in half precision on a GPU, by the chosen one."""
-    chosen = best_attention(q.device.index) if _attention == "auto" else _attention
+    chosen = best_attention(q.device.index) if _attention in ("auto", "fp8") else _attention
     if chosen == "flash3":
         from flash_attn_interface import flash_attn_func
 
@@ -61,12 +89,15 @@ def _gpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor | Rounded, v: torch.Tensor | Rounded, allowed: torch.Tensor | None = None) -> torch.Tensor:
     """Full softmax attention, scale 1/sqrt(head size); training may mask keys.
 
-    q: [B, Tq, heads, d]; k, v: [B, Tk, heads, d], any strides, one floating dtype.
+    q: [B, Tq, heads, d]; k, v: [B, Tk, heads, d], any strides, one floating dtype, or both Rounded (B = 1, no mask).
     allowed: bool, broadcasts to [B, heads, Tq, Tk], or None: every key. Returns [B, Tq, heads, d].
     """
+    if isinstance(k, Rounded):
+        assert allowed is None and len(q) == 1, (allowed, q.shape)
+        return _attention_over_rounded(q, k, v)
     if allowed is not None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_LIMIT:
@@ -134,6 +165,11 @@ def _fused(*tensors: torch.Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
+def _fused_fp8(*tensors: torch.Tensor) -> bool:
+    """As _fused, of kernels that know E4M3."""
+    return _fused(*tensors) and fp8_matmul_available(tensors[0].device.index)
+
+
 def norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """LN(x) (1 + scale) + shift in fp32, given in dtype. x: [B, T, D]; shift, scale: fp32 [B, G, D] with T = G * n."""
     if _fused(x, shift, scale):
@@ -171,9 +207,11 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
-def rotate_into(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor) -> None:
+def rotate_into(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor | Rounded) -> None:
     """out = rotate(x) for one sequence. x, out: [T, heads, d]; angles: fp32 [2, T, d/2]."""
-    if _fused(x, out):
+    if isinstance(out, Rounded):
+        put(x, out, angles)
+    elif _fused(x, out):
         from liveavatar_kernels import rotate_rows
 
         rotate_rows(x, angles, out)
@@ -181,12 +219,18 @@ def rotate_into(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor) -> Non
         out.copy_(rotate(x[None], angles)[0])
 
 
-def rope_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def rope_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor, keys: torch.Tensor | Rounded,
+               values: torch.Tensor | Rounded) -> torch.Tensor:
     """Rotated q; writes the rotated k and v into keys and values, the block's place in a ring. All [T, heads, d]; angles: fp32 [2, T, d/2]."""
-    if _fused(q, k, v) and q.dtype == keys.dtype:
+    if isinstance(keys, torch.Tensor) and _fused(q, k, v) and q.dtype == keys.dtype:
         from liveavatar_kernels import rope_cache as kernel
 
         return kernel(q, k, v, angles, keys, values)
+    if isinstance(keys, Rounded):
+        rotate_into(k, angles, keys), put(v, values)
+        turned = torch.empty_like(q, memory_format=torch.contiguous_format)
+        rotate_into(q, angles, turned)
+        return turned
     keys.copy_(rotate(k[None], angles)[0])
     values.copy_(v)
     return rotate(q[None], angles)[0]
@@ -194,19 +238,72 @@ def rope_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.
 
 # ---------------------------------------------------------------- FP8
 
-E4M3_MAX = 448.0
-SMALLEST_SCALE = 1e-12  # of a row of zeros
-
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, D] -> (E4M3 [T, D], fp32 scale [T, 1]), x = q * scale up to rounding: a row's maximum becomes 448."""
-    if _fused(x):
+    if _fused_fp8(x):
         from liveavatar_kernels import quantise_rows as kernel
 
         return kernel(x, E4M3_MAX, SMALLEST_SCALE)
+    made = rounded(x)
+    return made.values, made.scale
+
+
+def rounded(x: torch.Tensor) -> Rounded:
+    """x [..., d] in FP8, up to rounding to nearest: the maximum of its last axis becomes 448."""
     value = x.float()
-    scale = (value.abs().amax(1, keepdim=True) / E4M3_MAX).clamp_min(SMALLEST_SCALE)
-    return (value / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    scale = (value.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    return Rounded((value / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale)
+
+
+def put(x: torch.Tensor | Rounded, out: torch.Tensor | Rounded, angles: torch.Tensor | None = None) -> None:
+    """out = x, in FP8 if out is so, rotated if there are angles. x, out: [T, heads, d]; angles: fp32 [2, T, d/2]."""
+    if isinstance(out, torch.Tensor):
+        assert angles is None, "rotate_into"
+        out.copy_(x)
+    elif isinstance(x, Rounded) and angles is None:
+        out.values.copy_(x.values), out.scale.copy_(x.scale)
+    elif _fused_fp8(x, out.values):
+        from liveavatar_kernels import round_heads
+
+        round_heads(x, angles, out.values, out.scale, E4M3_MAX, SMALLEST_SCALE)
+    else:
+        put(rounded(x if angles is None else rotate(x[None].float(), angles)[0]), out)
+
+
+def restored(x: torch.Tensor | Rounded, dtype: torch.dtype) -> torch.Tensor:
+    """x [T, heads, d] in dtype if it is Rounded, else as it is."""
+    if isinstance(x, torch.Tensor):
+        return x
+    if _fused_fp8(x.values):
+        from liveavatar_kernels import restore_heads
+
+        return restore_heads(x.values, x.scale, dtype)
+    return (x.values.float() * x.scale).to(dtype)
+
+
+def _attention_over_rounded(q: torch.Tensor, k: Rounded, v: Rounded) -> torch.Tensor:
+    """q: [1, Tq, heads, d]; k, v: [1, Tk, heads, d]."""
+    if _attention != "fp8":
+        return attention(q, restored(k[0], q.dtype)[None], restored(v[0], q.dtype)[None])
+    query = Rounded(torch.empty(q.shape, dtype=E4M3, device=q.device), torch.empty((*q.shape[:-1], 1), device=q.device))
+    put(q[0], query[0])
+    if _fused_fp8(q):
+        from liveavatar_kernels import attention_fp8
+
+        parts = (part for x in (query, k, v) for part in (x.values[0], x.scale[0]))
+        return attention_fp8(*parts, q.dtype, E4M3_MAX, SMALLEST_SCALE)[None]
+    heads = range(q.shape[2])  # one at a time: the scores of all would be gigabytes
+    return torch.stack([_attention_of_a_head(*(x[0, :, head] for x in (query, k, v))) for head in heads], dim=1).to(q.dtype)[None]
+
+
+def _attention_of_a_head(q: Rounded, k: Rounded, v: Rounded) -> torch.Tensor:
+    """[Tq, d] in fp32 from FP8 products, each [T, d]: the scales of the values go with the shares, and both are rounded together."""
+    scores = (q.values.float() @ k.values.float().T) * (q.scale * (q.shape[-1] ** -0.5 / math.log(2))) * k.scale.T
+    share = (scores - scores.amax(-1, keepdim=True).ceil()).exp2()
+    step = (v.scale.amax() / E4M3_MAX).clamp_min(SMALLEST_SCALE).log2().ceil().exp2()
+    weights = (share * (v.scale.T / step)).to(E4M3)
+    return weights.float() @ v.values.float() * step / share.sum(-1, keepdim=True)
 
 
 @functools.cache

@@ -10,6 +10,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from forker import forking
+
+# What runs against the wall clock, real servers, browsers or many processes: these want both cores, so `make test` runs
+# them one after another, once all others have been run side by side.
+REALTIME = {f"test_{name}.py" for name in (
+    "api_media", "bench", "bench_serve", "browser", "chain_equality", "channels", "console", "cycles", "drain", "egress", "exported", "failures",
+    "hls", "launchers", "live", "livekit", "livekit_doors", "monitor", "pipecat_bot", "pipecat_service", "previews", "puppet", "realtime",
+    "recorder", "routes_talk", "rtmp", "simulation", "stream_socket", "talk", "turn", "webrtc", "whep", "whip")}  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files that the two halves of `make test` would deselect whole are not imported either."""
+    unwanted = {"realtime": False, "not realtime": True}.get(config.option.markexpr)
+    if collection_path.suffix == ".py" and unwanted is not None and (collection_path.name in REALTIME) is unwanted:
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in REALTIME:
+            item.add_marker("realtime")
+
 
 TINY_SIZE = 64  # pixels, both sides: latents 8 x 8
 
@@ -67,6 +90,13 @@ def save_tiny(folder, **overrides):
 def tiny_folder(tmp_path_factory):
     """Path of a tiny checkpoint folder; read only."""
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def forker():
+    """Where ranks are forked: forker.run(function, *args), see forker.py."""
+    with forking() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

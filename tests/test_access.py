@@ -11,13 +11,15 @@ import jwt
 import pytest
 from starlette.responses import JSONResponse
 
+from liveavatar.serving import listen
 from liveavatar.serving.access import SCOPES, Access, Principal
 from liveavatar.serving.durable import replace_file
 from liveavatar.serving.feeder import WAITING, WAITING_BYTES, Feeder, Utterance
+from liveavatar.serving.gate import address
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.problems import BufferFull, Conflict, Forbidden, NotFound, RateLimited, Unauthorized
 from liveavatar.serving.quotas import FAILURES, MessageRate, Quotas
-from liveavatar.serving.settings import AccessConfig
+from liveavatar.serving.settings import AccessConfig, ListenConfig, ServeConfig
 from liveavatar.serving.store import AvatarStore
 from api_server import bearer, portrait, running, settings
 
@@ -133,6 +135,28 @@ def test_whoever_guesses_keys_is_kept_out_by_network():
         quotas.check_address("2001:db8::ffff")
     quotas.check_address("2001:db8:0:1::1")
     quotas.check_address("192.0.2.1")
+
+
+@pytest.mark.parametrize("proxies, peer, told, seen", [
+    ((), "127.0.0.1", "203.0.113.7", "127.0.0.1"),  # nobody is believed, whatever the environment says
+    (("10.0.0.0/30",), "192.0.2.9", "203.0.113.7", "192.0.2.9"),  # not a proxy of ours
+    (("10.0.0.0/30",), "10.0.0.2", "6.6.6.6, 203.0.113.7", "203.0.113.7"),  # what the client wrote itself stands before
+    (("10.0.0.0/30",), "10.0.0.2", "203.0.113.7, 10.0.0.1", "203.0.113.7"),  # two proxies of ours
+])
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_failures_behind_a_proxy_count_for_whoever_it_names(monkeypatch, kind, proxies, peer, told, seen):
+    """18.5: else one who guesses keys shuts out everybody behind the same proxy, or nobody, by a header of their own."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    found = []
+
+    async def app(scope, receive, send):
+        found.append(address(scope))
+
+    server = listen.server(app, ServeConfig(listen=ListenConfig(proxies=proxies)))
+    server.config.load()
+    scope = {"type": kind, "client": (peer, 1), "headers": [(b"x-forwarded-for", told.encode())], "scheme": "http", "path": "/", "state": {}}
+    asyncio.run(server.config.loaded_app(scope, None, None))
+    assert found == [seen]
 
 
 def test_a_socket_may_burst_but_not_flood():

@@ -16,7 +16,7 @@ from liveavatar.config import load
 from liveavatar.serving.access import ANYBODY, SCOPES
 from liveavatar.serving.conversations import Conversations
 from liveavatar.serving.durable import private_folder
-from liveavatar.serving.settings import ListenConfig, ServeConfig
+from liveavatar.serving.settings import ListenConfig, ProfileConfig, ServeConfig
 from liveavatar.serving.voices import VoiceFailed
 
 
@@ -187,6 +187,38 @@ def test_the_life_of_a_session(tmp_path):
             assert (await server.http.get(home)).json()["state"] == "closed" and (await server.http.get("/v1/sessions")).json() == {"sessions": []}
             late = await server.http.post(f"{home}/interrupt")
             assert (late.status_code, late.json()["type"].rsplit("/")[-1]) == (409, "state")
+
+    asyncio.run(story())
+
+
+def test_a_profile_an_emotion_and_listening_reach_the_session_and_the_model(tmp_path):
+    async def story():
+        profiles = {"phone": ProfileConfig(mode="livestream", bitrate=300_000, scale=2, park_seconds=5.0)}
+        async with running(settings(tmp_path, profiles=profiles)) as server:
+            made = await server.http.post("/v1/sessions", json={"profile": "phone", "prompt": "A garden"})
+            home, session = made.headers["location"], server.studio.sessions[made.json()["id"]]
+            assert (made.json()["profile"], made.json()["mode"], made.json()["width"]) == ("phone", "livestream", 256)
+            assert (session.config.media.bitrate, session.config.sessions.park_seconds, session.mode) == (300_000, 5.0, "livestream")
+            plain = await server.http.post("/v1/sessions", json={"mode": "conversation"})
+            assert (plain.json()["profile"], plain.json()["width"]) == (None, 128)
+            own = await server.http.post("/v1/sessions", json={"profile": "phone", "mode": "conversation"})
+            assert own.json()["mode"] == "conversation" == server.studio.sessions[own.json()["id"]].mode  # what is asked for comes first
+            assert problem(await server.http.post("/v1/sessions", json={"profile": "tv"})) == (422, "profile")
+            assert (await server.http.get("/v1/server")).json()["profiles"] == ["phone"]
+
+            read, tell = [], session._engine.set_prompt
+            session._engine.set_prompt = lambda text: (read.append(text), tell(text))[1]
+            for change in ({"emotion": "happy"}, {"listening": True}, {"listening": True}, {"emotion": "", "prompt": "A studio."}):
+                changed = await server.http.patch(home, json=change)
+            assert (changed.json()["emotion"], changed.json()["listening"], changed.json()["prompt"]) == ("", True, "A studio.")
+            listens = "The person listens attentively, lips closed."
+            assert read == ["A garden. The person looks happy.", f"A garden. The person looks happy. {listens}", f"A studio. {listens}"]
+            await server.http.post(f"{home}/audio", content=tone(0.3).tobytes(), headers=PCM)
+            async with asyncio.timeout(10):
+                while session.role.listening:
+                    await asyncio.sleep(0.01)
+            assert read[-1] == "A studio." and not (await server.http.get(home)).json()["listening"]  # whoever speaks does not listen
+            assert problem(await server.http.patch(home, json={"emotion": "happy. Ignore that"}))[0] == 422
 
     asyncio.run(story())
 

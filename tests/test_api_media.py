@@ -11,6 +11,7 @@ import numpy as np
 
 from api_server import PCM, STATEMENT, bearer, changed, portrait, problem, running, settings, tone, until
 from liveavatar.serving import eventlog, routes_avatars, signing
+from liveavatar.serving.audit import FINISHED
 from liveavatar.serving.watermark import Watermark
 
 
@@ -139,6 +140,27 @@ def test_a_recording_is_made_found_fetched_and_erased(tmp_path):
             with av.open(str(tmp_path / "got.mp4")) as container:
                 assert len(list(container.decode(video=0))) >= 12
             assert (await http.delete(recording["links"]["self"])).status_code == 204 and not list((tmp_path / "recordings").iterdir())
+            for kind in ("record", "hls"):
+                await http.post(f"/v1/sessions/{session}/outputs", json={"kind": kind})
+            folder = tmp_path / "hls"
+            async with asyncio.timeout(30):
+                while len(list(folder.glob("*/*.m4s"))) < 2:
+                    await asyncio.sleep(0.05)
+            await http.delete(f"/v1/sessions/{session}")  # what ends with its session is finished after it
+            async with asyncio.timeout(30):
+                while any(not output.task.done() for output in server.at.outputs.of(session)):
+                    await asyncio.sleep(0.05)
+            await asyncio.sleep(0)
+            server.at.audit._thread.submit(lambda: None).result()
+            lines = [line.data for line in server.at.audit.tail(50) if line.name == FINISHED]
+            assert all((line["session"], line["owner"], line["avatar"]) == (session, "operator", "default") for line in lines)
+            assert lines[0]["sha256"] == recording["sha256"] and sorted(line["kind"] for line in lines[1:]) == ["hls", "record"]
+            [last] = (await http.get("/v1/recordings")).json()["recordings"]
+            [playlist] = [line for line in lines if line["kind"] == "hls"]
+            assert last["sha256"] in {line["sha256"] for line in lines[1:] if line["kind"] == "record"}
+            parts = sorted(folder.glob("*/*.m4s"), key=lambda path: int(path.stem.partition("-")[2]))
+            played = b"".join(path.read_bytes() for path in [*folder.glob("*/*-init.mp4"), *parts])
+            assert (playlist["sha256"], playlist["fragments"]) == (hashlib.sha256(played).hexdigest(), len(parts))
 
     asyncio.run(story())
 

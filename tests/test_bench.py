@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +34,23 @@ def test_step_measures_compares_and_feeds_the_planner(bench, tmp_path, capsys):
     assert rows["all"]["problem"] == "needs a GPU" and rows["plain"]["gain"] > 100
     assert 0 < rows["plain"]["roofline_share"] < 1.5 and rows["plain"]["matmul_share"] == pytest.approx(rows["plain"]["tflops"] / kept["matmul_tflops"]["bf16"])
     assert read_measured(out) == {"step": min(rows[way]["seconds"] for way in ("plain", "eager fp8"))}
-    assert {"machine", "commit", "config", "rows", "roles"} <= kept.keys() and "before" in capsys.readouterr().out
+    assert {"machine", "commit", "config", "rows", "roles"} <= kept.keys() and kept["complete"] and "before" in capsys.readouterr().out
+
+
+def test_a_step_that_is_cut_off_leaves_its_rows(bench, tmp_path, monkeypatch):
+    step, out = bench("step"), tmp_path / "step.json"
+    monkeypatch.setattr(step, "measure", lambda *args: {"seconds": 2.0} if args[2] == step.PLAIN else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step.main(["--scale", "--ways", "plain", "kernels", "--out", str(out)])
+    kept = json.loads(out.read_text())
+    assert not kept["complete"] and [row["way"] for row in kept["rows"]] == ["plain"] and read_measured(out) == {"step": 2.0}
+
+
+def test_all_for_a_gpu_fits_into_one_command_of_ten_minutes():
+    """The lent machine takes 600 s a command, installation included."""
+    said = subprocess.run(["bash", str(BENCH / "gpu_all.sh"), "--list"], capture_output=True, text=True, check=True).stdout.split()
+    parts = dict(zip(said[1::2], map(int, said[::2])))
+    assert parts.pop("sum") == sum(parts.values()) <= 560 and len(parts) < 8, "eight files come back at most, one of them the log"
 
 
 def test_decode_measures_and_feeds_the_planner(bench, tmp_path):

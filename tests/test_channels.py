@@ -1,6 +1,7 @@
 """24/7 channels: what is due when, how one stays on air, and what its owner may do with it over HTTP (serving.md 6, API-2, EGR-2, 17.2)."""
 
 import asyncio
+import json
 import math
 import os
 import shutil
@@ -16,14 +17,16 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from api_server import PCM, bearer, problem, running, settings, tone, until
+from api_server import PCM, bearer, changed, problem, running, settings, tone, until
 from liveavatar.serving.access import ANYBODY
 from liveavatar.serving.channel_runner import LOOK_SECONDS, Crew, Runner
 from liveavatar.serving.channels import Entry, Filler, Progress, Schedule, Turn, begun, due, ended, upcoming
 from liveavatar.serving.outputs import Wanted
 from liveavatar.serving.problems import Capacity, Unprocessable
 from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.webhooks import signature
 from test_drain import ROOT, first_word, wait
+from test_webhooks import SECRET, receiver
 
 HOUR = 3600.0
 
@@ -126,14 +129,20 @@ def test_a_session_that_cannot_be_opened_is_tried_again_with_growing_pauses():
         raise Capacity("full")
 
     studio = SimpleNamespace(draining=False, alive=True)
-    channel = SimpleNamespace(id="1", name="night", owner="acme", key="k", avatar="default", mode="livestream", prompt="")
+    channel = SimpleNamespace(id="1", name="night", owner="acme", key="k", avatar="default", mode="livestream", prompt="", webhook=None)
     desk = SimpleNamespace(studio=studio, settings=ServeConfig(), open=refused)
     store = SimpleNamespace(now=lambda _: channel, progress=lambda _: Progress())
     longest = SimpleNamespace(uniform=lambda low, high: high)
-    runner = Runner(Crew(desk=desk, outputs=None, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept, rng=longest), "1")
+    desk.leases = lambda who: [SimpleNamespace(wish=SimpleNamespace(endless=endless)) for endless in kinds]
+    crew = Crew(desk=desk, outputs=None, quotas=None, store=store, speak=None, webhooks=None, clock=lambda: now[0], sleep=slept, rng=longest)
+    runner, kinds = Runner(crew, "1"), []
     asyncio.run(asyncio.wait_for(runner.run(), 5))
     assert [after - before - LOOK_SECONDS for before, after in zip(tries, tries[1:])] == [1, 2, 4, 8, 16, 30, 30]
     assert runner.troubles == {"session": "full"}
+    runner.lease, kinds = object(), [True, False]  # of a server that drains: a conversation goes on, and so does the channel
+    assert not runner._leaving
+    kinds = [True, True]
+    assert runner._leaving
 
 
 def test_outputs_follow_what_is_wanted():
@@ -153,10 +162,11 @@ def test_outputs_follow_what_is_wanted():
             raise Unprocessable("no such host")
         return SimpleNamespace(task=SimpleNamespace(done=lambda: False), wanted=output)
 
-    store = SimpleNamespace(now=lambda _: SimpleNamespace(outputs=wanted[max(at for at in wanted if at <= now[0])]), progress=lambda _: Progress())
+    store = SimpleNamespace(now=lambda _: SimpleNamespace(outputs=wanted[max(at for at in wanted if at <= now[0])], webhook=None),
+                            progress=lambda _: Progress())  # fmt: skip
     outputs = SimpleNamespace(start=start, stop=lambda lease, output: told.append((now[0], "stop", output.wanted.name)))
     desk = SimpleNamespace(settings=ServeConfig())
-    crew = Crew(desk=desk, outputs=outputs, quotas=None, store=store, speak=None, clock=lambda: now[0], sleep=slept)
+    crew = Crew(desk=desk, outputs=outputs, quotas=None, store=store, speak=None, webhooks=None, clock=lambda: now[0], sleep=slept)
     runner = Runner(crew, "1")
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(runner._keep_outputs(None))
@@ -186,12 +196,17 @@ WISH = {"name": "night", "prompt": "a studio", "filler": {"prompts": ["a calm fa
 
 
 def test_a_channel_is_on_air_until_it_is_told_to_end(tmp_path):
-    """It speaks what is due, moves in between, is switched on air, and comes back from a chain that died and a session that ended."""
+    """It speaks what is due, moves in between, is switched on air, and comes back from a chain that died and a session that ended; its
+    owner's own server is told (API-6)."""
 
     async def story():
-        async with running(settings(tmp_path), speak=voice) as server:
-            http, home = server.http, "/v1/channels/night"
-            made = await http.post("/v1/channels", json=WISH)
+        got: list = []
+        hook, port = await receiver(got, [])
+        async with running(changed(settings(tmp_path), outputs={"private": ("127.0.0.0/8",)}), speak=voice) as server:
+            http, home, webhook = server.http, "/v1/channels/night", {"url": f"http://127.0.0.1:{port}/hook", "secret": SECRET}
+            assert problem(await http.post("/v1/channels", json={**WISH, "webhook": {**webhook, "url": "http://10.0.0.1/"}})) == (403, "ssrf")
+            made = await http.post("/v1/channels", json={**WISH, "webhook": webhook})
+            assert made.json()["webhook"] == "http://127.0.0.1" and SECRET not in made.text
             assert made.status_code == 201 and made.headers["location"] == home and made.json()["state"] == "off"
             assert problem(await http.post(f"{home}:switch", json={"prompt": "x"})) == (409, "state")
             for _ in range(2):  # starting twice is no error
@@ -214,13 +229,28 @@ def test_a_channel_is_on_air_until_it_is_told_to_end(tmp_path):
             off = (await http.post(f"{home}:stop")).json()
             assert (off["state"], off["session_id"], off["outputs"][0]["state"]) == ("off", None, "off")
             assert not server.studio.sessions and not server.at.desk.leases(ANYBODY)
+            kept = (await http.patch(home, json={"outputs": [{"kind": "hls", "name": "web"}, {"kind": "record"}], "webhook": None})).json()
+            assert ([output["name"] for output in kept["outputs"]], kept["webhook"]) == (["web", "record"], None)
             assert (await http.delete(home)).status_code == 204 and problem(await http.get(home)) == (404, "not_found")
             assert not list((tmp_path / "channels").iterdir())
             names = [line["name"] for line in (await http.get("/v1/audit?lines=50")).json()["lines"]]
             assert [name.removeprefix("channel.") for name in names if name.startswith("channel.")] == [
-                "created", "started", "started", "switched", "stopped", "erased"]  # fmt: skip
+                "created", "started", "started", "switched", "stopped", "changed", "erased"]  # fmt: skip
+        await hook.cleanup()
+        told_of(got, session.id, again["session_id"])
 
     asyncio.run(story())
+
+
+def told_of(got: list, first: str, second: str) -> None:
+    """What the receiver of a channel's events got: signed, in order, of the channel and of both its sessions."""
+    events = [json.loads(body) for _, body in got]
+    assert [event["n"] for event in events] == list(range(1, len(events) + 1)) and {event["channel"] for event in events} == {"night"}
+    assert all(headers["LiveAvatar-Signature"] == f"v1={signature(SECRET, headers['LiveAvatar-Timestamp'], body)}" for headers, body in got)
+    assert [(e["type"], e["session"]) for e in events if e["type"].endswith("_air")] == [
+        ("channel.on_air", first), ("channel.off_air", first), ("channel.on_air", second), ("channel.off_air", second)]  # fmt: skip
+    kinds = {event["type"] for event in events}
+    assert {"channel.entry", "channel.trouble", "speak.finished", "output.live", "session.updated"} <= kinds and "stats" not in kinds
 
 
 async def programme(session, count: int) -> list[str]:
@@ -272,7 +302,9 @@ async def on_the_web(server, home: str, **more) -> dict:
             if (web["name"], web["state"]) == ("web", "live") and web["links"]:
                 playlist = await server.http.get(f"{home}/outputs/web/hls/index.m3u8")
                 assert web["links"]["playlist"] == playlist.request.url.path
-                if playlist.status_code == 200 and "#EXTINF" in playlist.text:
+                sidecar = await server.http.get(f"{home}/outputs/web/hls/provenance.jws")  # 19.4
+                if playlist.status_code == sidecar.status_code == 200 and "#EXTINF" in playlist.text:
+                    assert sidecar.headers["content-type"] == "application/jose" and sidecar.text.count(".") == 2
                     return seen
             await asyncio.sleep(0.1)
 
@@ -329,16 +361,16 @@ def test_what_a_channel_may_be_and_whose_it_is(tmp_path):
 # ---------------------------------------------------------------- a server that dies
 
 
-def served(folder: Path) -> subprocess.Popen:
+def served(folder: Path, *words: str) -> subprocess.Popen:
     """A process of its own: configs/serve_tiny.yaml with the test card."""
-    overrides = ["--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={folder}"]
+    overrides = [*words, "--engine", "testcard", "engine.runtime.sessions=4", "listen.port=0", f"storage.folder={folder}"]
     return subprocess.Popen([sys.executable, "-m", "liveavatar", "serve", str(ROOT / "configs" / "serve_tiny.yaml"), *overrides], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
 
 
 @pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffprobe is missing: apt-get install ffmpeg")
-def test_a_killed_server_comes_back_with_its_channels_on_air(tmp_path):
-    """kill -9, then another process on the same folder: the channel is on air again and goes on in its list; SIGTERM hands it over (17.2, 17.6)."""
+def test_a_killed_server_is_replaced_by_one_that_stood_by(tmp_path):
+    """kill -9 while another process stands by, warm and mute: the channel is on air there and goes on in its list (17.2, 17.6)."""
     first = second = None
     try:
         first = served(tmp_path)
@@ -351,9 +383,11 @@ def test_a_killed_server_comes_back_with_its_channels_on_air(tmp_path):
             client.post("/v1/channels/night:start")
             wait(lambda: client.get("/v1/channels/night").json()["entry"] == "part-2")
             assert client.get("/v1/channels/night").json()["outputs"][0]["state"] == "live"
+            second = served(tmp_path, "--standby")
+            assert first_word(second, "standing")
+            assert client.get("/v1/channels/night").json()["state"] == "on_air" and second.poll() is None
         first.kill()
         first.wait()
-        second = served(tmp_path)
         with httpx.Client(base_url=first_word(second, "http://"), headers=bearer(key), timeout=30) as client:
             wait(lambda: client.get("/v1/channels/night").json()["entry"] not in (None, "part-0", "part-1", "part-2"))
             wait(lambda: client.get("/v1/channels/night").json()["outputs"][0]["bytes"] > 0)

@@ -231,10 +231,39 @@ async def visit_tabs(page, server, folder: Path) -> None:
 
 
 async def channel_on_air(page, server) -> None:
-    """Started, switched to another face and stopped with buttons that ask once more."""
-    await server.http.post("/v1/channels", json={"name": "night"})
+    """Made, changed with what was there kept, started, switched to another face, stopped and erased, with buttons that ask once more."""
     await page.click("#tab_channels")
-    await page.click("#panel_channels button")
+    await page.click("#panel_channels button >> text=New channel")
+    await page.fill("#channel [name=channel_name]", "night")
+    for words, entry in (("Add an entry", "hello"), ("Add an entry", "news")):
+        await page.click(f"#channel button >> text={words}")
+        await page.fill("#channel .rows:first-of-type .part_row:last-child .wide input", entry)
+    await page.fill("#channel .part_row:last-child input[type=datetime-local]", "2100-01-02T03:04:05")
+    await page.click("#channel button >> text=Add a destination")
+    await page.select_option("#channel fieldset:nth-of-type(2) select", "hls")
+    await shot(page, "channel_form")
+    await page.click("#channel button[type=submit]")
+    await page.wait_for_selector("#panel_channels h3 >> text=night")
+    (made,) = (await server.http.get("/v1/channels")).json()["channels"]
+    assert [(entry["text"], entry["at"] is None) for entry in made["schedule"]["entries"]] == [("hello", True), ("news", False)]
+    await page.click("#panel_channels button >> text=Edit")
+    await page.set_input_files("#channel input[type=file]", {"name": "a.wav", "mimeType": "audio/wav", "buffer": spoken(0.5)})
+    await page.wait_for_selector("#channel option >> text=Sound 1", state="attached")
+    await page.select_option("#channel .part_row:first-child select[data-sounds]", label="Sound 1, 0.5 s")
+    await page.fill("#channel input[type=url]", "https://8.8.8.8/hook")
+    await page.fill("#channel fieldset:last-of-type input[type=password]", "sixteen characters")
+    await shot(page, "channel_edit")
+    await page.click("#channel button[type=submit]")
+    await page.wait_for_selector("#channel", state="hidden")
+    (now,) = (await server.http.get("/v1/channels")).json()["channels"]
+    assert now["schedule"]["entries"][0]["sound"] == now["sounds"][0]["id"] and now["schedule"]["entries"][1] == made["schedule"]["entries"][1]
+    assert now["outputs"] == made["outputs"] and now["webhook"] == "https://8.8.8.8"
+    await page.click("#panel_channels button >> text=Edit")
+    await page.check("#channel fieldset:last-of-type input[type=checkbox]")
+    await page.click("#channel button[type=submit]")
+    await page.wait_for_selector("#channel", state="hidden")
+    assert (await server.http.get("/v1/channels")).json()["channels"] == [{**now, "webhook": None}]
+    await page.click("#panel_channels button >> text=Start")
     await page.wait_for_selector("#panel_channels .pill >> text=On air")
     await page.select_option("#panel_channels select", "trained_9")
     for words in ("Switch", "Sure?"):
@@ -244,6 +273,9 @@ async def channel_on_air(page, server) -> None:
     for words in ("Stop", "Sure?"):
         await page.click(f"#panel_channels button >> text={words}")
     await page.wait_for_selector("#panel_channels .pill >> text=Off air")
+    for words in ("Erase", "Sure?"):
+        await page.click(f"#panel_channels button >> text={words}")
+    await page.wait_for_selector("text=No channels yet.")
 
 
 async def add_a_face(page) -> None:
@@ -292,6 +324,12 @@ def test_a_phone_in_the_dark_with_a_key_that_may_only_watch_and_steer(running_br
                 assert await page.evaluate(spare) > 20, "the form stays within its dialog"
                 await shot(page, "phone_upload")
                 await page.tap("#upload button[type=button]")
+                await page.tap("#tab_channels")
+                await page.tap("#panel_channels button >> text=New channel")
+                await page.tap("#channel button >> text=Add an entry")
+                await page.tap("#channel button >> text=Add a destination")
+                assert await page.evaluate("channel.scrollWidth <= channel.clientWidth && document.documentElement.scrollWidth <= 390")
+                await shot(page, "phone_channel")
                 unnamed = await page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, [role=img], video, meter")]
                     .filter(e => e.checkVisibility() && !(e.innerText || e.ariaLabel || e.title || e.labels?.length)).map(e => e.outerHTML)""")
                 return refused, wrong, unnamed

@@ -254,9 +254,8 @@ def compare(rank, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_ranks_that_disagree_all_stop(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.start_processes(compare, args=(tmp_path,), nprocs=2, start_method="fork")
+def test_ranks_that_disagree_all_stop(tmp_path, forker):
+    forker.run(compare, tmp_path)
     for rank in (0, 1):
         assert "different refresh: [[" in (tmp_path / f"refused{rank}").read_text()
 
@@ -412,12 +411,11 @@ def distil_as_rank(rank, micro, folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd with threads for GPUs cannot be forked")
-def test_two_ranks_stay_one_student(micro, tmp_path, monkeypatch):
+def test_two_ranks_stay_one_student(micro, tmp_path, forker):
     """Own batches, shared plan, averaged gradients: after two updates of both networks the ranks hold the same bits."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     for name in ("latents", "forcing.pt", "teacher.pt", "consistency.pt"):
         (tmp_path / name).symlink_to(Path(micro.run) / name)
-    torch.multiprocessing.start_processes(distil_as_rank, args=(every_turn(micro), tmp_path), nprocs=2, start_method="fork")
+    forker.run(distil_as_rank, every_turn(micro), tmp_path)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["loss"] != two["loss"], "each rank has clips of its own"
     assert same(one["student"], two["student"]) and same(one["critic"], two["critic"])

@@ -18,7 +18,10 @@ from api_server import bearer, on_port, settings
 from liveavatar.config import Config, ModelConfig
 from liveavatar.core import LiveAvatarError
 from liveavatar.serving import listen
+from liveavatar.serving import server as server_module
 from liveavatar.serving.app import create_app
+from liveavatar.serving.audit import FILE
+from liveavatar.serving.eventlog import EventLog
 from liveavatar.serving.settings import ListenConfig
 from liveavatar.serving.studio import Studio
 
@@ -106,6 +109,44 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path):
         with pytest.raises(OSError, match="in use"):
             asyncio.run(listen.serve(create_app(studio, config), config))
         assert studio.engine is None
+
+
+def test_a_spare_waits_for_log_and_ports_and_can_be_told_to_end(tmp_path):
+    """`serve --standby` (17.2): the log's lock is the lease; the old server's doors close a moment after it lets go. SIGTERM ends the wait."""
+
+    class Spare:
+        engine = None
+
+        def __init__(self, config):
+            self.config, self.closed = config, False
+
+        async def start(self):
+            self.engine = object()
+
+        async def aclose(self):
+            self.closed = True
+
+    async def story():
+        config = replace(settings(tmp_path), listen=ListenConfig(port=0, admin_port=free_port()))
+        lease, said = EventLog(tmp_path / FILE), asyncio.Queue()
+        spare, told = Spare(config), Spare(config)
+        waiting = asyncio.create_task(server_module.stand_by(spare, said.put_nowait))
+        assert "standing by" in await said.get()
+        with socket.create_server(("127.0.0.1", config.listen.admin_port)):
+            lease.close()
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+        assert await waiting and not spare.closed
+        lease = EventLog(tmp_path / FILE)
+        waiting = asyncio.create_task(server_module.stand_by(told, said.put_nowait))
+        await said.get()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not await waiting and told.closed
+        lease.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    asyncio.run(asyncio.wait_for(story(), 20))
 
 
 def test_operators_have_a_door_of_their_own(tmp_path):

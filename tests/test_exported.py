@@ -24,7 +24,10 @@ from liveavatar.models.probe import Probe, ProbeSizes, save_probe
 from liveavatar.serving import server
 from liveavatar.serving.metrics import TABLE
 from liveavatar.serving.problems import RateLimited
-from liveavatar.serving.settings import AccessConfig, ListenConfig, MonitoringConfig, ServeConfig, StorageConfig
+from liveavatar.serving.reloading import differing
+from liveavatar.serving.settings import (
+    AccessConfig, ListenConfig, MonitoringConfig, ServeConfig, SessionsConfig, SpeechConfig, StorageConfig, TalkConfig,
+)  # fmt: skip
 from liveavatar.serving.signing import local_chain
 
 GPU = {row.name: "this machine may have no GPU: test_metrics plays a driver" for row in TABLE.values() if row.name.startswith("gpu_")}
@@ -134,13 +137,32 @@ def test_every_row_of_the_table_is_fed(tmp_path):
     assert sum(value for name, value in after.items() if name.startswith("sessions_ended_total")) == 1
 
 
-def test_settings_that_are_read_again(tmp_path):
-    """SIGHUP (17.4): limits per key and the log's level from now on; what cannot be read changes nothing."""
-    stricter = replace(whole(tmp_path), access=AccessConfig(offers_per_minute=1), monitoring=MonitoringConfig(log_level="error"))
+async def too_large(app, key: str) -> None:
+    """The gate goes by the new limit."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE, headers=bearer(key)) as http:
+        answer = await http.post("/v1/avatars", content=bytes(1_000_000), headers={"content-type": "image/png"})
+        assert problem(answer)[0] == 413
+
+
+def test_settings_that_are_read_again(tmp_path, monkeypatch):
+    """SIGHUP (17.4): limits, leases and the log's level from now on; what cannot be read changes nothing, what needs a restart is named."""
+    access = AccessConfig(offers_per_minute=1, viewers=1, image_bytes=1000, token_seconds=60.0)
+    stricter = replace(whole(tmp_path), access=access, monitoring=MonitoringConfig(log_level="error"), sessions=SessionsConfig(idle_seconds=7.0),
+                       talk=TalkConfig(), speech=SpeechConfig(voice="flite"))  # fmt: skip
     levels = {name: logging.getLogger(name).level for name in (None, "liveavatar", "uvicorn")}
-    at = server.assemble(whole(tmp_path))[0].state.services
+    said = []
+    monkeypatch.setattr(server.log, "warning", lambda event, **facts: said.append((event, facts)))
+    app = server.assemble(whole(tmp_path))[0]
+    at, had = app.state.services, whole(tmp_path)
     try:
         server.reload(at, lambda: stricter)
+        ((event, facts),) = said
+        assert event == "settings_reloaded" and set(facts["changed"]) <= set(differing(had, stricter))
+        assert {"access.viewers", "access.image_bytes", "sessions.idle_seconds", "monitoring.log_level"} <= set(facts["changed"])
+        assert {"access.token_seconds", "talk", "speech.voice"} <= set(facts["need_restart"])
+        assert at.settings is at.desk.settings is at.desk.studio.config and at.settings.talk is None and at.settings.access.token_seconds == 600
+        assert at.viewers._limit == 1 and at.desk.settings.sessions.idle_seconds == 7.0
+        asyncio.run(too_large(app, at.access.first_key()))
         assert logging.getLogger("liveavatar").level == logging.ERROR
         at.quotas.count("offers", "k")
         with pytest.raises(RateLimited):
@@ -150,7 +172,7 @@ def test_settings_that_are_read_again(tmp_path):
             raise ConfigError("serve.yaml: unknown key")
 
         server.reload(at, broken)
-        assert logging.getLogger("liveavatar").level == logging.ERROR
+        assert logging.getLogger("liveavatar").level == logging.ERROR and len(said) == 1
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -11,7 +11,9 @@ import subprocess
 import pytest
 
 from liveavatar.serving.egress import Destination
+from liveavatar.serving.fragments import SideCar, accompany, fetched, folder_reader
 from liveavatar.serving.settings import OutputsConfig
+from liveavatar.serving.signing import AUTHORITY, Signer
 from liveavatar.serving.targets import PLAYLIST, Target
 from onair import Station, events
 
@@ -28,12 +30,14 @@ def test_hls_plays_survives_a_crash_and_a_stop(tmp_path):
 
 
 async def on_air(folder):
+    pytest.importorskip("c2pa", reason="signing needs liveavatar[serve]")
     station, seen = Station(), []
     config = OutputsConfig(stall_seconds=1.0, retry_seconds=0.1)
     out = Destination("web", Target(kind="hls", url=str(folder)), 64, 64, config, ask_keyframe=station.ask_keyframe,
                       report=lambda event, facts: seen.append((event, facts)))  # fmt: skip
     station.sinks.append(out)
-    running = asyncio.create_task(out.run())
+    signer, unsigned = Signer(folder / "keys"), []
+    running = asyncio.create_task(accompany(out.run(), SideCar(folder, {"stream": "web"}, signer.seal), unsigned.append))
     playlist = folder / PLAYLIST
     await station.play(lambda: playlist.exists() and playlist.read_text().count("EXTINF") >= 2)
     assert out.status.state == "live" and out.status.reconnects == 0
@@ -53,6 +57,8 @@ async def on_air(folder):
     text = playlist.read_text()
     assert "#EXT-X-ENDLIST" in text and "#EXT-X-DISCONTINUITY" in text and "#EXT-X-MEDIA-SEQUENCE:2000000000" in text  # it only grows
     assert not list(folder.glob("0-*")) and list(folder.glob("1-*"))  # what the last viewers may still want stays
+    signed = fetched(folder_reader(folder), PLAYLIST, (folder / "keys" / AUTHORITY).read_bytes())  # through both crashes (19.4)
+    assert signed.manifest.valid and signed.manifest.trusted and signed.checked == text.count("EXTINF") and not unsigned
     found = await asyncio.to_thread(probe, str(playlist))
     assert "codec_name=h264|width=64|r_frame_rate=25/1" in found and "codec_name=aac" in found
     assert out.status.state == "closed" and out.status.bytes > 0

@@ -60,17 +60,6 @@ def test_other_rates_are_read_by_their_time_stamps(tmp_path):
     assert len(footage.sound_of(tmp_path / "slow.mp4")) == 0
 
 
-def test_sound_is_laid_out_by_its_time_stamps():
-    one = np.full(1600, 2**30, np.int32)
-    late = footage.laid_out([(0.5, one), (0.6, one)], 0)
-    assert len(late) == 0.7 * 16000 and not late[:8000].any() and np.all(late[8000:] == 0.5)
-    assert len(footage.laid_out([(0.0, one), (0.1 + 1e-3, one)], 0)) == 3200  # rounding of stamps opens no gap
-    hole = footage.laid_out([(0.0, one), (0.3, one)], 0)
-    assert len(hole) == 6400 and not hole[1600:4800].any()
-    early = footage.laid_out([(0.0, one), (0.1, one)], 0.05)
-    assert len(early) == 0.15 * 16000 and early.all()  # what was heard before the first picture is gone
-
-
 def test_stretches_are_whole_clips_inside_a_shot():
     assert ingest.stretches(10, 500, 93, 200) == [(10, 196), (196, 382), (382, 475)]
     assert ingest.stretches(0, 92, 93, 500) == [] and ingest.stretches(0, 93, 93, 10) == [(0, 93)]

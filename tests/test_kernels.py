@@ -12,9 +12,9 @@ import torch
 from liveavatar import ops
 
 HERE = Path(__file__).parent
-# bf16: the interpreter cuts where a GPU rounds, so one step of bf16 at the largest value; fp32: order of summation.
+# bf16: one step of bf16 at the largest value; fp32: order of summation.
 LIMITS = {"bfloat16": 2**-7, "float32": 5e-7}
-OWN = {"fp8 scales": 0.0, "fp8 steps": 0.125, "fp8 share of values off": 0.05, "fp8 left out": 0.35}
+OWN = {"fp8 attention": 2**-7}  # 1.2e-5 seen in fp32: a share that stands between two numbers of E4M3
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (Linux only): the torch references run instead", allow_module_level=True)
@@ -36,7 +36,7 @@ def test_kernels_equal_their_references(errors):
     wrong = {name: value for name, value in errors.items()
              if not value <= OWN.get(" ".join(name.split()[:-2]), LIMITS[name.split()[-1]])}
     assert not wrong, wrong
-    assert len(errors) == 2 * 2 * 9 + 1
+    assert len(errors) == 2 * 2 * 10 + 1
 
 
 def test_a_stream_through_the_kernels_is_the_plain_one(errors):
@@ -45,7 +45,7 @@ def test_a_stream_through_the_kernels_is_the_plain_one(errors):
 
 def test_kernels_compile_for_hopper():
     made = json.loads(child("kernel_compile.py"))
-    assert len(made) == 6 and all(size > 0 for size in made.values()), made
+    assert len(made) == 9 and all(size > 0 for size in made.values()), made
 
 
 def test_the_plain_way_is_taken_on_a_cpu_and_for_gradients(monkeypatch):

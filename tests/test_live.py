@@ -9,9 +9,9 @@ import pytest
 from liveavatar.config import Config, RuntimeConfig
 from liveavatar.core import InputError
 from liveavatar.serving import ladder, testcard
-from liveavatar.serving.live import Role
 from liveavatar.serving.packets import H264, OPUS, Tick
 from liveavatar.serving.problems import BufferFull, Capacity, Conflict
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig, SessionsConfig
 from liveavatar.serving.studio import Studio
 

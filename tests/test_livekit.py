@@ -23,10 +23,10 @@ from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studi
 
 from liveavatar.core import FPS
 from liveavatar.serving import livekit_worker
-from liveavatar.serving.live import Role
 from liveavatar.serving.livekit_video import SessionVideo, Source
 from liveavatar.serving.livekit_worker import join
 from liveavatar.serving.packets import SOUND_RATE, TICK_SAMPLES
+from liveavatar.serving.role import Role
 
 
 @pytest.fixture(scope="module")

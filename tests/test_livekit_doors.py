@@ -25,8 +25,8 @@ from livekit.plugins import liveavatar as plugin
 from livekit_people import FACE, Agent, Viewer, avatar_token, frames, run, studio, token, tone, until
 
 from liveavatar.serving import livekit_compat
-from liveavatar.serving.live import Role
 from liveavatar.serving.problems import NotInstalled
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import OutputsConfig
 
 LOOPBACK = OutputsConfig(private=("127.0.0.0/8",))

@@ -8,7 +8,7 @@ import structlog
 from test_watermark import clip, read
 
 from liveavatar.core import ConfigError
-from liveavatar.serving.live import Role
+from liveavatar.serving.role import Role
 from liveavatar.serving.server import marker, payload
 from liveavatar.serving.settings import ProvenanceConfig, ServeConfig, StorageConfig
 from liveavatar.serving.watermark import server_key

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from liveavatar.conditioning.media import VideoWriter, read_audio
+from liveavatar.conditioning.media import VideoWriter, lay_out, read_audio
 from liveavatar.core import InputError
 
 
@@ -96,6 +96,18 @@ def test_raw_pcm_on_standard_input(monkeypatch, rate):
     pcm = np.concatenate(list(read_audio("-", rate=rate)))
     first, last = loud(pcm)
     assert abs(len(pcm) - 24000) <= 2 and abs(first - 8000) < 40 and abs(last - 16000) < 40
+
+
+def test_sound_is_laid_out_by_its_time_stamps():
+    one = np.full(1600, 0.5, np.float32)
+    late = lay_out([(0.5, one), (0.6, one)], 0)
+    assert len(late) == 0.7 * 16000 and not late[:8000].any() and np.all(late[8000:] == 0.5)
+    assert len(lay_out([(0.0, one), (0.1 + 1e-3, one)], 0)) == 3200  # rounding of stamps opens no gap
+    hole = lay_out([(0.0, one), (0.3, one)], 0)
+    assert len(hole) == 6400 and not hole[1600:4800].any()
+    early = lay_out([(0.0, one), (0.1, one)], 0.05)
+    assert len(early) == 0.15 * 16000 and early.all()  # what was heard before the first picture is gone
+    assert len(lay_out([(0.0, one), (0.1, one)], 0.05, 0.12)) == round(0.07 * 16000)
 
 
 def test_raw_pcm_is_handed_on_as_it_arrives(monkeypatch):

@@ -18,8 +18,8 @@ import uvicorn
 from aiortc import MediaStreamTrack
 
 from liveavatar.runtime.intake import Intake
-from liveavatar.serving.live import Role
 from liveavatar.serving.pipecat_service import InProcess
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 from viewer_kit import Peer, until

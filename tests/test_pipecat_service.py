@@ -14,9 +14,9 @@ from pipecat.frames.frames import (
 from pipecat.pipeline.worker import PipelineParams
 from pipecat.tests.utils import SleepFrame, run_test
 
-from liveavatar.serving.live import Role
 from liveavatar.serving.packets import Mark, Tick
 from liveavatar.serving.pipecat_service import InProcess, LiveAvatarVideoService
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.testcard import read_code

@@ -96,6 +96,17 @@ def test_fp8_linears_are_a_byte_a_weight_and_the_load_is_counted():
     assert rank.fixed["transformer"] + rank.loading == sum(x.nbytes for x in tiny_model().parameters())
 
 
+def test_an_fp8_cache_is_a_byte_a_number_and_a_scale_a_head():
+    fast = FastConfig(fp8_cache=True)
+    (rank,) = plan(config(model=ModelConfig(fast=fast)), S2VConfig(), USUAL, gpus(1, 80e9)).ranks
+    assert rank.per_session["4 x step cache"] == 4 * (12_672 + 2_640) * 2 * 40 * 40 * (128 + 4)
+    assert rank.sessions_that_fit == 1 and plan(config(), S2VConfig(), USUAL, gpus(1, 80e9)).ranks[0].sessions_that_fit == 0
+    model, g = prepare(tiny_model(), fast), Geometry(height=64, width=64, anchor_blocks=2)
+    (tiny,) = plan(config(model=ModelConfig(fast=fast)), model.config, g, [Device(name="cpu", kind="cpu", memory=10**12)], dtype=torch.float32,
+                   vae=SMALL_VAE, host=10**12).ranks  # fmt: skip
+    assert tiny.per_session["4 x step cache"] == 4 * model.new_cache(8, 8, 3, 4, 2).nbytes
+
+
 def test_planned_bytes_are_what_the_tiny_chain_allocates():
     model, vae, g = tiny_model(), tiny_vae(), Geometry(height=64, width=64)
     p = plan(config(), model.config, g, [Device(name="cpu", kind="cpu", memory=10**12)], dtype=torch.float32, vae=SMALL_VAE, host=10**12)

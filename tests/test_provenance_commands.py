@@ -1,5 +1,6 @@
 """`liveavatar verify FILE`: one line on the mark, one on the manifest, and the exit status."""
 
+import hashlib
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from liveavatar.__main__ import app
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.core import LiveAvatarError
 from liveavatar.generate import PORTRAIT, Done
-from liveavatar.serving.audit import FILE
+from liveavatar.serving.audit import FILE, FINISHED
 from liveavatar.serving.eventlog import EventLog
 from liveavatar.serving.provenance_commands import audit_commands, verify
 
@@ -43,9 +44,18 @@ def test_a_recording_as_the_server_leaves_it(run, tmp_path):
     mark, manifest = result.output.splitlines()
     assert mark.startswith(f"watermark: found, payload 0x{PAYLOAD:08x}, confidence 1.0000, false alarm below ") and "25 pictures" in mark
     assert manifest == "C2PA: valid, says made by a machine, signed by liveavatar local signer, who is in no trust list here"
+    known = {"kind": "record", "session": "S", "avatar": "ada", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    log = EventLog(tmp_path / FILE)
+    log.append("server.started", {})
+    log.append(FINISHED, known)
+    log.close()
+    assert run(path).output.splitlines()[2].startswith("event log: line 2, record of session S, avatar ada, finished 2")
     path.write_bytes(path.read_bytes().replace(b"trainedAlgorithmicMedia", b"digitalCaptureNotMadeXX"))
     result = run(path)
     assert result.exit_code == 0 and "C2PA: NOT valid: " in result.output  # the mark is in the pictures
+    assert result.output.splitlines()[2] == "event log: no output of this server was exactly this file"
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes().replace(b"ada", b"bob"))
+    assert "line 2 was changed" in run(path).output.splitlines()[2]
 
 
 def test_another_video_and_another_key(run, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,9 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 
-from liveavatar.serving.live import Role
 from liveavatar.serving.realtime import Backend, BackendFailed, BackendSocket, RealtimeBridge, bridge
-from liveavatar.serving.settings import ServeConfig
+from liveavatar.serving.role import Role
+from liveavatar.serving.settings import ServeConfig, SessionsConfig
 from liveavatar.serving.studio import Studio
 
 FORMAT = {"type": "audio/pcm", "rate": 24_000}
@@ -143,6 +144,7 @@ def test_a_response_is_spoken_and_unknown_events_pass_untouched(portrait):
 
 def test_barge_in_truncates_where_the_viewer_was(portrait):
     async def work(client, model, avatar):
+        avatar.config = replace(avatar.config, sessions=SessionsConfig(listening=True))
         await model.speak("r1", "i1", 3.0, done=False)  # ten times faster than it is spoken
         await client.until("output_audio_buffer.started")
         await asyncio.sleep(0.6)
@@ -150,6 +152,11 @@ def test_barge_in_truncates_where_the_viewer_was(portrait):
         assert (await client.until("output_audio_buffer.cleared"))["response_id"] == "r1"
         (truncate,) = model.of("conversation.item.truncate")
         told = [event for event in avatar.happenings if event.name == "speak.finished"][0].data
+        await model.say(type="input_audio_buffer.speech_stopped", event_id="e", audio_end_ms=1500, item_id="u1")
+        await client.until("input_audio_buffer.speech_stopped")
+        while avatar.role.listening:  # `run` bounds it
+            await asyncio.sleep(0.01)
+        assert [event.data for event in avatar.happenings if event.name == "session.updated"] == [{"listening": True}, {"listening": False}]
         assert truncate["item_id"] == "i1" and truncate["audio_end_ms"] == told["position_ms"] and 400 <= truncate["audio_end_ms"] <= 1600
         await client.send(type="conversation.item.truncate", item_id="i1", content_index=0, audio_end_ms=2900)  # its own guess, too late
         await model.speak("r1", "i1", 0.5, done=False)  # late audio of a response that is over
@@ -207,6 +214,9 @@ class Deaf:
         assert pcm.dtype == np.int16 and rate > 0
 
     async def interrupt(self, reason):
+        return None
+
+    async def hears(self, somebody):
         return None
 
     async def send(self, text):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from liveavatar.core import ConfigError
 from liveavatar.serving.problems import Invalid, Problem, TooLarge, Unprocessable
-from liveavatar.serving.ssrf import Blocked, check_url, fetch, permitted, request
+from liveavatar.serving.ssrf import Blocked, Lookups, Unresolved, check, check_url, fetch, permitted, request
 
 WEB = ("http", "https")
 
@@ -109,7 +109,7 @@ def test_a_name_is_resolved_once_and_the_checked_address_is_the_one_to_use():
     assert asked == [("live.example.com", 1935)]
     assert (target.scheme, target.host, target.port, target.address) == ("rtmp", "live.example.com", 1935, "8.8.4.4")
     assert target.pinned == "rtmp://8.8.4.4:1935/app/stream-key?a=b"
-    assert check_url("https://[2606:4700::1111]/x#part", WEB).pinned == "https://[2606:4700::1111]:443/x"
+    assert check_url("https://[2606:4700::1111]/x#part", WEB, resolve=never).pinned == "https://[2606:4700::1111]:443/x"
 
 
 def test_one_bad_address_among_good_ones_refuses_the_name():
@@ -122,7 +122,37 @@ def test_one_bad_address_among_good_ones_refuses_the_name():
 def test_the_systems_resolver():
     for name in ("localhost", "name.invalid"):
         with pytest.raises(Blocked):
-            check_url(f"http://{name}/", WEB)
+            asyncio.run(check(f"http://{name}/", WEB))
+
+
+def test_names_that_hang_hold_up_nobody_else():
+    """18.4: a domain that answers nobody has its share of the threads, and whoever asks for its names waits no longer than is given."""
+    let, asked = threading.Event(), []
+
+    def slow(name, port):
+        asked.append(name)
+        if name.endswith(".evil.example"):
+            let.wait(10)
+        return ["8.8.8.8"]
+
+    lookups = Lookups(slow, most=8, seconds=0.1)
+
+    async def ask(name: str) -> str:
+        try:
+            return (await lookups.resolve(name, 80))[0]
+        except Unresolved:
+            return "none"
+
+    async def story():
+        hanging = await asyncio.gather(*(ask(f"n{n}.evil.example") for n in range(50)))
+        assert set(hanging) == {"none"} and len(asked) == 2, "a quarter of eight threads, and nothing waits for one"
+        assert await asyncio.gather(*(ask(f"live.site{n}.example") for n in range(6))) == ["8.8.8.8"] * 6
+        let.set()
+        async with asyncio.timeout(5):
+            while await ask("www.evil.example") == "none" or lookups._running:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(story())
 
 
 def test_operators_lists():
@@ -134,18 +164,18 @@ def test_operators_lists():
         with pytest.raises(Blocked) as error:
             check_url(url, ("rtmp",), hosts=hosts, resolve=never)
         assert error.value.reason == "host"
-    assert check_url("rtmp://127.0.0.1:19350/a", ("rtmp",), private=("127.0.0.0/8",)).port == 19350
-    assert check_url("rtmp://[::ffff:10.1.2.3]/a", ("rtmp",), private=("10.0.0.0/8",)).address == "10.1.2.3"
+    assert check_url("rtmp://127.0.0.1:19350/a", ("rtmp",), private=("127.0.0.0/8",), resolve=never).port == 19350
+    assert check_url("rtmp://[::ffff:10.1.2.3]/a", ("rtmp",), private=("10.0.0.0/8",), resolve=never).address == "10.1.2.3"
     with pytest.raises(Blocked):
-        check_url("rtmp://10.1.2.3/a", ("rtmp",), private=("127.0.0.0/8",))
+        check_url("rtmp://10.1.2.3/a", ("rtmp",), private=("127.0.0.0/8",), resolve=never)
     with pytest.raises(ConfigError, match="outputs.private"):
-        check_url("rtmp://10.1.2.3/a", ("rtmp",), private=("10.0.0.1/8",))
+        check_url("rtmp://10.1.2.3/a", ("rtmp",), private=("10.0.0.1/8",), resolve=never)
 
 
 def test_a_refusal_does_not_repeat_the_stream_key():
     for url in ("rtmp://127.0.0.1/app/SECRET", "ftp://example.com/SECRET", "rtmp://0x7f.1/app/SECRET", "rtmp://u:SECRET@example.com/"):
         with pytest.raises(Problem) as error:
-            check_url(url, ("rtmp",))
+            check_url(url, ("rtmp",), resolve=never)
         assert "SECRET" not in error.value.detail
 
 

@@ -118,12 +118,9 @@ def compare(found: dict, expected: dict, exact: float = 1e-3, where: str = "") -
 
 
 @pytest.mark.parametrize("kind, name", SPREAD)
-def test_two_processes_step_as_one(alone, kind, name, tmp_path, monkeypatch):
+def test_two_processes_step_as_one(alone, kind, name, tmp_path, forker):
     """Weights, averages, gradients (in norms and moments), of both roles; through a checkpoint in the middle, and on in one process."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    if name == "deepspeed":
-        strategy.imported_deepspeed()  # once, before the processes part
-    torch.multiprocessing.start_processes(as_rank, args=(kind, name, tmp_path), nprocs=WORLD, start_method="fork")
+    forker.run(as_rank, kind, name, tmp_path, world=WORLD)
     assert torch.load(tmp_path / "norms") == pytest.approx(torch.load(alone[kind] / "norms"), rel=1e-4)
     found, expected = load_checkpoint(tmp_path / "dmd.pt"), load_checkpoint(alone[kind] / "dmd.pt")
     assert set(found) == {"model", "ema", "optimiser", "critic", "iteration", "seed"} and int(found["iteration"]) == 2
@@ -204,7 +201,7 @@ def test_other_tensors_are_refused(tmp_path):
         load_checkpoint(tmp_path / "none.pt")
 
 
-def train_for_long(folder) -> None:
+def train_for_long(rank, folder) -> None:
     """A run that saves all the time."""
     config = dataclasses.replace(LOOP, iterations=100_000, checkpoint_seconds=0.02, log_every=1)
     trainer = Trainer("toy", small(), config, folder, 0)
@@ -227,18 +224,16 @@ def lines(folder) -> dict[int, float]:
     return found
 
 
-def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path, forker):
     """SIGKILL in the middle of training and writing, twice."""
     (tmp_path / "toy.jsonl").touch()
     for wanted in (40, 80):
-        child = torch.multiprocessing.get_context("fork").Process(target=train_for_long, args=(tmp_path,))
-        child.start()
+        (child,) = forker.start(train_for_long, tmp_path, world=1)
         deadline = time.monotonic() + 120
         while len(lines(tmp_path)) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
+        os.kill(child, signal.SIGKILL)
+        assert "SIGKILL" in forker.outcome()
     killed = lines(tmp_path)
     assert len(killed) >= 80 and max(killed) == len(killed)
     straight = tmp_path / "straight"

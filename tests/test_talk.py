@@ -8,7 +8,9 @@ import shutil
 import threading
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from itertools import pairwise, zip_longest
 
 import av
@@ -22,11 +24,11 @@ from liveavatar.core import ConfigError
 from liveavatar.generate import SPEECH
 from liveavatar.serving.conversation import LISTENING, THINKING, Conversation
 from liveavatar.serving.ears import WINDOW, WINDOW_SECONDS, Began, Ears, Ended, Hearing, Turns
-from liveavatar.serving.live import Role
 from liveavatar.serving.minds import Companion, EndpointMind, MindFailed, Said, sentences
 from liveavatar.serving.problems import BufferFull, Unprocessable
 from liveavatar.serving.rehearsal import LEAD, PATIENCE, NoAnswer, Turn, Typist, User
-from liveavatar.serving.settings import ServeConfig, SpeechConfig
+from liveavatar.serving.role import Role
+from liveavatar.serving.settings import ServeConfig, SessionsConfig, SpeechConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.talk import Talk
 from liveavatar.serving.voices import OpenAIVoice, VoiceFailed, open_voice, say_to, speakable, voice_named
@@ -406,6 +408,12 @@ def test_an_interruption_from_outside_ends_the_turn_and_nothing_stale_follows(po
                 await talk.read("second")
                 await until("speak.started")
                 await silenced(2)
+                avatar.config = replace(avatar.config, sessions=SessionsConfig(listening=True))
+                for shown, heard in ((True, talk.conversation.began), (False, partial(talk.conversation.said, ""))):
+                    await talk._inbox.put(heard)
+                    async with asyncio.timeout(5):
+                        while avatar.role.listening != shown:
+                            await asyncio.sleep(0.01)
                 return talk.conversation.history, [data for name, data in told if name == "talk.answer"]
         finally:
             await studio.aclose()

@@ -29,20 +29,22 @@ def logged(folder: Path) -> list[float]:
 
 def run_recipe(overrides: list[str]) -> None:
     """What a process of torchrun does."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
     recipe.run("forcing", MICRO, overrides)
     assert not torch.distributed.is_initialized(), "who joined leaves"
 
 
-def test_processes_of_torchrun_join_one_group(tmp_path):
-    """Sharded, too: they leave one checkpoint, which one process goes on with."""
+def be_torchrun(rank: int, overrides: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    overrides = [*clips(tmp_path), "forcing.loop.strategy=fsdp2"]
     agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
                          max_restarts=0, monitor_interval=0.2)
     elastic_launch(agent, run_recipe)(overrides)
+
+
+def test_processes_of_torchrun_join_one_group(tmp_path, forker):
+    """Sharded, too: they leave one checkpoint, which one process goes on with."""
+    overrides = [*clips(tmp_path), "forcing.loop.strategy=fsdp2"]
+    forker.run(be_torchrun, overrides, world=1)
     assert len(logged(tmp_path)) == 3, "rank 0 alone writes the log"
     assert int(load_checkpoint(tmp_path / "forcing.pt")["iteration"]) == 3
     recipe.run("forcing", MICRO, [*overrides, "forcing.loop.strategy=single", "forcing.loop.iterations=4"])

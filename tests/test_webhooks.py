@@ -61,7 +61,7 @@ def deliver(post, events=1):
         waits.append(seconds)
 
     async def story():
-        hook = Webhook(Target("s", "https://x/", SECRET), post, count=counted.append, sleep=sleep)
+        hook = Webhook(Target("s", "https://x/", SECRET, {"session": "s"}), post, count=counted.append, sleep=sleep)
         for n in range(events):
             hook.put({"n": n, "type": "epoch"})
         hook.put({"n": events, "type": "stats"})

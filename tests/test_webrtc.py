@@ -128,6 +128,9 @@ def test_nothing_leaves_before_both_have_something_and_pictures_begin_with_a_key
         begun = a_viewer()
         begun.put(sound(4)), begun.put(sound(5)), begun.put(sound(6)), begun.put(sound(7)), begun.put(picture(3, key=True))
         assert waiting(begun) == ([0.12], [0.12, 0.14]) and begun._barrier.is_set(), "sound of a tick comes before its picture"
+        greeted = a_viewer()
+        greeted.greet(picture(2, key=True)), greeted.put(sound(6)), greeted.put(picture(3)), greeted.put(picture(4, key=True))
+        assert greeted._barrier.is_set() and waiting(greeted) == ([0.08, 0.16], [0.12]), "a still, sound at once, then pictures"
         alone = a_viewer(OPUS)
         alone.put(sound(0))
         assert alone._barrier.is_set(), "who takes sound only does not wait for pictures"

@@ -76,6 +76,8 @@ def test_the_offer_of_a_browser_is_answered_with_h264_alone():
             assert again.status_code == 404 and again.json()["type"].endswith("/not_found") and viewers.all() == []
             page = await client.post(URL, json={"type": "offer", "sdp": OFFER})
             assert page.status_code == 201 and page.json()["type"] == "answer" and page.headers["location"].endswith(page.json()["viewer"])
+            proofs = [set(re.findall("a=fingerprint:(.+)", sdp)) for sdp in (made.text, page.json()["sdp"])]
+            assert all(proofs) and not proofs[0] & proofs[1], "a certificate of its own for each connection, none outlives it (18.6)"
         assert IceServers(network)("card") == [{"urls": ["stun:192.0.2.9:3478"]}]
 
     run(body)

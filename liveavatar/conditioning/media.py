@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,7 @@ from liveavatar.core import FPS, SAMPLE_RATE, InputError
 STDIN = "-"
 READ_BYTES = 8192  # of raw PCM per read: 0.26 s at 16 kHz
 MARK_BYTES = 8
+GAP_SECONDS = 0.02  # between the end of one piece of sound and the time stamp of the next; more is silence in the file, less is rounding
 CONTAINERS = {  # (offset, bytes) by which a file that is not raw PCM is known
     (0, b"RIFF"): "WAV", (0, b"OggS"): "Ogg", (0, b"fLaC"): "FLAC", (0, b"ID3"): "MP3", (4, b"ftyp"): "MP4",
     (0, b"\x1aE\xdf\xa3"): "WebM", (0, b"FORM"): "AIFF",
@@ -113,6 +115,46 @@ def _floats(frames: list[av.AudioFrame]) -> Iterator[np.ndarray]:
     for frame in frames:
         if frame.samples:
             yield (frame.to_ndarray()[0] / 2.0**31).astype(np.float32)
+
+
+def seconds_of(frame: av.AudioFrame | av.VideoFrame, name: str) -> float:
+    """The time stamp of a frame of the file `name`. Raises InputError where it has none."""
+    if frame.pts is None:
+        raise InputError(f"{name}: a frame without a time stamp: put it into an mp4 again")
+    return float(frame.pts * frame.time_base)
+
+
+def timed_sound(frames: Iterator[av.AudioFrame], name: str) -> Iterator[tuple[float, np.ndarray]]:
+    """Decoded frames of one format -> (seconds by their time stamps, float32 [n] at 16 kHz mono). Raises InputError without stamps."""
+    resampler = at = None
+    for frame in frames:
+        stamp = seconds_of(frame, name)
+        if at is None or abs(stamp - at) > GAP_SECONDS:
+            if resampler is not None:
+                yield from ((at, piece) for piece in _floats(resampler.resample(None)))
+            resampler, at = av.AudioResampler(format="s32", layout="mono", rate=SAMPLE_RATE), stamp
+        frame.pts = None
+        for piece in _floats(resampler.resample(frame)):
+            yield at, piece
+            at += len(piece) / SAMPLE_RATE
+    if resampler is not None:
+        yield from ((at, piece) for piece in _floats(resampler.resample(None)))
+
+
+def lay_out(pieces: Iterable[tuple[float, np.ndarray]], start: float = 0.0, end: float = math.inf) -> np.ndarray:
+    """(seconds, float32 [n]) in order -> float32 [m] of what is heard in [start, end); silence where there is no piece."""
+    kept, length = [], 0
+    for at, piece in pieces:
+        first = round((at - start) * SAMPLE_RATE)
+        if kept and abs(first - length) < GAP_SECONDS * SAMPLE_RATE:
+            first = length
+        piece, first = piece[max(0, length - first) :], max(first, length)  # what was before the start, or said twice
+        if math.isfinite(end):
+            piece = piece[: max(0, round((end - start) * SAMPLE_RATE) - first)]
+        if len(piece):
+            kept += [np.zeros(first - length, np.float32), piece]
+            length = first + len(piece)
+    return np.concatenate(kept) if kept else np.zeros(0, np.float32)
 
 
 def _raw_chunks(file: BinaryIO, rate: int) -> Iterator[np.ndarray]:

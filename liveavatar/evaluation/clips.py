@@ -9,15 +9,15 @@ import math
 import wave
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import av
 import numpy as np
 
+from liveavatar.conditioning.media import lay_out, seconds_of, timed_sound
 from liveavatar.core import SAMPLE_RATE, InputError
 from liveavatar.evaluation.provenance import sha256
-
-MAX_GAP_SECONDS = 0.02  # between the end of one piece of sound and the time stamp of the next; more is silence in the file
 
 
 class VideoFile:
@@ -56,7 +56,7 @@ class VideoFile:
             stream.thread_type = "AUTO"
             _seek(container, stream, start)
             for frame in self._decoded(container, stream):
-                at = _seconds(frame, self.path)
+                at = seconds_of(frame, str(self.path))
                 if at >= end:
                     return
                 if at >= start:
@@ -69,28 +69,8 @@ class VideoFile:
         with self._open() as container:
             stream = container.streams.audio[0]
             _seek(container, stream, start)
-            pieces = self._pieces(container, stream, end)
-            return _laid_out(pieces, start, end)
-
-    def _pieces(self, container, stream, end: float) -> Iterator[tuple[float, np.ndarray]]:
-        """(seconds, float32 [n]) of sound as it was decoded, at 16 kHz mono."""
-        resampler = av.AudioResampler(format="s32", layout="mono", rate=SAMPLE_RATE)  # s32: as in conditioning/media.py
-        at = None
-        for frame in self._decoded(container, stream):
-            stamp = _seconds(frame, self.path)
-            if at is None or abs(stamp - at) > MAX_GAP_SECONDS:
-                if at is not None:
-                    yield at, _samples(resampler.resample(None))
-                    resampler = av.AudioResampler(format="s32", layout="mono", rate=SAMPLE_RATE)
-                at = stamp
-            frame.pts = None
-            piece = _samples(resampler.resample(frame))
-            yield at, piece
-            at += len(piece) / SAMPLE_RATE
-            if at >= end + 1:
-                return
-        if at is not None:
-            yield at, _samples(resampler.resample(None))
+            heard = timed_sound(self._decoded(container, stream), str(self.path))
+            return lay_out(takewhile(lambda piece: piece[0] < end, heard), start, end)
 
     def _open(self):
         try:
@@ -109,34 +89,6 @@ def _seek(container, stream, start: float) -> None:
     """To a key frame at or before `start`; sound a little earlier, so that its decoder has settled."""
     if start > 0:
         container.seek(max(0, int((start - 0.5) / stream.time_base)), stream=stream)
-
-
-def _seconds(frame, path: Path) -> float:
-    if frame.pts is None:
-        raise InputError(f"{path}: a frame without a time stamp: put it into an mp4 again")
-    return float(frame.pts * frame.time_base)
-
-
-def _samples(frames) -> np.ndarray:
-    pieces = [frame.to_ndarray()[0] / 2.0**31 for frame in frames if frame.samples]
-    return np.concatenate(pieces).astype(np.float32) if pieces else np.zeros(0, np.float32)
-
-
-def _laid_out(pieces: Iterator[tuple[float, np.ndarray]], start: float, end: float) -> np.ndarray:
-    """Pieces with their times -> one array from `start` on; silence where there are none."""
-    kept, length = [], 0
-    for at, piece in pieces:
-        first = round((at - start) * SAMPLE_RATE)
-        piece, first = piece[max(0, -first):], max(0, first)
-        if math.isfinite(end):
-            piece = piece[: max(0, round((end - start) * SAMPLE_RATE) - first)]
-        if len(piece) and first > length:
-            kept.append(np.zeros(first - length, np.float32))
-            length = first
-        piece = piece[max(0, length - first):]
-        kept.append(piece)
-        length += len(piece)
-    return np.concatenate(kept) if kept else np.zeros(0, np.float32)
 
 
 def write_sound(path: Path, pieces: Iterable[np.ndarray]) -> None:

@@ -22,13 +22,14 @@ import torch
 
 from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
 from liveavatar.conditioning.face import FaceTracker
+from liveavatar.conditioning.faceprint import embedding
 from liveavatar.conditioning.phones import LIPS_MEET, WIDE_OPEN
 from liveavatar.config import Config
 from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import prompts, provenance
 from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, grouped_clips, looped, stream, take_clip
-from liveavatar.evaluation.likeness import Likeness, embedding
+from liveavatar.evaluation.likeness import Likeness
 from liveavatar.evaluation.quality import psnr
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
 from liveavatar.evaluation.trend import theil_sen

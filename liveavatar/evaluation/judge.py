@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from liveavatar.conditioning.face import Face, FaceTracker
+from liveavatar.conditioning.faceprint import embedding
 from liveavatar.conditioning.identity import load_picture
 from liveavatar.conditioning.media import read_audio
 from liveavatar.conditioning.phones import Phone, SpeechError, Utterance
@@ -108,7 +109,7 @@ def read_portrait(path: str | Path) -> Portrait:
     faces = FaceTracker().follow(picture)
     if len(faces) != 1:
         raise InputError(f"{path}: {len(faces)} faces found: likeness needs a portrait with exactly one")
-    return Portrait(picture, five_points(faces[0].landmarks), likeness.embedding(picture, faces[0]))
+    return Portrait(picture, five_points(faces[0].landmarks), embedding(picture, faces[0]))
 
 
 def five_points(points: np.ndarray) -> np.ndarray:

@@ -26,28 +26,44 @@ class Sink:
     v: torch.Tensor
 
 
-def cache_bytes(layers: int, dim: int, sink_tokens: int, ring_tokens: int, anchor_tokens: int, element_size: int) -> int:
+def cache_bytes(layers: int, heads: int, head_dim: int, sink_tokens: int, ring_tokens: int, anchor_tokens: int, dtype: torch.dtype) -> int:
     """Bytes one StepCache allocates: K and V of sink and ring, K of anchors; the un-rotated sink is shared by a rank's steps."""
-    return layers * dim * (2 * (sink_tokens + ring_tokens) + anchor_tokens) * element_size
+    head = head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == ops.E4M3 else 0)
+    return layers * heads * (2 * (sink_tokens + ring_tokens) + anchor_tokens) * head
+
+
+def _stored(layers: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor | ops.Rounded:
+    """Zeros [layers, tokens, heads, d]."""
+    shape = (layers, tokens, heads, head_dim)
+    return ops.Rounded.zeros(*shape, device=device) if dtype == ops.E4M3 else torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _along_tokens(x: torch.Tensor | ops.Rounded) -> torch.Tensor | ops.Rounded:
+    """FP8 values so that the tokens of a head lie side by side, as FP8 matrix units read them (attention_fp8); a shape does not change."""
+    if isinstance(x, torch.Tensor):
+        return x
+    layers, tokens, heads, size = x.shape
+    return ops.Rounded(x.values.view(layers, heads, size, tokens).permute(0, 3, 1, 2), x.scale)
 
 
 class StepCache:
     """[sink | ring] of one session at one step, at that step's own noise level.
 
-    Allocated once at `layers x (sink + ring) x heads x d` for keys and for values. anchor_blocks: so many first
+    Allocated once at `layers x (sink + ring) x heads x d` for keys and for values; dtype E4M3: as FP8 with a scale for every token
+    and head, and what attention takes is Rounded. anchor_blocks: so many first
     blocks never leave the ring and stand right before the newest ones (Anchor-Heavy Identity Sinks, LiveTalk; their
     keys are turned along so that distances stay those of a plain ring, which the paper's short clips do not need).
     """
 
     def __init__(self, *, layers: int, heads: int, head_dim: int, sink_tokens: int, block_tokens: int,
                  ring_blocks: int, dtype: torch.dtype, device: torch.device | str, anchor_blocks: int = 0):
-        shape = (layers, sink_tokens + ring_blocks * block_tokens, heads, head_dim)
+        rest = {"heads": heads, "head_dim": head_dim, "dtype": dtype, "device": device}
         self.sink_tokens, self.block_tokens, self.ring_blocks = sink_tokens, block_tokens, ring_blocks
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _stored(layers, sink_tokens + ring_blocks * block_tokens, **rest)
+        self.v = _along_tokens(_stored(layers, sink_tokens + ring_blocks * block_tokens, **rest))
         self.anchors: list[int] = []  # numbers of the blocks that stay
         self.anchor_blocks = anchor_blocks
-        self.anchor_k = torch.zeros((layers, anchor_blocks * block_tokens, heads, head_dim), dtype=dtype, device=device)
+        self.anchor_k = _stored(layers, anchor_blocks * block_tokens, **rest)
         self.sink: Sink | None = None
         self.written = 0  # blocks written since the last reset; their order in the ring is by this, not by block index
 
@@ -69,22 +85,22 @@ class StepCache:
         assert sink.k.shape[1] == self.sink_tokens, (sink.k.shape, self.sink_tokens)
         self.sink = sink
         for layer in range(self.k.shape[0]):
-            self.k[layer, : self.sink_tokens] = ops.rotate(sink.k[layer][None], angles)[0]
-        self.v[:, : self.sink_tokens] = sink.v
+            ops.rotate_into(sink.k[layer], angles, self.k[layer, : self.sink_tokens])
+            ops.put(sink.v[layer], self.v[layer, : self.sink_tokens])
 
     def attended(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor,
                  reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotate this block's q, k [1, block_tokens, heads, d], put k and v over the oldest slot: what attention takes.
 
         angles: fp32 [2, block_tokens, d/2]; reference: fp32 [2, tok, d/2], where the reference stands for this block. Returns
-        q and the keys and values of all that the block attends to, views [1, sink + active, heads, d].
+        q and the keys and values of all that the block attends to, views [1, sink + active, heads, d], Rounded where the cache is.
         """
         self.roll_reference(layer, reference)
         first = self.sink_tokens + self.slot() * self.block_tokens
         own = self.k[layer, first : first + self.block_tokens]
         q = ops.rope_cache(q[0], k[0], v[0], angles, own, self.v[layer, first : first + self.block_tokens])
         if self.written < self.anchor_blocks:
-            self.anchor_k[layer, self.written * self.block_tokens :][: self.block_tokens] = own
+            ops.put(own, self.anchor_k[layer, self.written * self.block_tokens :][: self.block_tokens])
         keys, values = self.seen(layer)
         return q[None], keys[None], values[None]
 
@@ -122,7 +138,7 @@ class StepCache:
         """Turn the keys of the anchors by fp32 [2, 1, d/2] each, from where they were written."""
         for i, angles in enumerate(turns):
             first = i * self.block_tokens
-            own = self.anchor_k[layer, first : first + self.block_tokens]
+            own = ops.restored(self.anchor_k[layer, first : first + self.block_tokens], torch.float32)
             ops.rotate_into(own, angles.expand(-1, self.block_tokens, -1).contiguous(), self.k[layer, self.sink_tokens + first :][: self.block_tokens])
 
     def advance(self, block: int) -> None:

@@ -1,4 +1,4 @@
-"""What a loaded transformer may be turned into before it runs: packed projections, FP8 linears, compiled halves of a block.
+"""What a loaded transformer may be turned into before it runs: packed projections, FP8 linears and caches, compiled halves of a block.
 
 Each is asked for in the config (model.fast) and checked against the plain model by bench/accuracy.py and tests/test_fast.py.
 A changed model is for inference alone: it has other tensors than its checkpoint.
@@ -67,6 +67,8 @@ def prepare(model: CausalS2V, fast: FastConfig) -> CausalS2V:
         pack(model)
     if fast.fp8:
         to_fp8(model)
+    if fast.fp8_cache:
+        model.cache_dtype = ops.E4M3
     if fast.compile:
         compile_halves(model)
     return model

@@ -146,6 +146,7 @@ class CausalS2V(nn.Module):
         self.frame_packer = FramePacker(c.in_dim, c.dim)
         self.casual_audio_encoder = CausalAudioEncoder(c.audio_dim, c.dim, c.audio_layers, c.num_audio_token)
         self.audio_injector = L.AudioInjector(c.dim, c.num_heads, len(c.audio_inject_layers), c.eps)
+        self.cache_dtype: torch.dtype | None = None  # of the keys and values of streams; None: the model's
         self._injector_of = {layer: j for j, layer in enumerate(c.audio_inject_layers)}
         self._grids: dict[tuple, torch.Tensor] = {}  # rotations of rows and columns, by size and device: see angles_at
 
@@ -273,12 +274,12 @@ class CausalS2V(nn.Module):
 
     def new_cache(self, h: int, w: int, block_latents: int, ring_blocks: int, anchor_blocks: int = 0,
                   kind: type[StepCache] = StepCache) -> StepCache:
-        """An empty StepCache (or of another kind) for latents of size h x w in the model's dtype and on its device."""
+        """An empty StepCache (or of another kind) for latents of size h x w in cache_dtype and on the model's device."""
         tok = (h // 2) * (w // 2)
         sink = 2 * tok + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
         return kind(layers=self.config.num_layers, heads=self.config.num_heads, head_dim=self.config.head_dim,
                     sink_tokens=sink, block_tokens=block_latents * tok, ring_blocks=ring_blocks, anchor_blocks=anchor_blocks,
-                    dtype=self.dtype, device=self.device)
+                    dtype=self.cache_dtype or self.dtype, device=self.device)
 
     def prefill(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> Sink:
         """Keys and values of the sink at t = 0 (model.md section 7).

@@ -20,6 +20,7 @@ from liveavatar.core import FPS, ConfigError, Geometry, PlacementError
 from liveavatar.models.cache import cache_bytes
 from liveavatar.models.fast import prepare
 from liveavatar.models.s2v import CausalS2V, S2VConfig
+from liveavatar.ops import E4M3
 from liveavatar.runtime.seats import Seat, seats_of
 
 PROCESS_BYTES = 600_000_000  # a Python process with torch imported, on the host
@@ -247,7 +248,7 @@ class Plan:
     sessions: int
     geometry: Geometry
     dtype: torch.dtype
-    fp8: bool  # linears of blocks and injectors
+    fast: FastConfig  # what is kept in FP8
     host_bytes: int  # host RAM all ranks and the head take
     host_memory: int
 
@@ -294,7 +295,8 @@ class Plan:
     def table(self) -> Table:
         """For people: one row a rank."""
         g = self.geometry
-        numbers = str(self.dtype).removeprefix("torch.") + (" with FP8 linears" if self.fp8 else "")
+        small = [what for what, on in (("linears", self.fast.fp8), ("cache", self.fast.fp8_cache)) if on]
+        numbers = str(self.dtype).removeprefix("torch.") + (f" with FP8 {' and '.join(small)}" if small else "")
         table = Table(title=f"{g.width}x{g.height}, {numbers}, {self.sessions} session(s)")
         for column in ("rank", "roles", "loads", "each session", "total of free", "ms/block"):
             table.add_column(column)
@@ -335,7 +337,7 @@ def plan(config: Config, model_config: S2VConfig, geometry: Geometry, devices: S
     ranks = tuple(sizer.rank(seat, device, times) for seat, device in zip(seats, devices))
     sessions, on_host = config.runtime.sessions, [r for r in ranks if r.device.kind == "cpu"]
     processes = 1 if config.runtime.launcher == "inproc" else 1 + len(ranks)
-    return Plan(ranks=ranks, sessions=sessions, geometry=geometry, dtype=dtype, fp8=config.model.fast.fp8,
+    return Plan(ranks=ranks, sessions=sessions, geometry=geometry, dtype=dtype, fast=config.model.fast,
                 host_bytes=processes * PROCESS_BYTES + sum(r.bytes(sessions) for r in on_host),
                 host_memory=host_memory() if host is None else host)
 
@@ -344,7 +346,7 @@ class Sizer:
     """Bytes and seconds of roles for one config, model, size and dtype."""
 
     def __init__(self, config: Config, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int):
-        self.runtime, self.fp8, self.model, self.geometry, self.dtype = config.runtime, config.model.fast.fp8, model, geometry, dtype
+        self.runtime, self.fast, self.model, self.geometry, self.dtype = config.runtime, config.model.fast, model, geometry, dtype
         self.vae, self.text_encoder_bytes = vae, text_encoder_bytes
         self.vae_weights, self.vae_state = vae_bytes(vae, geometry, dtype) if vae is not None else (0, 0)
 
@@ -357,7 +359,7 @@ class Sizer:
         if "condition" in roles and self.text_encoder_bytes:
             fixed["text encoder"] = self.text_encoder_bytes
         if steps:
-            fixed["transformer"] = transformer_bytes(self.model, self.dtype, self.fp8)
+            fixed["transformer"] = transformer_bytes(self.model, self.dtype, self.fast.fp8)
             loading = transformer_bytes(self.model, self.dtype) - fixed["transformer"]  # loaded whole, then rounded linear by linear
             per_session |= self.step_caches(steps, seat.shards)
         if "decode" in roles:
@@ -370,16 +372,20 @@ class Sizer:
     def step_caches(self, steps: int, shards: int = 1) -> dict[str, int]:
         """Per session: [sink | ring] of each step and the stage's one un-rotated sink, a rank's share of the heads; the prompt's K and V."""
         m, g, size = self.model, self.geometry, self.dtype.itemsize
-        one = cache_bytes(m.num_layers, m.dim, g.sink_tokens, g.ring_tokens, g.anchor_tokens, size)
+        kept = E4M3 if self.fast.fp8_cache else self.dtype
+        one = cache_bytes(m.num_layers, m.num_heads, m.head_dim, g.sink_tokens, g.ring_tokens, g.anchor_tokens, kept)
         return {f"{steps} x step cache": steps * one // shards, "sink": 2 * m.num_layers * m.dim * g.sink_tokens * size // shards,
                 "text": 2 * m.num_layers * m.dim * m.text_len * size}
 
     def working(self, roles: tuple[str, ...], shards: int = 1) -> int:
-        """Peak of activations, estimated: about 16 vectors of D and one of F a token; 6 widest maps of the VAE."""
+        """Peak of activations, estimated: about 16 vectors of D and one of F a token; K and V of one layer where an FP8
+        cache is restored for attention; 6 widest maps of the VAE."""
         m, g, size, need = self.model, self.geometry, self.dtype.itemsize, [0]
         if steps_of(roles):
             together = self.runtime.batch * (steps_of(roles) if self.runtime.shift_register else 1)  # blocks in one forward
             need.append(max(together * g.block_tokens // shards, g.sink_tokens) * (m.ffn_dim + 16 * m.dim) * size)
+            if self.fast.fp8_cache and self.fast.attention != "fp8":
+                need[-1] += 2 * (g.sink_tokens + g.ring_tokens) * m.dim * size // shards
         if self.vae is not None and {"condition", "decode"} & set(roles):
             pictures = g.frames_per_block if "decode" in roles else 4
             patch = self.vae.get("patch_size") or 1

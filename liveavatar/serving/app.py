@@ -29,11 +29,11 @@ from liveavatar.serving.ice import IceServers
 from liveavatar.serving.idempotency import REPLAYED, Idempotency
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.minds import open_mind
+from liveavatar.serving.moderation import Moderation
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.realtime import Backend
-from liveavatar.serving.recorder import Sign
 from liveavatar.serving.services import BEARER, Services
 from liveavatar.serving.settings import ServeConfig, TalkConfig
 from liveavatar.serving.signing import Signer
@@ -92,12 +92,17 @@ def _services(studio: Studio, settings: ServeConfig, metrics: Metrics, stages: S
     speak = voice.speak if voice else speak
     audit = Audit(folder, lambda: metrics.provenance_failed("log"))
     audit.note("server.started", {"version": __version__, **{name: getattr(settings.provenance, name) for name in ("watermark", "badge", "sign")}})
-    desk = Desk(studio, settings, quotas, _usable(store, consents), told=audit.note)
-    outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=_sign(settings), broke=metrics.recording_failed)
+    moderation = Moderation(settings.moderation, audit.note)
+    desk = Desk(studio, settings, quotas, _usable(store, consents), moderation, told=audit.note)
+    webhooks = Webhooks(settings.outputs.private, metrics.webhook, metrics.edge)
+    signer = Signer(folder, settings.provenance.certificate, settings.provenance.key) if settings.provenance.sign else None
+    outputs = Outputs(settings, facts=_facts(store), recordable=_recordable(store, consents), sign=signer and signer.sign,
+                      seal=signer and signer.seal, broke=metrics.recording_failed, told=audit.note)  # fmt: skip
     return Services(settings=settings, access=Access(folder, settings.access), quotas=quotas, store=store, idempotency=Idempotency(),
-                    desk=desk, audit=audit, outputs=outputs,
-                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak)),
-                    webhooks=Webhooks(settings.outputs.private, metrics.webhook, metrics.edge),
+                    desk=desk, audit=audit, outputs=outputs, moderation=moderation,
+                    channels=Channels(Crew(desk=desk, outputs=outputs, quotas=quotas, store=ChannelStore(folder / "channels"), speak=speak,
+                                           webhooks=webhooks)),
+                    webhooks=webhooks,
                     viewers=Viewers(IceServers(settings.network), settings.access.viewers, reports=lambda: _reports(metrics)),
                     consents=consents, metrics=metrics, probe=LoopProbe(metrics), mark_key=_mark_key(settings),
                     stages=stages or Stages(metrics, engine=settings.engine_kind), speak=speak,
@@ -161,19 +166,13 @@ def _mark_key(settings: ServeConfig) -> bytes | None:
     return server_key(Path(settings.storage.folder), Path(file) if file else None) if wanted.watermark else None
 
 
-def _sign(settings: ServeConfig) -> Sign | None:
-    """What signs recordings, where they are to be signed. Raises ConfigError."""
-    wanted = settings.provenance
-    return Signer(settings.storage.folder, wanted.certificate, wanted.key).sign if wanted.sign else None
-
-
 def _guard(app: FastAPI, at: Services) -> None:
     """What every request passes; the last one added comes first."""
-    access, listen = at.settings.access, at.settings.listen
-    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=access.required, metrics=at.metrics, bounds=(
-        ("/v1/avatars|/v1/consents|/v1/compat/bithuman", access.image_bytes + FORM_BYTES),
-        ("/v1/watermark:detect", routes_watermark.VIDEO_BYTES),
-        ("/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds", access.audio_bytes),
+    required, listen = at.settings.access.required, at.settings.listen
+    app.add_middleware(Gate, access=at.access, quotas=at.quotas, listen=listen, required=required, metrics=at.metrics, bounds=(
+        ("/v1/avatars|/v1/consents|/v1/compat/bithuman", lambda: at.settings.access.image_bytes + FORM_BYTES),
+        ("/v1/watermark:detect", lambda: routes_watermark.VIDEO_BYTES),
+        ("/v1/sessions/[^/]+/audio|/v1/channels/[^/]+/sounds", lambda: at.settings.access.audio_bytes),
     ))  # fmt: skip
     if listen.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(listen.origins), allow_methods=["GET", "POST", "PATCH", "DELETE"],

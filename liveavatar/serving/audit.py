@@ -11,6 +11,7 @@ import structlog
 from liveavatar.serving.eventlog import EventLog, LogError, Record, tail
 
 FILE = "audit.jsonl"
+FINISHED = "output.finished"  # a recording or a playlist is whole, with its SHA-256
 
 log = structlog.get_logger("liveavatar.audit")
 

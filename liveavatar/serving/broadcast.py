@@ -7,9 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
+from liveavatar.core import FPS
 from liveavatar.serving.encoder import AacEncoder, OpusEncoder, VideoEncoder
 from liveavatar.serving.metrics import Metrics, sink_kind
-from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, Packet, Sink, Tick
+from liveavatar.serving.packets import AAC, CODECS, H264, OPUS, TICK_SECONDS, VIDEO_RATE, Packet, Sink, Tick
 from liveavatar.serving.settings import MediaConfig
 from liveavatar.serving.traffic import watch_sink
 
@@ -47,6 +48,17 @@ class Broadcast:
         self._watched[id(sink)] = watch_sink(self._metrics, sink, self._clock)
         if H264 in sink.wants:
             self._keyframe = True
+            if sink_kind(sink) == "webrtc" and (still := self._still()) is not None:
+                sink.greet(still)
+
+    def _still(self) -> Packet | None:
+        """Where KEYFRAME_PAUSE lets a newcomer wait: the last keyframe, as if it were of now, for a viewer's clock goes by its first picture. What
+        followed it is not sent on, for a burst of older pictures would make a browser play later for good."""
+        key = self._filling[0] if self._filling else None
+        paused = self._clock() - self._last_keyframe < KEYFRAME_PAUSE
+        if key is None or not paused or key.made < self._last_keyframe or key.epoch < self._last.epoch:
+            return None
+        return replace(key, pts=self._last.index * VIDEO_RATE // FPS, made=self._clock())
 
     def remove(self, sink: Sink) -> None:
         """No more for this one. May be called often."""

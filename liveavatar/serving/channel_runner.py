@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -19,9 +20,9 @@ import numpy as np
 import structlog
 
 from liveavatar.core import ConfigError, LiveAvatarError
-from liveavatar.serving.access import CONTROL, Principal
+from liveavatar.serving.access import ANYBODY, CONTROL, Principal
 from liveavatar.serving.channel_store import ChannelStore
-from liveavatar.serving.channels import Channel, Entry, SoundFile, Turn, begun, due, ended
+from liveavatar.serving.channels import Channel, Entry, Hook, SoundFile, Turn, begun, due, ended
 from liveavatar.serving.desk import Desk, Lease, Wish
 from liveavatar.serving.egress import STEADY_SECONDS, longest_wait
 from liveavatar.serving.feeder import Utterance
@@ -32,6 +33,8 @@ from liveavatar.serving.quotas import Quotas
 from liveavatar.serving.recorded import pieces
 from liveavatar.serving.targets import Target
 from liveavatar.serving.voices import Sound, Speak, VoiceFailed
+from liveavatar.serving.webhooks import Target as Receiver
+from liveavatar.serving.webhooks import Webhook, Webhooks
 from liveavatar.telemetry import now as monotonic
 
 LOOK_SECONDS = 0.25  # between two looks at what is due
@@ -48,6 +51,7 @@ class Crew:
     quotas: Quotas
     store: ChannelStore
     speak: Speak | None
+    webhooks: Webhooks
     clock: Callable[[], float] = monotonic
     wall: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -65,7 +69,8 @@ def no_voice() -> Unprocessable:
 
 
 class Runner:
-    """Keeps one channel on air from run() to end(), or until the server drains: then the entry on air is heard to its end (17.2).
+    """Keeps one channel on air from run() to end(), or until the server drains: then, when no other session is left, the entry on air is
+    heard to its end (17.2).
 
     lease: of its session; None: it is not on air. entry: the name of what is being said. sessions: how many it has had.
     troubles: what went wrong last, by "session", "entry", or the name of an output that was refused.
@@ -83,6 +88,8 @@ class Runner:
         self._failures: Counter[str] = Counter()  # in a row, of sessions and of entries
         self._opened, self._rested = 0.0, 0.0  # when the session was, when the last entry had been said
         self._ending = False
+        self._hook: tuple[Hook | None, Webhook | None] = (None, None)  # as its owner wants it, and what delivers
+        self._run, self._told = f"{channel_id}-{secrets.token_hex(4)}", 0  # numbers of events begin anew with each run
 
     @property
     def channel(self) -> Channel:
@@ -95,16 +102,22 @@ class Runner:
 
     @property
     def _leaving(self) -> bool:
-        return self._ending or self._crew.desk.studio.draining
+        """Whoever takes over from a server that drains must wait until it is gone: so channels leave last."""
+        desk = self._crew.desk
+        last = self.lease is None or all(lease.wish.endless for lease in desk.leases(ANYBODY))
+        return self._ending or desk.studio.draining and last
 
     # ------------------------------------------------------------ sessions
 
     async def run(self) -> None:
         """One session after the other."""
-        while not self._leaving:
-            if self._crew.desk.studio.alive:
-                await self._session()
-            await self._crew.sleep(LOOK_SECONDS)
+        try:
+            while not self._leaving:
+                if self._crew.desk.studio.alive:
+                    await self._session()
+                await self._crew.sleep(LOOK_SECONDS)
+        finally:
+            self._hooked(None)
 
     async def end(self) -> None:
         """Off air; run() returns."""
@@ -139,7 +152,9 @@ class Runner:
         self.lease = await desk.open(tenant(channel), wish)
         self._live, self.sessions = self.lease.session, self.sessions + 1
         self._opened = self._rested = self._crew.clock()
+        self._tell("channel.on_air", session=self.lease.id)
         desk.spawn(self.lease, self._keep_outputs(self.lease))
+        desk.spawn(self.lease, self._pass_on(self.lease.id, self._live))
 
     async def _leave(self) -> None:
         lease, self.lease, live, self._live = self.lease, None, self._live, None
@@ -148,10 +163,12 @@ class Runner:
             if self._crew.clock() - self._opened > STEADY_SECONDS:
                 self._failures["session"] = 0
             await self._crew.desk.close(lease, "failed" if live.state == "failed" else "closed")
+            self._tell("channel.off_air", session=lease.id, reason=lease.reason)
 
     def _trouble(self, what: str, reason: str) -> None:
         self._failures[what] += 1
         self.troubles[what] = reason
+        self._tell("channel.trouble", what=what, reason=reason, failures=self._failures[what])
         log.warning("channel_trouble", channel=self._id, what=what, reason=reason, failures=self._failures[what])
 
     async def _pause(self, what: str) -> None:
@@ -181,6 +198,7 @@ class Runner:
     async def _take(self, channel: Channel, turn: Turn) -> None:
         """An entry's turn. If it cannot be said there is a pause before the next one's: dead air, of which operators are told."""
         self.entry, seen, epoch = turn.entry.name, self._live.happenings.last, self._live.epoch
+        self._tell("channel.entry", entry=turn.entry.name)
         self._live.resting = "degraded" if self._failures["entry"] else None
         self.progress = begun(channel.schedule, self.progress, turn)
         await self._keep()
@@ -225,6 +243,7 @@ class Runner:
             return pieces(*await asyncio.to_thread(self._crew.store.sound, channel.id, entry.sound))
         if self._crew.speak is None:
             raise no_voice()
+        await self._live.moderate("speech", entry.text)
         return self._crew.speak(entry.text)
 
     async def _keep(self) -> None:
@@ -233,6 +252,28 @@ class Runner:
             await asyncio.to_thread(self._crew.store.keep, self._id, self.progress)
         except OSError as error:
             log.warning("channel_progress_lost", channel=self._id, reason=error.strerror)
+
+    # ------------------------------------------------------------ its owner is told
+
+    def _tell(self, name: str, **data) -> None:
+        """An event for its webhook, where it has one; at once."""
+        self._hooked(self.channel.webhook)
+        self._told += 1
+        if self._hook[1] is not None:
+            self._hook[1].put({**data, "n": self._told, "type": name, "t": self._crew.wall()})
+
+    def _hooked(self, wanted: Hook | None) -> None:
+        had, delivering = self._hook
+        if wanted != had:
+            if delivering is not None:
+                delivering.end()
+            to = wanted and Receiver(self._run, wanted.url, wanted.secret, {"channel": self.channel.name})
+            self._hook = wanted, to and self._crew.webhooks.open(to)
+
+    async def _pass_on(self, session_id: str, live: LiveSession) -> None:
+        """What happens to its session: outputs, recordings, speech, the chain."""
+        async for event in live.events():
+            self._tell(event.name, **event.data, session=session_id)
 
     # ------------------------------------------------------------ outputs
 
@@ -259,6 +300,7 @@ class Runner:
             output = await self._crew.outputs.start(lease, wanted)
         except (LiveAvatarError, OSError) as error:
             self.troubles[wanted.name] = reason = error.strerror if isinstance(error, OSError) else str(error)
+            self._tell("channel.trouble", what=wanted.name, reason=reason)
             log.warning("channel_output_refused", channel=self._id, output=wanted.name, reason=reason)
             return {}
         self.troubles.pop(wanted.name, None)
@@ -290,11 +332,13 @@ class Channels:
         return runner.lease if runner is not None and runner.lease is not None and not runner.lease.over else None
 
     async def check(self, channel: Channel) -> None:
-        """Raises NotFound, Forbidden (avatar), Forbidden, Invalid, Unprocessable (an output), Unprocessable (no voice)."""
+        """Raises NotFound, Forbidden (avatar), Forbidden, Invalid, Unprocessable (an output, the webhook), Unprocessable (no voice)."""
         self._crew.desk.portrait(tenant(channel), channel.avatar, channel.mode)
         for wanted in channel.outputs:
             shown(wanted)
             await self._crew.outputs.check(wanted)
+        if channel.webhook is not None:
+            await self._crew.webhooks.check(channel.webhook.url)
         if self._crew.speak is None and any(entry.text is not None for entry in channel.schedule.entries):
             raise no_voice()
 

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 
 from liveavatar.serving.channels import MODE, Entry, Filler, Schedule
 from liveavatar.serving.outputs import MOST
-from liveavatar.serving.wire import TEXT, Mode, OutputWish, Prompt, Wire, Word
+from liveavatar.serving.wire import TEXT, Mode, OutputWish, Prompt, WebhookWish, Wire, Word
 
 DAY = 86_400.0
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -81,10 +81,12 @@ class ChannelWish(Wire):
     schedule: ScheduleBody = ScheduleBody()
     filler: FillerBody = FillerBody()
     outputs: Outputs = []
+    webhook: WebhookWish | None = None
 
 
 class ChannelChange(Wire):
-    """Body of PATCH: what is left out stays. outputs: all of them, with their keys; one that stays as it was is not interrupted."""
+    """Body of PATCH: what is left out stays. outputs: all of them; one that is there needs only its name and kind, keeps its key, and is not
+    interrupted. webhook: null removes it."""
 
     avatar_id: Word | None = None
     mode: Mode | None = None
@@ -92,6 +94,7 @@ class ChannelChange(Wire):
     schedule: ScheduleBody | None = None
     filler: FillerBody | None = None
     outputs: Outputs | None = None
+    webhook: WebhookWish | None = None
 
 
 class SwitchWish(Wire):
@@ -137,7 +140,7 @@ class ChannelOutputView(Wire):
 
 class ChannelView(Wire):
     """state: off, waiting (it should be on air, see last_error), on_air. session_id: of its session; a new one after each restart, counted in
-    `sessions`. on_air_since: of that session. entry: what is being said; None: nothing is."""
+    `sessions`. on_air_since: of that session. webhook: server of its address. entry: what is being said; None: nothing is."""
 
     name: str
     owner: str
@@ -147,6 +150,7 @@ class ChannelView(Wire):
     schedule: ScheduleBody
     filler: FillerBody
     outputs: list[ChannelOutputView]
+    webhook: str | None
     sounds: list[SoundView]
     state: Literal["off", "waiting", "on_air"]
     session_id: str | None

@@ -80,6 +80,14 @@ class SoundFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hook:
+    """Where a channel's events are posted (webhooks.py). secret: signs them."""
+
+    url: str
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Channel:
     """id: 128 random bits, of its folder. name: one of its owner's. key: prefix of the server key whose quotas count.
 
@@ -99,6 +107,7 @@ class Channel:
     outputs: tuple[Wanted, ...] = ()
     sounds: tuple[SoundFile, ...] = ()
     started: bool = False
+    webhook: Hook | None = None
 
     def __post_init__(self):
         _distinct("outputs", (output.name for output in self.outputs))

@@ -136,6 +136,11 @@ class Conversation:
         self._mouths = 0  # beginnings of speech whose text has not come yet
         self._silent_since = 0.0
 
+    @property
+    def hearing(self) -> bool:
+        """The user speaks, or what they said is not yet read."""
+        return self._mouths > 0
+
     # ------------------------------------------------------------ from the user
 
     def began(self) -> list[Order]:

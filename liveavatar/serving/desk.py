@@ -18,9 +18,11 @@ from liveavatar.serving.access import Principal
 from liveavatar.serving.answers import as_problem
 from liveavatar.serving.feeder import Feeder
 from liveavatar.serving.happenings import Event
-from liveavatar.serving.live import LiveSession, Role
-from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited
+from liveavatar.serving.live import LiveSession
+from liveavatar.serving.moderation import Moderation
+from liveavatar.serving.problems import Capacity, Conflict, Invalid, NotFound, Problem, RateLimited, Unprocessable
 from liveavatar.serving.quotas import Quotas
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.studio import Studio
 from liveavatar.telemetry import now as monotonic
@@ -41,7 +43,9 @@ class Wish:
 
     avatar: str
     mode: str | None = None
+    profile: str | None = None
     prompt: str | None = None
+    emotion: str = ""
     idle_seconds: float | None = None
     length_seconds: float | None = None
     endless: bool = False
@@ -136,10 +140,11 @@ class Desk:
     a Problem for an avatar that may not be used.
     """
 
-    def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, *,
+    def __init__(self, studio: Studio, settings: ServeConfig, quotas: Quotas, usable: Usable, moderation: Moderation, *,
                  told: Callable[[str, dict], None] = lambda name, data: None, clock: Callable[[], float] = monotonic,
                  wall: Callable[[], float] = time.time, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep):  # fmt: skip
         self.studio, self.settings, self.quotas, self._usable, self._told = studio, settings, quotas, usable, told
+        self._moderation = moderation
         self._clock, self._wall, self._sleep = clock, wall, sleep
         self._leases: dict[str, Lease] = {}
         self._past: OrderedDict[str, Lease] = OrderedDict()
@@ -177,7 +182,7 @@ class Desk:
     async def open(self, principal: Principal, wish: Wish) -> Lease:
         """A new session of the asker's. Slots are reserved before anything is built; what fails leaves nothing behind.
 
-        Raises Forbidden, NotFound (avatar), RateLimited (quota, rate), Capacity, InputError (prompt).
+        Raises Forbidden, NotFound (avatar), RateLimited (quota, rate), Capacity, InputError (prompt), and what Moderation.check raises.
         """
         try:
             return await self._open(principal, wish)
@@ -189,15 +194,29 @@ class Desk:
         principal.need_key()
         if self.studio.draining:
             raise Capacity("the server is shutting down", kind="draining", retry_after=30)
-        role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, wish.mode), prompt=wish.prompt or "", owner=principal.owner,
+        config = self._settings_of(wish.profile)
+        mode = wish.mode or config.mode
+        role = Role(avatar=wish.avatar, picture=self.portrait(principal, wish.avatar, mode), prompt=wish.prompt or "", owner=principal.owner,
                     metadata=wish.metadata)  # fmt: skip
         self.quotas.sessions(principal.key, self._held(principal.key))
         self._building[principal.key] += 1
         try:
-            session = await self.studio.open(role, mode=wish.mode)
+            if wish.prompt:
+                await self._moderation.check("prompt", wish.prompt, **self._judged(principal, wish, mode))
+            session = await self.studio.open(role, mode=mode, config=config)
         finally:
             self._building[principal.key] -= 1
         return self._admit(principal, wish, session)
+
+    def _judged(self, principal: Principal, wish: Wish, mode: str) -> dict:
+        """How strictly, and for whom, what a session says is judged."""
+        return {"closed": wish.endless or mode == "livestream", "owner": principal.owner, "prefix": principal.key, "avatar": wish.avatar}
+
+    def _settings_of(self, profile: str | None) -> ServeConfig:
+        """Those of sessions with this profile. Raises Unprocessable."""
+        if profile is not None and profile not in self.settings.profiles:
+            raise Unprocessable(f"no profile {profile!r}: /v1/server names those there are", kind="profile")
+        return self.settings if profile is None else self.settings.under(profile)
 
     def portrait(self, principal: Principal, avatar_id: str, mode: str | None) -> Path:
         """The picture of an avatar this one may show in this mode. Raises NotFound, Forbidden (consent_...)."""
@@ -220,7 +239,7 @@ class Desk:
                                                                        (wish.length_seconds, limits.length_seconds)))  # fmt: skip
         if wish.endless:
             idle = length = math.inf
-        lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=wish.mode or self.settings.mode,
+        lease = Lease(session=session, owner=principal.owner, key=principal.key, wish=wish, mode=session.mode,
                       opened=now, seen=now, created=self._wall(), idle_seconds=idle, length_seconds=length)  # fmt: skip
 
         def failed(error: Exception) -> None:
@@ -229,6 +248,7 @@ class Desk:
             session.happenings.add("error", code=problem.kind, status=problem.status, detail=problem.detail, retryable=problem.status >= 500)
 
         lease.feeder, session.spend = Feeder(session, failed, errors=(LiveAvatarError,)), partial(self.quotas.speech, lease.key)
+        session.moderate = partial(self._moderation.check, session=session.id, **self._judged(principal, wish, session.mode))
         self._leases[session.id] = lease
         self.spawn(lease, lease.feeder.run())
         facts = {"session": session.id, "owner": lease.owner, "prefix": lease.key, "avatar": wish.avatar, "mode": lease.mode}

@@ -22,6 +22,7 @@ import numpy as np
 
 from liveavatar.core import SAMPLE_RATE, ConfigError
 from liveavatar.runtime.intake import Intake
+from liveavatar.serving import tls
 from liveavatar.serving.problems import Problem
 
 WINDOW, CONTEXT, STATE = 512, 64, 128  # samples Silero judges at a time, those before it that it sees too, its memory
@@ -236,7 +237,7 @@ class OpenAIRecogniser:
 
         files = {"file": ("turn.wav", wav_bytes(pcm), "audio/wav")}
         try:
-            async with httpx.AsyncClient(timeout=ANSWER_SECONDS) as client:
+            async with httpx.AsyncClient(timeout=ANSWER_SECONDS, verify=await tls.context()) as client:
                 answer = await client.post(f"{self.url}/audio/transcriptions", data=self._fields, files=files, headers=self._headers)
         except httpx.HTTPError as error:
             raise EarsFailed(f"{self.url}: {type(error).__name__}: {error}") from None

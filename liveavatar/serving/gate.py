@@ -73,14 +73,14 @@ def count(metrics: Metrics, problem: Problem, path: str) -> None:
 
 
 class Gate:
-    """ASGI middleware. bounds: (path pattern, bytes) of routes that take more than BODY_BYTES.
+    """ASGI middleware. bounds: (path pattern, bytes, asked for each request) of routes that take more than BODY_BYTES.
 
     The asker stands in `request.state.principal`, the request's number in `request.state.request_id` and in the header
     X-Request-Id of the answer. Sockets pass: they ask who it is themselves, for their token may come in a message.
     """
 
     def __init__(self, app: ASGIApp, *, access: Access, quotas: Quotas, listen: ListenConfig, required: bool, metrics: Metrics,
-                 bounds: Sequence[tuple[str, int]]):  # fmt: skip
+                 bounds: Sequence[tuple[str, Callable[[], int]]]):  # fmt: skip
         self._app, self._access, self._quotas, self._listen, self._required, self._metrics = app, access, quotas, listen, required, metrics
         self._bounds = [(re.compile(pattern), most) for pattern, most in bounds]
 
@@ -115,7 +115,7 @@ class Gate:
         return principal
 
     def _most(self, path: str) -> int:
-        return next((most for pattern, most in self._bounds if pattern.fullmatch(path)), BODY_BYTES)
+        return next((most() for pattern, most in self._bounds if pattern.fullmatch(path)), BODY_BYTES)
 
 
 async def admit(access: Access, quotas: Quotas, credential: str | None, address: str) -> Principal:
@@ -137,7 +137,7 @@ def credential(headers: Headers) -> str | None:
 
 
 def address(scope: Scope) -> str:
-    """The client's."""
+    """The client's; of those behind one of listen.proxies the one that it names."""
     return (scope.get("client") or ("",))[0]
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import structlog
 
 from liveavatar.core import InputError
-from liveavatar.serving.live import LiveSession, Role
+from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics, sink_kind
 from liveavatar.serving.packets import Packet, Tick
+from liveavatar.serving.role import Role
 from liveavatar.serving.spread import PAYLOAD_BITS
 from liveavatar.serving.studio import Studio
 from liveavatar.serving.watermark import GROUP, Detector, Reading
@@ -164,7 +165,7 @@ class Inspector:
 
     async def _know(self, eye: Eye, role: Role) -> None:
         """Whose face it should be, where somebody can tell."""
-        if self._judge is not None and eye.role is not role:
+        if self._judge is not None and (eye.role is None or eye.role.picture is not role.picture):
             portrait = (await self._studio.engine.fitted(role.picture)).permute(1, 2, 0).numpy()
             eye.role, eye.face = role, await asyncio.to_thread(self._judge, portrait)
 

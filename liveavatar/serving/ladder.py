@@ -31,7 +31,7 @@ GROUND = Rung(0, "nothing", 1.0)
 FEWER_STEPS = Rung(1, "last denoising step", 0.97)  # pipeline.md section 4
 LOWER_FPS = Rung(2, "every second picture", 0.9)
 SMALLER = Rung(3, "half the width and height", 0.9)
-# 4 is a cheap mode that moves the lips alone: no engine of ours has one
+# 4 is a cheap mode that moves the lips alone: a block is denoised and decoded whole, so a body that stands still saves nothing (docs/api.md)
 IDLE_LOOP = Rung(5, "new pictures of who does not speak", 0.8)
 
 

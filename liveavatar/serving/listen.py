@@ -37,6 +37,18 @@ def bind(settings: ServeConfig) -> socket.socket:
     return _listening(settings.listen.host, settings.listen.port)
 
 
+def free(settings: ServeConfig) -> bool:
+    """Whether its ports can be listened to."""
+    listen = settings.listen
+    doors = [(listen.host, listen.port)] + ([(listen.admin_host, listen.admin_port)] if listen.admin_port is not None else [])
+    try:
+        for host, port in doors:
+            _listening(host, port).close()
+    except OSError:
+        return False
+    return True
+
+
 def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY on no other, 40 ms an answer
@@ -50,7 +62,8 @@ def server(app, settings: ServeConfig) -> Server:
     """Not yet started."""
     listen = settings.listen
     return Server(uvicorn.Config(
-        app, ssl_certfile=listen.certificate, ssl_keyfile=listen.key, log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        app, ssl_certfile=listen.certificate, ssl_keyfile=listen.key, log_config=None, access_log=False, server_header=False,
+        proxy_headers=bool(listen.proxies), forwarded_allow_ips=list(listen.proxies),  # said, or uvicorn asks the environment
         ws_max_size=MESSAGE_BYTES, ws_ping_interval=PING_SECONDS, ws_ping_timeout=PING_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS,
     ))  # fmt: skip
 

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,12 +23,14 @@ from liveavatar.runtime.engine import Session, Signal
 from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.timeline import Output
 from liveavatar.serving.broadcast import Broadcast
+from liveavatar.serving.gauges import Gauges
 from liveavatar.serving.happenings import Event, Happenings
 from liveavatar.serving.ladder import GROUND, IDLE_LOOP, LOWER_FPS, SMALLER, Factor, Rung
 from liveavatar.serving.metrics import Metrics, sink_kind
 from liveavatar.serving.packets import TICK_SAMPLES, Sink, Tick
 from liveavatar.serving.playout import LATE_SECONDS, Pacer, Playout, Slot
 from liveavatar.serving.problems import Conflict
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.utterances import Speech
 from liveavatar.telemetry import now as monotonic
@@ -44,21 +46,6 @@ class Interrupted:
 
     epoch: int
     position_ms: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Role:
-    """Who is shown: what an engine session is opened with, again after the chain died.
-
-    avatar: its id. picture: path, bytes or uint8 [3, H, W]. seed: of the noise. owner: who opened the session.
-    """
-
-    avatar: str
-    picture: object
-    prompt: str = ""
-    seed: int = 0
-    owner: str = ""
-    metadata: dict = field(default_factory=dict)
 
 
 class LiveSession:
@@ -78,6 +65,7 @@ class LiveSession:
         self.opened_at = self.used_at = clock()  # used: somebody watched or spoke
         self.speech = Speech(config.sessions.audio_seconds)
         self.spend: Callable[[float], AbstractContextManager] = nullcontext  # round the taking of so many seconds of sound: Desk counts them
+        self.moderate: Callable[[str, str], Awaitable[None]] = _anything  # ("speech" or "prompt", text): raises what Moderation.check raises
         self.playout = Playout(still, mode=self.mode, ahead=self._ahead)
         self.broadcast = Broadcast(still.shape[1], still.shape[0], config.media, executor, clock, self.metrics)
         self.happenings = Happenings(clock)
@@ -128,6 +116,8 @@ class LiveSession:
             await self.interrupt(epoch, reason="audio")
         with self.spend(len(pcm) / max(1, rate)):
             self.speech.push(pcm, rate, segment, end)
+        if self.role.listening and len(pcm):
+            await self.set_prompt(listening=False)  # whoever speaks does not listen, and opens the lips
         self.used_at = self.clock()
         if self._asked is None and not self._speaking:
             self._asked = self.clock()
@@ -160,12 +150,23 @@ class LiveSession:
 
     # ------------------------------------------------------------ control
 
-    async def set_prompt(self, prompt: str) -> None:
-        """New text from the next block on. Raises Conflict, InputError."""
+    async def set_prompt(self, prompt: str | None = None, *, emotion: str | None = None, listening: bool | None = None) -> None:
+        """New text from the next block on, see Role; None: that part of it stays. Raises Conflict, InputError, and what moderate() raises."""
         self._check()
-        await self._tell(lambda engine: engine.set_prompt(prompt))
-        self.role = replace(self.role, prompt=prompt)
-        self.happenings.add("session.updated", prompt=prompt)
+        said = (("prompt", prompt), ("emotion", emotion), ("listening", listening))
+        changes = {name: value for name, value in said if value is not None and value != getattr(self.role, name)}
+        if not changes:
+            return
+        if changes.keys() - {"listening"}:
+            await self.moderate("prompt", replace(self.role, **changes).text)
+        await self._tell(lambda engine: engine.set_prompt(replace(self.role, **changes).text))
+        self.role = replace(self.role, **changes)
+        self.happenings.add("session.updated", **changes)
+
+    async def hears(self, somebody: bool) -> None:
+        """Somebody begins or ends to speak to the avatar; where sessions.listening is on it shows. Raises Conflict."""
+        if self.config.sessions.listening:
+            await self.set_prompt(listening=somebody)
 
     async def set_reference(self, avatar: str, picture) -> None:
         """Another portrait from the next block on. Raises Conflict, InputError."""
@@ -424,31 +425,5 @@ class LiveSession:
         }  # fmt: skip
 
 
-@dataclass
-class Gauges:
-    """Running figures of a session."""
-
-    blocks: int = 0
-    interrupts: int = 0
-    late: float = 0.0
-    first_frame_seconds: float | None = None  # from the first pushed sound of a run to its first tick
-    kinds: dict = field(default_factory=lambda: {"speech": 0, "idle": 0, "filler": 0})
-    _since: float | None = None
-    _ticks: int = 0
-    _fps: float = 0.0
-
-    def ticked(self, late: float, kind: str) -> None:
-        """One more tick left."""
-        self.late = late
-        self.kinds[kind] += 1
-        self._ticks += 1
-
-    def fps(self, now: float) -> float:
-        """Ticks per second since the last time this was asked, at least a second ago."""
-        if self._since is None:
-            self._since, self._ticks = now, 0
-        elif now - self._since >= 1.0:
-            self._fps, self._since, self._ticks = self._ticks / (now - self._since), now, 0
-        return self._fps
-
-
+async def _anything(what: str, text: str) -> None:
+    """Nobody minds."""

@@ -29,7 +29,7 @@ from liveavatar.serving.problems import Invalid, NotInstalled
 from liveavatar.serving.routes_avatars import register
 from liveavatar.serving.services import BEARER, At, Services, Who
 from liveavatar.serving.settings import OutputsConfig
-from liveavatar.serving.ssrf import check_url, fetch
+from liveavatar.serving.ssrf import check, fetch
 from liveavatar.serving.wire import Wire, problems
 
 Url = Annotated[str, Field(min_length=1, max_length=2048)]
@@ -119,9 +119,9 @@ async def _picture(at: Services, image: UploadFile | None, url: str | None) -> b
     return await image.read()  # its size was bounded at the gate
 
 
-def _address(url: str, outputs: OutputsConfig) -> str:
-    """Where to connect: the address that was checked, unless TLS needs the name. Blocks on DNS. Raises Invalid, Forbidden."""
-    target = check_url(url, ("ws", "wss", "http", "https"), hosts=outputs.hosts, private=outputs.private)
+async def _address(url: str, outputs: OutputsConfig) -> str:
+    """Where to connect: the address that was checked, unless TLS needs the name. Raises Invalid, Forbidden."""
+    target = await check(url, ("ws", "wss", "http", "https"), hosts=outputs.hosts, private=outputs.private)
     return target.pinned if target.scheme in ("ws", "http") else url
 
 
@@ -141,7 +141,7 @@ class _Hall:
             module.spoken_for(claims)
         if room is not None and claims["video"].get("room") != room:
             raise Invalid("room_name is not the room of livekit_token")
-        return await asyncio.to_thread(_address, url, at.settings.outputs)
+        return await _address(url, at.settings.outputs)
 
     async def show(self, who: Principal, at: Services, avatar: str, url: str, token: str, agent: str | None = None) -> Joined:
         """A new session of whoever asks, in the room. What fails leaves nothing behind."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from liveavatar.serving import tls
 from liveavatar.serving.problems import Problem
 
 MIND_SECONDS = 60.0  # a mind that says nothing for so long has failed
@@ -72,7 +73,7 @@ class EndpointMind:
         turns = [{"role": said.role, "content": said.content} for said in history]
         body = {"model": self.model, "stream": True, "messages": [{"role": "system", "content": self.instructions}, *turns]}
         try:
-            async with httpx.AsyncClient(timeout=MIND_SECONDS) as client:
+            async with httpx.AsyncClient(timeout=MIND_SECONDS, verify=await tls.context()) as client:
                 async with client.stream("POST", f"{self.url}/chat/completions", json=body, headers=self._headers) as answer:
                     if answer.status_code != 200:
                         detail = (await answer.aread())[:200].decode("utf-8", "replace")

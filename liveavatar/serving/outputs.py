@@ -16,23 +16,28 @@ from pathlib import Path
 import structlog
 
 from liveavatar.core import ConfigError
+from liveavatar.serving.audit import FINISHED
 from liveavatar.serving.background import Background
 from liveavatar.serving.desk import Lease
 from liveavatar.serving.durable import private_folder
 from liveavatar.serving.egress import Destination, OutputStatus
+from liveavatar.serving.fragments import SIDECAR, SideCar, accompany
 from liveavatar.serving.problems import NotFound, RateLimited, Unprocessable
 from liveavatar.serving.recorder import RECORDINGS, Recorder, Sign, expire, recover
 from liveavatar.serving.settings import ServeConfig
-from liveavatar.serving.ssrf import check_url
+from liveavatar.serving.signing import Seal
+from liveavatar.serving.ssrf import check
 from liveavatar.serving.targets import FORMS, Target
 from liveavatar.serving.wire import OutputWish
 
 MOST = 8  # of one session
-BROKEN = {"recording_failed": "io", "recording_unsigned": "sign"}
+BROKEN = {"recording_failed": "io", "recording_unsigned": "sign", "playlist_unsigned": "sign"}
+RECORDED = "recording_finished"
 HOUR, DAY = 3600.0, 86_400.0
-HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)")
+HLS_FILE = re.compile(r"index\.m3u8|[0-9]{1,9}-(init\.mp4|[0-9]{1,20}\.m4s)|" + re.escape(SIDECAR))
 HLS_SECONDS = 60.0  # a playlist stays after its end
-MEDIA_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/iso.segment"}
+Report = Callable[[str, dict], None]  # an event of a sink, with its facts
+MEDIA_TYPES = {".m3u8": "application/vnd.apple.mpegurl", ".mp4": "video/mp4", ".m4s": "video/iso.segment", ".jws": "application/jose"}
 
 log = structlog.get_logger("liveavatar.outputs")
 
@@ -78,17 +83,23 @@ class Output:
 
 class Outputs:
     """All of one server. facts(lease): what the side-car of a recording says. recordable(lease): raises a Problem where it may
-    not be recorded. sign: signs finished ones. broke(reason): a recording did, "io", "disk_full" or "sign".
+    not be recorded. sign: signs finished ones; seal: the side-cars of playlists. broke(reason): a recording did, "io", "disk_full" or "sign".
+    told(name, facts): of each that is whole, with its hash, for the event log (18.9).
     """
 
     def __init__(self, settings: ServeConfig, *, facts: Callable[[Lease], dict], recordable: Callable[[Lease], None], sign: Sign | None,
-                 broke: Callable[[str], None] = lambda reason: None):
-        self._settings, self._facts, self._recordable, self._sign, self._broke = settings, facts, recordable, sign, broke
+                 seal: Seal | None = None, broke: Callable[[str], None] = lambda reason: None, told: Report = lambda name, facts: None):  # fmt: skip
+        self._settings, self._facts, self._recordable, self._sign, self._seal, self._broke = settings, facts, recordable, sign, seal, broke
+        self._told = told
         self._playlists = private_folder(Path(settings.storage.folder) / "hls")
         for left in self._playlists.iterdir():  # of a server that was killed
             shutil.rmtree(left)
         self._known: dict[str, Output] = {}
         self._background = Background()
+
+    def reload(self, settings: ServeConfig) -> None:
+        """Others for outputs that are started from now on."""
+        self._settings = settings
 
     def of(self, session_id: str) -> list[Output]:
         """Those of one session, also a while after its end."""
@@ -117,7 +128,7 @@ class Outputs:
     async def _allowed(self, kind: str, url: str) -> str:
         """Where to connect: the address that was checked."""
         outputs = self._settings.outputs
-        target = await asyncio.to_thread(check_url, url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
+        target = await check(url, FORMS[kind].schemes, hosts=outputs.hosts, private=outputs.private)
         return target.address
 
     async def start(self, lease: Lease, wanted: Wanted) -> Output:
@@ -128,24 +139,41 @@ class Outputs:
         lease.need_running()
         output_id = secrets.token_hex(8)
         folder = private_folder(self._playlists / output_id) if wanted.kind == "hls" else None
-        sink = self._sink(lease, wanted, folder)
+        report = self._reporter(lease)
+        sink = self._sink(lease, wanted, folder, report)
         lease.session.add_sink(sink)
         work = _recorded(lease.session, sink) if isinstance(sink, Recorder) else sink.run()
+        sidecar = None
+        if folder is not None:
+            facts = {"stream": output_id, "session": lease.id, "avatar": lease.wish.avatar}
+            sidecar = SideCar(folder, facts, self._seal)
+            work = accompany(work, sidecar, lambda reason: report("playlist_unsigned", {"reason": reason}))
         output = self._known[output_id] = Output(id=output_id, session=lease.id, name=wanted.name or wanted.kind, kind=wanted.kind, sink=sink,
                                                  folder=folder, task=self._background.spawn(work))  # fmt: skip
         output.task.add_done_callback(lambda task: self._ended(lease, output))
+        if sidecar is not None:
+            output.task.add_done_callback(lambda task: self._finished(lease, "hls", {"output": output_id, **sidecar.whole}))
         return output
 
-    def _sink(self, lease: Lease, wanted: Wanted, folder: Path | None) -> Destination | Recorder:
-        session, settings = lease.session, self._settings
-        size = session.width, session.height
+    def _finished(self, lease: Lease, kind: str, facts: dict) -> None:
+        self._told(FINISHED, {"kind": kind, "session": lease.id, "owner": lease.owner, "avatar": lease.wish.avatar, **facts})
+
+    def _reporter(self, lease: Lease) -> Report:
+        happenings = lease.session.happenings  # the lease lets go of its session when that ends, and a recording is finished after that
 
         def report(event: str, facts: dict) -> None:
             log.info(event, session=lease.id, **facts)
-            session.happenings.add(event, **facts)
+            happenings.add(event, **facts)
+            if event == RECORDED:
+                self._finished(lease, "record", facts)
             if event in BROKEN:
                 self._broke("disk_full" if facts["reason"] == os.strerror(errno.ENOSPC) else BROKEN[event])
 
+        return report
+
+    def _sink(self, lease: Lease, wanted: Wanted, folder: Path | None, report: Report) -> Destination | Recorder:
+        session, settings = lease.session, self._settings
+        size = session.width, session.height
         if wanted.kind == "record":
             self._recordable(lease)
             return Recorder(*size, settings.storage, settings.outputs, facts=self._facts(lease), sign=self._sign, ask_keyframe=session.ask_keyframe,
@@ -191,6 +219,8 @@ class Outputs:
         folder = private_folder(Path(self._settings.storage.folder) / RECORDINGS)
         for event, facts in await asyncio.to_thread(recover, folder, self._sign):
             log.info(event, **facts)
+            if event == RECORDED:
+                self._told(FINISHED, {"kind": "record", **facts})
         while True:
             for name in await asyncio.to_thread(expire, folder, time.time() - self._settings.storage.keep_days * DAY):
                 log.info("recording_expired", file=name)

@@ -1,7 +1,8 @@
-"""`liveavatar verify FILE`, `liveavatar consent verify|list` and `liveavatar audit verify`."""
+"""`liveavatar verify VIDEO`, `liveavatar consent verify|list` and `liveavatar audit verify`."""
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from liveavatar.serving.consent import Consent
+    from liveavatar.serving.fragments import Stream
     from liveavatar.serving.signing import Manifest
     from liveavatar.serving.watermark import Reading
 
@@ -21,8 +23,13 @@ Mark = Callable[["np.ndarray"], "np.ndarray"]  # uint8 [H, W, 3] -> the same
 NOT_FOUND = 1  # exit status of verify without a mark, and of the others with a problem; unreadable is 2
 VERIFY_EPILOG = (
     "[bold]Examples[/bold]\n\nliveavatar verify talk.mp4   [dim]with the key of the server in ./var[/dim]\n\n"
-    "liveavatar verify clip.mkv --key watermark.key --pictures 2000"
+    "liveavatar verify clip.mkv --key watermark.key --pictures 2000\n\n"
+    "liveavatar verify https://host/live/index.m3u8   [dim]HLS, also as a folder: mark and signed side-car; a bearer in LIVEAVATAR_TOKEN[/dim]\n\n"
+    "liveavatar verify rtmp://host/live/name --seconds 20   [dim]whatever FFmpeg reads: rtmp, rtsp, srt, http[/dim]"
 )
+TOKEN = "LIVEAVATAR_TOKEN"  # environment: for an HLS playlist that is not public; keys are no arguments
+TRUST = {"C2PA": ("who is in no trust list here", "who is in a trust list"),
+         "side-car": ("whom the folder does not know", "who is the folder's server")}  # fmt: skip
 
 FOLDER = Path("var")
 Folder = Annotated[Path, typer.Option("--folder", "-f", metavar="FOLDER", help="The server's storage.folder.")]
@@ -30,23 +37,53 @@ Head = Annotated[Optional[str], typer.Option(metavar="LINES:HASH", help="A head 
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Any video that FFmpeg reads.")],
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="What FFmpeg reads: a file, the URL of a stream, the folder or playlist of HLS.")],
     key: Annotated[Optional[Path], typer.Option("--key", "-k", metavar="FILE", help="The watermark's key. Default: watermark.key in the folder.")] = None,
     folder: Folder = FOLDER,
     pictures: Annotated[int, typer.Option(min=1, help="How many pictures to read; 25 are enough of most video.")] = 500,
+    seconds: Annotated[float, typer.Option(min=1.0, help="How long to listen to a stream, at most.")] = 60.0,
     deep: Annotated[bool, typer.Option("--deep", help="Also try every size from 0.6 to 1.6 times: a part cut out and enlarged. Slow: give --pictures 25.")] = False,
 ) -> None:
-    """Is this video ours? Its watermark and its C2PA manifest, a line each. Exit status 0: watermark found, 1: not found, 2: cannot be read."""
+    """Is this video ours? Its watermark and its signature, a line each. Exit status 0: watermark found, 1: not found, 2: cannot be read."""
     from liveavatar.core import ConfigError
-    from liveavatar.serving import watermark
+    from liveavatar.serving import audit, watermark
 
     key = key or folder / watermark.KEY_FILE
     if not key.is_file():
         raise ConfigError(f"{key}: no such key: name the watermark's key with --key, or the server's folder with --folder")
-    reading = watermark.read_video(file, watermark.server_key(folder, key), pictures, deep)
+    fragments, is_url = _fragments(video, folder), "://" in video
+    source = fragments.media if fragments else video if is_url else Path(video)
+    reading = watermark.read_video(source, watermark.server_key(folder, key), pictures, deep, seconds=seconds)
     typer.echo(watermark_line(reading))
-    typer.echo(_manifest(file))
+    if fragments:
+        typer.echo(f"{fragments.checked} fragments: {manifest_line(fragments.manifest, 'side-car')}")
+    else:
+        typer.echo("C2PA: a stream carries no manifest" if is_url else _manifest(Path(video)))
+    if (log := folder / audit.FILE).is_file() and not fragments and not is_url:
+        typer.echo(log_line(Path(video), log))
     raise typer.Exit(0 if reading.found else NOT_FOUND)
+
+
+def _fragments(video: str, folder: Path) -> Stream | None:
+    """Of an HLS stream of fragmented mp4, where `video` names one. Raises InputError."""
+    import importlib.util
+    from urllib.parse import urlsplit
+
+    from liveavatar.core import ConfigError
+    from liveavatar.serving import fragments, signing
+
+    path = Path(video)
+    if video.startswith(("http://", "https://")) and (name := urlsplit(video).path.rpartition("/")[2]).endswith(".m3u8"):
+        read = fragments.web_reader(video, os.environ.get(TOKEN))
+    elif path.is_dir() or path.suffix == ".m3u8":
+        home, name = (path, fragments.PLAYLIST) if path.is_dir() else (path.parent, path.name)
+        read = fragments.folder_reader(home)
+    else:
+        return None
+    if missing := [name for name in ("httpx", "jwt", "cryptography") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"an HLS stream is checked with {', '.join(missing)}: pip install 'liveavatar[serve]'")
+    authority = folder / signing.AUTHORITY
+    return fragments.fetched(read, name, authority.read_bytes() if authority.is_file() else b"")
 
 
 def file_marker(portrait: Path, key: Path | None) -> Callable[[int, int], Mark]:
@@ -67,15 +104,15 @@ def watermark_line(reading: Reading) -> str:
             f"false alarm below {max(reading.false_alarm, 1e-99):.0e} ({seen})")  # fmt: skip
 
 
-def manifest_line(manifest: Manifest) -> str:
-    """One line about a manifest."""
+def manifest_line(manifest: Manifest, what: str = "C2PA") -> str:
+    """One line about a manifest, or what stands for one."""
     if not manifest.found:
-        return "C2PA: no manifest"
+        return f"{what}: {'no manifest' if what == 'C2PA' else 'none'}"
     if not manifest.valid:
-        return f"C2PA: NOT valid: {', '.join(manifest.problems)}"
-    trust = "who is in a trust list" if manifest.trusted else "who is in no trust list here"
+        return f"{what}: NOT valid: {', '.join(manifest.problems)}"
+    trust = TRUST[what][manifest.trusted]
     made = "says made by a machine" if manifest.made_by_machine else "does not say how it was made"
-    return f"C2PA: valid, {made}, signed by {manifest.signer or 'somebody without a name'}, {trust}"
+    return f"{what}: valid, {made}, signed by {manifest.signer or 'somebody without a name'}, {trust}"
 
 
 def _manifest(file: Path) -> str:
@@ -86,6 +123,26 @@ def _manifest(file: Path) -> str:
     if importlib.util.find_spec("c2pa") is None:
         return "C2PA: not checked (pip install 'liveavatar[serve]')"
     return manifest_line(signing.inspect(file))
+
+
+def log_line(file: Path, log: Path) -> str:
+    """One line about what an event log says of a file."""
+    from hashlib import file_digest
+
+    from liveavatar.serving import eventlog
+    from liveavatar.serving.audit import FINISHED
+
+    with file.open("rb") as stream:
+        digest = file_digest(stream, "sha256").hexdigest()
+    try:
+        found = [record for record in eventlog.read(log) if record.name == FINISHED and record.data["sha256"] == digest]
+    except eventlog.LogError as error:
+        return f"event log: {error}"
+    if not found:
+        return "event log: no output of this server was exactly this file"
+    line, said = found[0], found[0].data
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line.t))
+    return f"event log: line {line.n + 1}, {said['kind']} of session {said.get('session')}, avatar {said.get('avatar')}, finished {when}"
 
 
 def consent_commands(guard: Callable) -> typer.Typer:

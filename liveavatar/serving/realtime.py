@@ -34,6 +34,7 @@ TELEPHONE = {"audio/pcmu": "pcm_mulaw", "audio/pcma": "pcm_alaw", "g711_ulaw": "
 TELEPHONE_RATE = 8_000
 DELTAS = ("response.output_audio.delta", "response.audio.delta")
 DONE = ("response.output_audio.done", "response.audio.done")
+HEARING = {"input_audio_buffer.speech_started": True, "input_audio_buffer.speech_stopped": False}
 MESSAGE_BYTES = 16 << 20
 WAITING = 4096  # audio pieces on their way into the avatar, minutes of them; full: the backend's events wait
 KEPT = 256  # items and responses remembered, the oldest are forgotten
@@ -182,8 +183,11 @@ class RealtimeBridge:
             event = _parsed(text)
             await self._understand(event)
             await self.client.send(text)
-            if event.get("type") == "input_audio_buffer.speech_started" and self._interrupts:
+            kind = event.get("type")
+            if kind == "input_audio_buffer.speech_started" and self._interrupts:
                 await self._clear()
+            if kind in HEARING:
+                await self.avatar.hears(HEARING[kind])
 
     async def _understand(self, event: dict) -> None:
         kind = event.get("type", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Path, Response, UploadFile
@@ -51,7 +52,7 @@ async def add_avatar(
 
 
 async def register(data: bytes, name: str, consent_id: str | None, synthetic: bool, who: Principal, at: Services) -> Avatar:
-    """An uploaded picture as an avatar of the asker's. Raises Forbidden (no consent), and what reading the picture raises."""
+    """An uploaded picture as an avatar of the asker's. Raises Forbidden (no consent, a protected face), and what reading the picture raises."""
     if (consent_id is None) != synthetic:
         raise Forbidden("a person's face needs consent_id; a face that is nobody's, synthetic=true; never both", kind="consent_required")
     if sum(avatar.owner == who.owner for avatar in at.store.list(who.sees)) >= MOST:
@@ -60,6 +61,7 @@ async def register(data: bytes, name: str, consent_id: str | None, synthetic: bo
     if consent_id is not None:
         at.consents.check(consent_id, who.owner, media=media)
     clean = await asyncio.to_thread(clean_portrait, data)
+    await asyncio.to_thread(partial(at.moderation.check_face, clean, owner=who.owner, prefix=who.key, media=media))
     avatar = await asyncio.to_thread(lambda: at.store.add(clean, name=name, owner=who.owner, consent=consent_id, media=media))
     at.audit.note("avatar.added", {"avatar": avatar.id, "owner": avatar.owner, "consent": avatar.consent, "digest": avatar.digest, "by": who.key})
     return avatar

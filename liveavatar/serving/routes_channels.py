@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import asdict, replace
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -19,7 +20,7 @@ from liveavatar.serving.channel_wire import (
     NAME, ChannelChange, ChannelList, ChannelName, ChannelOutputView, ChannelOutputWish, ChannelView, ChannelWish, FillerBody, NextView,
     ScheduleBody, SoundView, SwitchWish,
 )  # fmt: skip
-from liveavatar.serving.channels import Channel, upcoming
+from liveavatar.serving.channels import Channel, Hook, upcoming
 from liveavatar.serving.outputs import Wanted, wanted
 from liveavatar.serving.problems import Conflict, NotFound
 from liveavatar.serving.recorded import read_speech
@@ -47,17 +48,22 @@ def found(who: Principal, at: Services, name: str, owner: str | None, *scopes: s
     return channel
 
 
-def fields(wish: ChannelWish | ChannelChange | SwitchWish) -> dict:
-    """Of a Channel: those that are said. Raises Unprocessable."""
+def fields(wish: ChannelWish | ChannelChange | SwitchWish, had: tuple[Wanted, ...] = ()) -> dict:
+    """Of a Channel whose outputs were `had`: those that are said. Raises Unprocessable."""
     said = {name: getattr(wish, name, None) for name in SAME} | {"avatar": wish.avatar_id}
     said |= {name: said[name] and said[name].plain() for name in ("schedule", "filler")}
     if said["outputs"] is not None:
-        said["outputs"] = tuple(map(_output, said["outputs"]))
-    return {name: value for name, value in said.items() if value is not None}
+        said["outputs"] = tuple(_output(output, had) for output in said["outputs"])
+    said = {name: value for name, value in said.items() if value is not None}
+    if "webhook" in wish.model_fields_set:  # null: none any more
+        said["webhook"] = wish.webhook and Hook(url=wish.webhook.url, secret=wish.webhook.secret.get_secret_value())
+    return said
 
 
-def _output(wish: ChannelOutputWish) -> Wanted:
-    return replace(wanted(wish), name=wish.name or wish.kind)
+def _output(wish: ChannelOutputWish, had: tuple[Wanted, ...]) -> Wanted:
+    name = wish.name or wish.kind
+    same = next((one for one in had if (one.name, one.kind) == (name, wish.kind) and wish.url is None and wish.token is None), None)
+    return same or replace(wanted(wish), name=name)
 
 
 # ---------------------------------------------------------------- what may be known of it
@@ -74,6 +80,7 @@ def view(channel: Channel, who: Principal, at: Services) -> ChannelView:
         schedule=ScheduleBody.of(channel.schedule), filler=FillerBody(prompts=list(channel.filler.prompts), seconds=channel.filler.seconds),
         outputs=[_output_view(wanted, runner, channel.started, home, whose) for wanted in channel.outputs],
         sounds=[SoundView(**asdict(sound)) for sound in channel.sounds],
+        webhook=channel.webhook and "{0.scheme}://{0.hostname}".format(urlsplit(channel.webhook.url)),
         state="on_air" if lease is not None else "waiting" if channel.started else "off", session_id=lease and lease.id,
         on_air_since=lease and lease.created, sessions=runner.sessions if runner is not None else 0,
         entry=runner and runner.entry, next=coming and NextView(entry=coming[0].name, at=coming[1]),
@@ -125,7 +132,7 @@ async def add_channel(wish: ChannelWish, who: Who, at: At, once: OnceKey = None)
     """A new channel, off air."""
     who.need_key()
     who.need(CONTROL)
-    said = fields(wish)
+    said, secret = fields(wish), wish.webhook.secret.get_secret_value() if wish.webhook else ""
 
     async def make() -> Response:
         channel = Channel(id=secrets.token_hex(16), name=wish.name, owner=who.owner, key=who.key, created=at.wall(), **said)
@@ -133,7 +140,7 @@ async def add_channel(wish: ChannelWish, who: Who, at: At, once: OnceKey = None)
         _note(at, who, "created", channel)
         return JSONResponse(view(channel, who, at).model_dump(), 201, {"Location": f"/v1/channels/{channel.name}"})
 
-    return await at.idempotency.once(who.owner, "channels", once, repr((wish.name, said)).encode(), make)
+    return await at.idempotency.once(who.owner, "channels", once, repr((wish.name, said)).encode() + secret.encode(), make)
 
 
 @router.patch("/{channel}", response_model=ChannelView, responses=problems(400, 403, 404, 409, 413))
@@ -142,7 +149,7 @@ async def change_channel(channel: Named, change: ChannelChange, who: Who, at: At
     had = found(who, at, channel, owner, CONTROL)
     if change.mode not in (None, had.mode) and had.started:
         raise Conflict("the mode is a session's for its whole life: stop the channel first")
-    now = await _changed(had, fields(change), at)
+    now = await _changed(had, fields(change, had.outputs), at)
     _note(at, who, "changed", now)
     return view(now, who, at)
 

@@ -77,6 +77,7 @@ async def server(who: Who, at: At) -> ServerView:
     return ServerView(
         version=__version__, engine=at.settings.engine_kind, ready=not studio.reasons, reasons=studio.reasons, draining=studio.draining,
         sessions=len(at.desk.leases(who)), role=sorted(who.scopes), owner=who.owner, features=features(at),
+        profiles=sorted(at.settings.profiles),
         limits={"sessions": access.sessions, "viewers": access.viewers, "image_bytes": access.image_bytes, "audio_bytes": access.audio_bytes,
                 "audio_seconds": sessions.audio_seconds, "idle_seconds": sessions.idle_seconds, "length_seconds": sessions.length_seconds,
                 "capacity": studio.capacity},

@@ -32,7 +32,8 @@ def view(lease: Lease, desk) -> SessionView:
     session, home = lease.session, f"/v1/sessions/{lease.id}"
     return SessionView(
         id=lease.id, avatar_id=session.avatar, mode=lease.mode, state=session.state, reason=lease.reason or session.reason or None,
-        epoch=session.epoch, owner=lease.owner, prompt=lease.wish.prompt, width=session.width, height=session.height,
+        epoch=session.epoch, owner=lease.owner, profile=lease.wish.profile, prompt=lease.wish.prompt, emotion=lease.wish.emotion,
+        listening=not lease.over and session.role.listening, width=session.width, height=session.height,
         viewers=session.stats()["viewers"], created_at=lease.created, metadata=lease.wish.metadata,
         lease=None if lease.over else _ends(lease, desk),
         links={"self": home, **{name: f"{home}/{name}" for name in ("stream", "whep", "stats", "audio", "say", "interrupt", "tokens", "outputs")}},
@@ -73,7 +74,7 @@ async def _opened(wish: SessionWish, who: Principal, at: Services) -> Lease:
         await at.webhooks.check(wish.webhook.url)
     for output in outputs:
         await at.outputs.check(output)
-    lease = await at.desk.open(who, Wish(avatar=wish.avatar_id, mode=wish.mode, prompt=wish.prompt, metadata=dict(wish.metadata),
+    lease = await at.desk.open(who, Wish(avatar=wish.avatar_id, mode=wish.mode, profile=wish.profile, prompt=wish.prompt, metadata=dict(wish.metadata),
                                          idle_seconds=wish.limits.idle_seconds, length_seconds=wish.limits.length_seconds))  # fmt: skip
     if wish.webhook is not None:
         at.webhooks.follow(lease.session, wish.webhook.url, wish.webhook.secret.get_secret_value())
@@ -120,22 +121,22 @@ async def heartbeat(session_id: SessionId, who: Who, at: At) -> LeaseView:
 # ---------------------------------------------------------------- steer
 
 
-@router.patch("/{session_id}", response_model=SessionView, responses=problems(400, 403, 404, 409, 413))
+@router.patch("/{session_id}", response_model=SessionView, responses=problems(400, 403, 404, 409, 413, 503))
 async def change_session(session_id: SessionId, change: SessionChange, who: Who, at: At) -> SessionView:
-    """Another prompt or another face from the next block on; other metadata."""
+    """Another prompt, emotion or face from the next block on, listening or not; other metadata."""
     lease = at.desk.running(who, session_id, CONTROL)
-    await changed(lease, change.prompt, change.avatar_id, who, at)
+    await changed(lease, change.prompt, change.avatar_id, who, at, emotion=change.emotion, listening=change.listening)
     if change.metadata is not None:
         at.desk.change(lease, metadata=dict(change.metadata))
     return view(lease, at.desk)
 
 
-async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: Principal, at: Services) -> None:
+async def changed(lease: Lease, prompt: str | None, avatar_id: str | None, who: Principal, at: Services, *, emotion: str | None = None,
+                  listening: bool | None = None) -> None:  # fmt: skip
     """Steer a running session. Raises a Problem; an avatar is checked before anything changes."""
     portrait = None if avatar_id is None else at.desk.portrait(who, avatar_id, lease.mode)
-    if prompt is not None:
-        await lease.session.set_prompt(prompt)
-        at.desk.change(lease, prompt=prompt)
+    await lease.session.set_prompt(prompt, emotion=emotion, listening=listening)
+    at.desk.change(lease, **{name: said for name, said in (("prompt", prompt), ("emotion", emotion)) if said is not None})
     if portrait is not None:
         await lease.session.set_reference(avatar_id, await asyncio.to_thread(load_picture, portrait))
         at.desk.change(lease, avatar=avatar_id)
@@ -181,18 +182,21 @@ async def push_recording(
     return Accepted(epoch=epoch, segment=segment, seconds=len(pcm) / rate)
 
 
-@router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413))
+@router.post("/{session_id}/say", status_code=202, response_model=Accepted, responses=problems(400, 403, 404, 409, 413, 503))
 async def say(session_id: SessionId, wish: SayWish, who: Who, at: At) -> Accepted:
     """Text, spoken with the server's voice."""
     lease = at.desk.running(who, session_id, PUBLISH)
-    return spoken(lease, wish, at)
+    return await spoken(lease, wish, at)
 
 
-def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
-    """Queue text for the voice. Raises Unprocessable without a voice, BufferFull, RateLimited."""
+async def spoken(lease: Lease, wish: SayWish, at: Services) -> Accepted:
+    """Queue text for the voice. Raises Unprocessable without a voice, BufferFull, RateLimited, and what Moderation.check raises."""
     if at.speak is None:
         raise Unprocessable("this server has no voice: see speech.voice", kind="voice")
     at.quotas.may_speak(lease.key)
-    epoch, segment = lease.epoch(wish.epoch), lease.segment(wish.segment)
+    epoch = lease.epoch(wish.epoch)  # before anything is waited for: an interruption meanwhile is meant for this, too
+    await lease.session.moderate("speech", wish.text)
+    lease.need_running()
+    segment = lease.segment(wish.segment)
     lease.feeder.put(Utterance(at.speak(wish.text), segment, epoch))
     return Accepted(epoch=epoch, segment=segment, seconds=None)

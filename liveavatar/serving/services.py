@@ -23,6 +23,7 @@ from liveavatar.serving.idempotency import LONGEST_KEY, Idempotency
 from liveavatar.serving.problems import Unauthorized
 from liveavatar.serving.live import LiveSession
 from liveavatar.serving.metrics import Metrics
+from liveavatar.serving.moderation import Moderation
 from liveavatar.serving.outputs import Outputs
 from liveavatar.serving.probes import LoopProbe
 from liveavatar.serving.puppet import Puppet
@@ -41,10 +42,10 @@ GOODBYE_SECONDS = 10.0  # for recordings to be finished and webhooks to be deliv
 BEARER = Security(HTTPBearer(auto_error=False, description="A server key (la_...) or a session's token"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Services:
-    """One server's. probe: how late the event loop is. mark_key: of the watermark; None: nothing is marked. speak: text to
-    speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
+    """One server's. settings: as of the last reload(). probe: how late the event loop is. mark_key: of the watermark; None: nothing is
+    marked. speak: text to speech; None: this server has no voice. conversations: None: sessions only repeat what they are given.
     recordings: decodes speech files. one_video: looking for a mark takes a core for seconds, so one at a time. stages: watches the chain.
     """
 
@@ -56,6 +57,7 @@ class Services:
     idempotency: Idempotency
     webhooks: Webhooks
     audit: Audit
+    moderation: Moderation
     outputs: Outputs
     channels: Channels
     viewers: Viewers
@@ -95,6 +97,14 @@ class Services:
                 await session.push_audio(said, rate, end=over)
 
         return heard
+
+    def reload(self, settings: ServeConfig) -> None:
+        """From now on these, which differ from those it had by what reloading.py names."""
+        self.settings = self.desk.settings = self.desk.studio.config = settings
+        self.quotas.limit(settings.access)
+        self.viewers.reload(settings.access.viewers)
+        self.outputs.reload(settings)
+        self.webhooks.reload(settings.outputs.private)
 
     async def close(self) -> None:
         """End all sessions, tell webhooks, give files free. May be called often."""

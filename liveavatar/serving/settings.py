@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ipaddress
+from dataclasses import dataclass, field, fields, replace
 
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError
@@ -22,6 +23,15 @@ def positive(section: str, settings: object, *names: str) -> None:
             raise ConfigError(f"{section}.{name}={value}: must be positive")
 
 
+def networks(key: str, said: tuple[str, ...]) -> None:
+    """Raise ConfigError unless all are networks or addresses."""
+    for text in said:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {text!r} is no network: {error}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ListenConfig:
     """Sockets. Without access.required only loopback is allowed, unless `insecure` says the operator knows better."""
@@ -30,6 +40,7 @@ class ListenConfig:
     port: int = 8080
     admin_host: str = "127.0.0.1"  # metrics and drain, without a key: another one only where `insecure` says so
     admin_port: int | None = None  # None: /metrics on the main port, for server keys with scope admin and for loopback
+    proxies: tuple[str, ...] = ()  # addresses or networks (CIDR) of reverse proxies whose X-Forwarded-For is believed; of all others it never is
     origins: tuple[str, ...] = ()  # of web pages that may call the API (CORS); the console needs none
     insecure: bool = False
     certificate: str | None = None  # PEM files for HTTPS; browsers give the microphone to https and localhost only
@@ -41,6 +52,9 @@ class ListenConfig:
         if self.admin_port is not None and self.admin_host not in LOOPBACK and not self.insecure:
             raise ConfigError(f"listen.admin_host={self.admin_host}: that door asks for no key; keep it on 127.0.0.1, or set listen.insecure=true "
                               "where only operators reach it")
+        networks("listen.proxies", self.proxies)
+        if any(ipaddress.ip_network(proxy).prefixlen == 0 for proxy in self.proxies):
+            raise ConfigError(f"listen.proxies={list(self.proxies)}: name the proxies' own addresses, else everybody could say from where they come")
         if "*" in self.origins:
             raise ConfigError("listen.origins: name the origins, '*' would let every page use a visitor's token")
         if (self.certificate is None) != (self.key is None):
@@ -79,6 +93,7 @@ class SessionsConfig:
     audio_seconds: float = 60.0  # speech that may wait; beyond: 429 buffer_full
     park_seconds: float = 20.0  # idle for so long without a viewer: no blocks are made until somebody looks or speaks
     headroom: float = 0.15  # of the measured real-time factor that stays unused
+    listening: bool = False  # while a user of a conversation or of Realtime speaks, the prompt says that the person listens
     degrade: bool = True  # leave things out, step by step, when pictures come too late (ladder.py); else they are just late
     drain_seconds: float = 600.0  # sessions may go on for so long after SIGTERM
 
@@ -102,6 +117,21 @@ class MediaConfig:
     def __post_init__(self):
         one_of("media.encoder", self.encoder, ("auto", "libx264", "h264_nvenc"))
         positive("media", self, "bitrate", "sound_bitrate", "keyframe_seconds", "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What sessions opened with a profile's name have otherwise than this server's others; None: as those. See MediaConfig and SessionsConfig."""
+
+    mode: str | None = None
+    preset: str | None = None
+    bitrate: int | None = None
+    sound_bitrate: int | None = None
+    keyframe_seconds: float | None = None
+    scale: int | None = None
+    audio_seconds: float | None = None
+    park_seconds: float | None = None
+    listening: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +238,29 @@ class ProvenanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModerationConfig:
+    """What the operator does not want here (moderation.py). words: file with a word or phrase a line. url: of an endpoint that judges text as
+    OpenAI's /v1/moderations does. faces: folder with pictures of people who must not become avatars."""
+
+    words: str | None = None
+    url: str | None = None
+    model: str | None = None  # sent to the endpoint
+    key_file: str | None = None
+    private: tuple[str, ...] = ()  # networks (CIDR) in which the endpoint may be although they are private, e.g. 127.0.0.0/8
+    seconds: float = 2.0  # for one judgement
+    silent: str = "refuse"  # or allow: what passes without a judgement; on channels and livestreams nothing ever does
+    faces: str | None = None
+    face_distance: float = 0.6  # of two faces below which they are one person's: the network's authors' value
+
+    def __post_init__(self):
+        one_of("moderation.silent", self.silent, ("refuse", "allow"))
+        positive("moderation", self, "seconds", "face_distance")
+        networks("moderation.private", self.private)
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"moderation.url={self.url}: must begin with http:// or https://")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitoringConfig:
     """Logs to stdout; spans to an OTLP collector where one is named.
 
@@ -239,6 +292,7 @@ class ServeConfig:
     access: AccessConfig = field(default_factory=AccessConfig)
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
+    profiles: dict[str, ProfileConfig] = field(default_factory=dict)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     outputs: OutputsConfig = field(default_factory=OutputsConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -246,13 +300,28 @@ class ServeConfig:
     talk: TalkConfig | None = None
     realtime: RealtimeConfig | None = None
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
+    moderation: ModerationConfig = field(default_factory=ModerationConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
     def __post_init__(self):
         one_of("engine_kind", self.engine_kind, ENGINES)
         one_of("mode", self.mode, MODES)
+        for name in self.profiles:
+            self.under(name)
         if self.talk is not None and self.speech.voice == "none":
             raise ConfigError("talk: a conversation needs a voice: set speech.voice, e.g. to hibari")
         if not (self.access.required or self.listen.host in LOOPBACK or self.listen.insecure):
             raise ConfigError(f"listen.host={self.listen.host}: without access.required anybody could speak through the avatars; "
                               "listen on 127.0.0.1, require keys, or set listen.insecure=true")
+
+    def under(self, profile: str) -> ServeConfig:
+        """As it is for a session of this profile, which must be one of `profiles`. Raises ConfigError for impossible values in it."""
+        said = {name: value for name, value in vars(self.profiles[profile]).items() if value is not None}
+        sections = {}
+        for section in ("media", "sessions"):
+            own = getattr(self, section)
+            sections[section] = own, {field.name: said.pop(field.name) for field in fields(own) if field.name in said}
+        try:
+            return replace(self, profiles={}, **said, **{section: replace(own, **values) for section, (own, values) in sections.items()})
+        except ConfigError as error:
+            raise ConfigError(f"profiles.{profile}: {error}") from None

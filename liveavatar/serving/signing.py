@@ -4,7 +4,8 @@
     signer.sign(Path("talk.mp4"), title="talk")   # the finished file, ordinary or fragmented, is replaced by its signed copy
     inspect(Path("talk.mp4"))                  # -> Manifest
 
-Both block (12 ms for three seconds of video, more for long files): off the event loop, in a thread. Separate HLS fragments cannot be signed.
+Both block (12 ms for three seconds of video, more for long files): off the event loop, in a thread. Separate HLS fragments cannot be signed:
+`signer.seal` signs a statement about them with the same key (fragments.py).
 
 Without a certificate of the operator's, a local authority and a leaf are made at first start. Such a signature proves that
 the file is unchanged since it was signed by this server; it says nothing to strangers, whose programs show "unknown
@@ -14,10 +15,12 @@ free, skip and mfra and the frame of its own box, so a byte changed there goes u
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,9 @@ FORMAT = "video/mp4"
 AUTHORITY_YEARS, LEAF_YEARS = 10, 2
 DOCUMENT_SIGNING = "1.3.6.1.5.5.7.3.36"  # RFC 9336; of the extended key usages that C2PA allows
 CHAIN, KEY, AUTHORITY = "c2pa.pem", "c2pa.key", "c2pa-authority.pem"
+JWS = {"es256": "ES256", "es384": "ES384", "es512": "ES512", "ed25519": "EdDSA", "ps256": "PS256"}  # C2PA's names -> those of RFC 7518
+
+Seal = Callable[[bytes], str]  # a JSON statement -> the same, signed, with the certificates
 
 
 class SigningError(LiveAvatarError):
@@ -83,6 +89,15 @@ class Signer:
         finally:
             signed.unlink(missing_ok=True)
 
+    def seal(self, statement: bytes) -> str:
+        """A JSON Web Signature of it, compact, with the certificates in x5c (RFC 7515)."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives.serialization import Encoding
+        from jwt.api_jws import PyJWS
+
+        chain = [base64.b64encode(one.public_bytes(Encoding.DER)).decode() for one in x509.load_pem_x509_certificates(self._chain)]
+        return PyJWS().encode(statement, self._key, JWS[self._algorithm], headers={"typ": "provenance", "x5c": chain})
+
     def _sealer(self):
         import c2pa
 
@@ -110,6 +125,30 @@ def inspect(path: Path) -> Manifest:
     except OSError as error:
         raise LiveAvatarError(f"{path}: cannot be read: {error.strerror}") from None
     return _judged(report)
+
+
+def unseal(token: str, authority: bytes = b"") -> tuple[dict, Manifest]:
+    """The statement of a JWS and what is to be thought of it; {} where it is not as it was signed. authority: PEM certificates that are trusted."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from jwt.api_jws import PyJWS
+    from jwt.exceptions import PyJWTError
+
+    try:
+        said = PyJWS().get_unverified_header(token).get("x5c", [])
+        chain = [x509.load_der_x509_certificate(base64.b64decode(one, validate=True)) for one in said]
+        leaf = chain[0]
+        for one, issuer in zip(chain, chain[1:]):
+            one.verify_directly_issued_by(issuer)
+        statement = dict(json.loads(PyJWS().decode(token, leaf.public_key(), algorithms=list(JWS.values()))))
+    except (PyJWTError, InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError, LookupError):
+        return {}, Manifest(found=True, problems=("signature.invalid",))
+    now = datetime.datetime.now(datetime.timezone.utc)
+    ended = () if leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc else ("signingCredential.expired",)
+    trusted = set(x509.load_pem_x509_certificates(authority)) if authority else set()
+    names = leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    return statement, Manifest(found=True, valid=not ended, trusted=not trusted.isdisjoint(chain), signer=str(names[0].value) if names else "",
+                               made_by_machine=statement.get("digitalSourceType") == CREATED_BY_MACHINE, problems=ended)  # fmt: skip
 
 
 def _judged(report: dict) -> Manifest:

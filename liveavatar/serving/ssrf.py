@@ -1,6 +1,6 @@
 """Addresses that clients name, and that we then connect to: image links, RTMP and WHIP targets, webhooks (serving.md 18.4).
 
-    target = check_url(url, ("rtmp", "rtmps"), hosts=outputs.hosts, private=outputs.private)   # Blocked (403 ssrf); blocks on DNS
+    target = await check(url, ("rtmp", "rtmps"), hosts=outputs.hosts, private=outputs.private)   # Blocked (403 ssrf)
     connect to target.address, target.port; or open target.pinned, with target.host as Host header and TLS name
     data = await fetch(url, limit=10_000_000, ...)      # http(s): all of it done
     status, body = await request("POST", url, body=...)   # likewise, for webhooks
@@ -16,12 +16,16 @@ import asyncio
 import ipaddress
 import re
 import socket
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from liveavatar.core import ConfigError
+from liveavatar.serving import tls
 from liveavatar.serving.problems import Forbidden, Invalid, TooLarge, Unprocessable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -69,25 +73,30 @@ class Target:
     pinned: str
 
 
+async def check(url: str, schemes: tuple[str, ...], *, hosts: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> Target:
+    """As check_url, with the name looked up beside the event loop. Raises Unresolved also for one that takes too long."""
+    host, port, literal = _named(url, schemes, hosts)
+    found = [] if literal else await LOOKUPS.resolve(host, port)
+    return check_url(url, schemes, hosts=hosts, private=private, resolve=lambda host, port: found)
+
+
 def check_url(url: str, schemes: tuple[str, ...], *, hosts: tuple[str, ...] = (), private: tuple[str, ...] = (),
-              resolve: Resolver | None = None) -> Target:  # fmt: skip
-    """Whether a server may be connected to, and at which address. Blocks while the name is resolved.
+              resolve: Resolver) -> Target:  # fmt: skip
+    """Whether a server may be connected to, and at which address.
 
     schemes: allowed ones, of PORTS. hosts: allowed names, "*.example.com" for all below one; empty: every name. private:
     networks (CIDR) allowed although not public. resolve: (name, port) -> addresses. Raises Invalid for what is no
     plain URL, Blocked for the rest; their text never repeats the path, which may hold a stream key.
     """
     networks = tuple(_network(text) for text in private)
-    parts, host, port = _parsed(url, schemes)
-    if hosts and not any(_matches(host, allowed.lower()) for allowed in hosts):
-        raise Blocked("host", f"host {host}: not one that this server may connect to")
-    literal = _literal(host)
-    found = [literal] if literal else [_address(text) for text in (resolve or system_resolve)(host, port)]
+    host, port, literal = _named(url, schemes, hosts)
+    found = [literal] if literal else [_address(text) for text in resolve(host, port)]
     if not found:
         raise Blocked("host", f"host {host}: has no address")
     for address in found:
         if not permitted(address, networks):
             raise Blocked("address", f"host {host}: has an address that is not public")
+    parts = urlsplit(url)
     return Target(url, parts.scheme, host, port, str(found[0]), _pinned(parts, found[0], port))
 
 
@@ -117,6 +126,40 @@ def system_resolve(name: str, port: int) -> list[str]:
     return list(dict.fromkeys(entry[4][0] for entry in found))
 
 
+class Lookups:
+    """Names to addresses, beside the event loop. A look-up that hangs cannot be ended: it holds its thread until the system gives up.
+
+    So there are `most` threads for nothing else, nobody waits longer than `seconds`, and a domain (the last two labels of a
+    name, of which whoever owns it has as many as they like) gets a quarter of them at once; beyond, its names do not resolve.
+    """
+
+    def __init__(self, resolve: Resolver = system_resolve, most: int = 16, seconds: float = 5.0):
+        self._resolve, self._share, self._seconds = resolve, most // 4, seconds
+        self._threads, self._lock, self._running = ThreadPoolExecutor(most, "dns"), threading.Lock(), Counter[str]()
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """Raises Unresolved."""
+        domain = ".".join(host.split(".")[-2:])
+        with self._lock:
+            if self._running[domain] >= self._share:
+                raise Unresolved(host)
+            self._running[domain] += 1
+        work = self._threads.submit(self._resolve, host, port)
+        work.add_done_callback(lambda work: self._over(domain))  # also where it was given up before it began
+        try:
+            async with asyncio.timeout(self._seconds):
+                return list(await asyncio.wrap_future(work))
+        except TimeoutError:
+            raise Unresolved(host) from None
+
+    def _over(self, domain: str) -> None:
+        with self._lock:
+            self._running -= Counter((domain,))  # keeps what is above 0 alone
+
+
+LOOKUPS = Lookups()
+
+
 async def fetch(url: str, *, limit: int, seconds: float = 10.0, hosts: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> bytes:
     """The body behind an http(s) address. Raises what request() raises, and Unprocessable when the answer is not 200."""
     status, body = await request("GET", url, limit=limit, seconds=seconds, hosts=hosts, private=private)
@@ -129,11 +172,11 @@ async def request(method: str, url: str, *, body: bytes = b"", headers: Mapping[
                   hosts: tuple[str, ...] = (), private: tuple[str, ...] = ()) -> tuple[int, bytes]:  # fmt: skip
     """Status and body of one http(s) exchange: checked, pinned, no redirect, no proxy, at most `limit` bytes and `seconds` in all.
 
-    Raises what check_url raises, TooLarge, and Unprocessable (kind fetch) when the far side does not answer.
+    Raises what check raises, TooLarge, and Unprocessable (kind fetch) when the far side does not answer.
     """
     try:
         async with asyncio.timeout(seconds):
-            target = await asyncio.to_thread(check_url, url, ("http", "https"), hosts=hosts, private=private)
+            target = await check(url, ("http", "https"), hosts=hosts, private=private)
             return await _exchange(method, target, body, headers, limit)
     except TimeoutError:
         raise Unprocessable(f"the address did not answer within {seconds:g} s", kind="fetch") from None
@@ -144,7 +187,7 @@ async def _exchange(method: str, target: Target, body: bytes, headers: Mapping[s
 
     own = {"Host": urlsplit(target.url).netloc, "Accept-Encoding": "identity"}
     try:
-        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=None) as client:
+        async with httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=None, verify=await tls.context()) as client:
             named = {"sni_hostname": target.host}  # certificates are checked against the name, not the address
             async with client.stream(method, target.pinned, content=body, headers={**headers, **own}, extensions=named) as answer:
                 data = bytearray()
@@ -158,6 +201,14 @@ async def _exchange(method: str, target: Target, body: bytes, headers: Mapping[s
 
 
 # ---------------------------------------------------------------- reading a URL
+
+
+def _named(url: str, schemes: tuple[str, ...], hosts: tuple[str, ...]) -> tuple[str, int, Address | None]:
+    """Host, port, and the address where the host is written as one."""
+    _, host, port = _parsed(url, schemes)
+    if hosts and not any(_matches(host, allowed.lower()) for allowed in hosts):
+        raise Blocked("host", f"host {host}: not one that this server may connect to")
+    return host, port, _literal(host)
 
 
 def _parsed(url: str, schemes: tuple[str, ...]) -> tuple[SplitResult, str, int]:

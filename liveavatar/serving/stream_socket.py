@@ -240,7 +240,7 @@ class Connection:
                 await self.lease.session.interrupt()
             case UpdateOrder():
                 self.who.need(CONTROL)
-                await changed(self.lease, order.prompt, order.avatar_id, self.who, self.at)
+                await changed(self.lease, order.prompt, order.avatar_id, self.who, self.at, emotion=order.emotion, listening=order.listening)
             case SayOrder():
                 self.who.need(PUBLISH)
-                spoken(self.lease, order, self.at)
+                await spoken(self.lease, order, self.at)

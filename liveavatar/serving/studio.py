@@ -17,10 +17,11 @@ from liveavatar.runtime.engine import Engine, Session, resolve
 from liveavatar.runtime.placement import cut, fewer_steps
 from liveavatar.runtime.scheduler import PipeTime
 from liveavatar.serving.ladder import FEWER_STEPS, IDLE_LOOP, LOWER_FPS, SMALLER, Ladder
-from liveavatar.serving.live import LiveSession, Role
+from liveavatar.serving.live import LiveSession
 from liveavatar.serving.logs import about
 from liveavatar.serving.metrics import Metrics
 from liveavatar.serving.problems import Capacity
+from liveavatar.serving.role import Role
 from liveavatar.serving.settings import ServeConfig
 from liveavatar.serving.testcard import start_test_card
 from liveavatar.serving.traffic import watch_session
@@ -61,7 +62,9 @@ class Studio:
     # ------------------------------------------------------------ start and stop
 
     async def start(self) -> None:
-        """Load the chain and warm it; sessions are let in afterwards. Raises what Engine.start raises."""
+        """Load the chain and warm it; sessions are let in afterwards. Harmless the second time. Raises what Engine.start raises."""
+        if self.engine is not None:
+            return
         self.engine = await self._launch(self.config)
         await self._warm()
         if self.config.sessions.degrade:
@@ -121,16 +124,17 @@ class Studio:
     def _room(self) -> int:
         return self.capacity - len(self.sessions) - self._reserved
 
-    async def open(self, role: Role, *, mode: str | None = None) -> LiveSession:
-        """A running session. Raises Capacity (full, draining or no chain), InputError (portrait, prompt)."""
+    async def open(self, role: Role, *, mode: str | None = None, config: ServeConfig | None = None) -> LiveSession:
+        """A running session. config: of its profile; None: the server's own. Raises Capacity (full, draining or no chain),
+        InputError (portrait, prompt)."""
         if self.reasons:
             raise Capacity("; ".join(self.reasons), kind="draining" if self.draining else "capacity")
         self._reserved += 1
         began = self.clock()
         try:
             fitted = await self.engine.fitted(role.picture)
-            still, role = fitted.permute(1, 2, 0).numpy(), replace(role, picture=fitted)
-            session = LiveSession(role, self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock,
+            still, role = fitted.permute(1, 2, 0).numpy(), replace(role, picture=fitted, prompt=role.prompt or self.config.engine.prompt)
+            session = LiveSession(role, config or self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock,
                                   metrics=self.metrics, marks=lambda role: self._marker(role, *still.shape[:2]))  # fmt: skip
             engine_session = await self._opened(role)  # last: whatever fails before leaves no place in the chain taken
         finally:
@@ -144,8 +148,7 @@ class Studio:
         return session
 
     async def _opened(self, role: Role) -> Session:
-        prompt = role.prompt or self.config.engine.prompt
-        return await self.engine.open(role.picture, prompt=prompt, seed=role.seed, pace="live")
+        return await self.engine.open(role.picture, prompt=role.text, seed=role.seed, pace="live")
 
     async def _reopen(self, role: Role) -> Session:
         """An engine session in place of one whose chain died; waits for the next chain, however long that takes."""

@@ -115,6 +115,9 @@ class Talk:
             self._tell_progress()
             if self.avatar.state in ("closing", "closed", "failed"):
                 return
+            if self._inbox.empty():  # else it may be over already: turns that were typed
+                with contextlib.suppress(Conflict):  # as in _hush
+                    await self.avatar.hears(self.conversation.hearing)
 
     async def _carry_out(self, order: Order) -> list[Order]:
         match order:
@@ -185,6 +188,7 @@ class Talk:
     async def _voice(self, order: Speak, epoch: int) -> None:
         """A segment per sentence: its end is spoken at once, also while the mind still thinks about the next."""
         segment = order.turn * SENTENCES + order.number
+        await self.avatar.moderate("speech", order.text)
         async for pcm, rate in self.voice.speak(order.text):
             await say_to(self.avatar, (pcm, rate), segment=segment, epoch=epoch)
             await self._inbox.put(partial(self.conversation.voiced, order.turn, order.number, 1000 * len(pcm) / rate))

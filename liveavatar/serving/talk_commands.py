@@ -77,8 +77,8 @@ def _voice(name: str):
 
 
 async def _held(settings: ServeConfig, image: Path | None, turns: list[Turn], parts: dict, out: Path, both: bool) -> Rehearsed:
-    from liveavatar.serving.live import Role
     from liveavatar.serving.rehearsal import rehearse
+    from liveavatar.serving.role import Role
     from liveavatar.serving.server import marker
     from liveavatar.serving.studio import Studio
     from liveavatar.serving.talk import Talk

@@ -20,6 +20,7 @@ import numpy as np
 
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
+from liveavatar.serving import tls
 from liveavatar.serving.problems import BufferFull, Problem, Unprocessable
 from liveavatar.serving.settings import SpeechConfig
 
@@ -170,7 +171,7 @@ class OpenAIVoice:
 
         body = {**self.body, "input": speakable(text)}
         try:
-            async with httpx.AsyncClient(timeout=VOICE_SECONDS) as client:
+            async with httpx.AsyncClient(timeout=VOICE_SECONDS, verify=await tls.context()) as client:
                 async with client.stream("POST", f"{self.url}/audio/speech", json=body, headers=self._headers) as answer:
                     rate = await self._accepted(answer)
                     async for pcm in _whole_samples(answer.aiter_bytes()):

@@ -11,10 +11,13 @@ most SIZES * 128 * 128 * 2^32 * exp(-z^2 / 2). A mark counts as found where this
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -22,6 +25,7 @@ from PIL import Image
 from liveavatar.core import ConfigError, InputError
 from liveavatar.serving import spread
 from liveavatar.serving.durable import secret_file
+from liveavatar.telemetry import now
 
 KEY_FILE = "watermark.key"  # in storage.folder
 FALSE_ALARM = 1e-6  # at most so many checks of unmarked video say "marked"
@@ -167,25 +171,32 @@ def deep_heights(height: int) -> tuple[int, ...]:
     return tuple(range(round(DEEP[0] * height), round(DEEP[1] * height) + 1, DEEP_STEP))
 
 
-def read_video(path: Path, key: bytes, pictures: int = 500, deep: bool = False) -> Reading:
-    """The mark of the first so many pictures of a video file. deep: try every size. Raises InputError when it cannot be read."""
+def read_video(source: Path | bytes | str, key: bytes, pictures: int = 500, deep: bool = False, *, seconds: float = 60.0,
+               clock: Callable[[], float] = now) -> Reading:  # fmt: skip
+    """The mark of the first so many pictures of a video: a file, its bytes, or the URL of a stream that FFmpeg reads, for at most so many
+    seconds once it is open. deep: try every size. Raises InputError when it cannot be read, which names the host of a URL: the rest may be a key."""
     import av
 
-    detector, size = Detector(key), {}
+    detector, size, stream = Detector(key), {}, isinstance(source, str)
+    name = urlsplit(source).hostname or source if stream else "stream" if isinstance(source, bytes) else str(source)
+    options = {"timeout": (seconds, seconds)} if stream else {"options": {"protocol_whitelist": "file"}}
     try:
-        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), **options) as container:
             if not container.streams.video:
-                raise InputError(f"{path}: holds no video")
+                raise InputError(f"{name}: holds no video")
+            until = clock() + seconds if stream else math.inf  # from here on: FFmpeg takes seconds to know a stream
             for frame in itertools.islice(container.decode(video=0), pictures):
                 if not size:
                     size = {"width": frame.width, "height": frame.height}
                     detector = Detector(key, deep_heights(frame.height)) if deep else detector
                 detector.add(frame.to_ndarray(format="rgb24", **size))
+                if clock() > until:
+                    break
     except (av.FFmpegError, OSError) as error:
         if not detector.pictures:
-            raise InputError(f"{path}: not a video that can be read ({error.strerror})") from None
+            raise InputError(f"{name}: not a video that can be read ({error.strerror})") from None
     if not detector.pictures:
-        raise InputError(f"{path}: holds no picture")
+        raise InputError(f"{name}: holds no picture")
     return detector.read()
 
 

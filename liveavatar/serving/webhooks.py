@@ -17,7 +17,7 @@ import structlog
 from liveavatar.serving.background import Background
 from liveavatar.serving.packets import Level
 from liveavatar.serving.problems import Problem, TooLarge, Unprocessable
-from liveavatar.serving.ssrf import Unresolved, check_url, request
+from liveavatar.serving.ssrf import Unresolved, check, request
 
 TRIES, FIRST_WAIT, WAIT_FACTOR = 5, 1.0, 4.0  # seconds: 1, 4, 16, 64, each with jitter
 TRY_SECONDS = 10.0  # for one answer
@@ -34,11 +34,15 @@ class DeliveryFailed(Exception):
 
 @dataclass(slots=True)
 class Target:
-    """Where one session's events go. secret: known to the client and us; never shown, never logged."""
+    """Where the events of a session or channel go. secret: known to the client and us; never shown, never logged.
 
-    session: str
+    about: stands in every body: {"session": id} or {"channel": name}. id: with an event's number what is different for each event.
+    """
+
+    id: str
     url: str
     secret: str = field(repr=False)
+    about: dict[str, str]
 
 
 def signature(secret: str, timestamp: str, body: bytes) -> str:
@@ -90,7 +94,7 @@ class Webhook:
             self._count(await self._deliver(self._waiting.popleft()))
 
     async def _deliver(self, event: dict) -> str:
-        body = json.dumps({"session": self._target.session, **event}, separators=(",", ":")).encode()
+        body = json.dumps({**self._target.about, **event}, separators=(",", ":")).encode()
         for attempt in range(TRIES):
             if attempt:
                 self._count("retried")
@@ -99,9 +103,9 @@ class Webhook:
                 await self._post(self._target.url, body, self._headers(event, body))
                 return "delivered"
             except DeliveryFailed as error:
-                log.info("webhook_failed", session=self._target.session, attempt=attempt + 1, reason=str(error))
+                log.info("webhook_failed", **self._target.about, attempt=attempt + 1, reason=str(error))
             except Problem as problem:  # its address is not allowed (any more): no try helps
-                log.warning("webhook_refused", session=self._target.session, reason=problem.kind)
+                log.warning("webhook_refused", **self._target.about, reason=problem.kind)
                 return "refused"
         return "failed"
 
@@ -110,13 +114,13 @@ class Webhook:
         return {
             "Content-Type": "application/json",
             "LiveAvatar-Timestamp": stamp,
-            "LiveAvatar-Event": f"{self._target.session}:{event['n']}",
+            "LiveAvatar-Event": f"{self._target.id}:{event['n']}",
             "LiveAvatar-Signature": f"v1={signature(self._target.secret, stamp, body)}",
         }
 
 
 class Webhooks:
-    """All targets of one server; deliveries end with their session. private: networks that are allowed although not public.
+    """All targets of one server; deliveries end with their session or channel. private: networks that are allowed although not public.
 
     count(outcome): told of each delivery: delivered, retried, failed, refused. edge: watches a queue (Metrics.edge).
     """
@@ -125,9 +129,13 @@ class Webhooks:
                  edge: Callable[[str, Callable[[], Level]], Callable[[], None]] = lambda name, read: lambda: None):  # fmt: skip
         self._private, self._count, self._edge, self._deliveries = private, count, edge, Background()
 
+    def reload(self, private: tuple[str, ...]) -> None:
+        """Other networks that are allowed, from the next try on."""
+        self._private = private
+
     async def check(self, url: str) -> None:
         """Raises Invalid, Forbidden (ssrf) for a URL that nothing may be posted to."""
-        await asyncio.to_thread(check_url, url, SCHEMES, private=self._private)
+        await check(url, SCHEMES, private=self._private)
 
     async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> None:
         """One try, to the address that was checked, without following anybody anywhere."""
@@ -140,11 +148,14 @@ class Webhooks:
 
     def follow(self, session, url: str, secret: str) -> None:
         """Post this session's events from its first one on."""
-        hook = Webhook(Target(session.id, url, secret), self._post, count=self._count)
-        for work in (_fill(hook, session), hook.run()):
-            task = self._deliveries.spawn(work)
+        self._deliveries.spawn(_fill(self.open(Target(session.id, url, secret, {"session": session.id})), session))
+
+    def open(self, target: Target) -> Webhook:
+        """One that delivers what is put into it until its end()."""
+        hook = Webhook(target, self._post, count=self._count)
         unwatch = self._edge("webhooks", hook.level)
-        task.add_done_callback(lambda task: unwatch())
+        self._deliveries.spawn(hook.run()).add_done_callback(lambda task: unwatch())
+        return hook
 
     async def close(self, seconds: float) -> None:
         """Give what waits so many seconds, then forget it."""

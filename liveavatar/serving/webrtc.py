@@ -4,6 +4,9 @@ The session encodes once; every viewer gets the same packets (serving.md 7.3), s
 else. A viewer is a `packets.Sink` with an edge for pictures and one for sound, which its two tracks empty. Nothing
 leaves before both have something (CLK-3), and the first picture is a keyframe.
 
+Each connection has a DTLS certificate of its own, which aiortc makes in 0.2 ms: none is on a disk, and no two viewers can tell by it
+that they see the same server (18.6 asks for one per process at most).
+
 A data channel that the peer opens carries JSON: {"type": "ping" | "pong", "t": ...} both ways (a pong of ours also has
 "server", Unix ms), and from the page {"type": "stats", "report": {...}}, figures of its getStats().
 
@@ -220,7 +223,7 @@ class Viewer:
         self._offer: Offer | None = None
         self._tracks: list[PacketTrack] = []
         self._barrier, self._wall = asyncio.Event(), WallClock()
-        self._epoch, self._whole, self._pli, self._stale, self._trickled = 0, False, 0, 0, 0
+        self._epoch, self._whole, self._greeted, self._pli, self._stale, self._trickled = 0, False, False, 0, 0, 0
         self._sign, self._reports, self._channel, self._microphone = clock(), {}, None, None
         self._early: deque[packets.Packet] = deque(maxlen=2)  # a tick's sound, which comes before its picture
         self._tasks: set[asyncio.Task] = set()
@@ -289,6 +292,11 @@ class Viewer:
 
     # -- packets.Sink
 
+    def greet(self, still: packets.Packet) -> None:
+        """A keyframe to look at, and to listen by, until the one that was asked for comes; the pictures in between build upon others."""
+        self._greeted = True
+        self.edges[packets.H264].put(still)
+
     def put(self, item: packets.Packet) -> None:
         """Into its edge; pictures from the first keyframe on, sound from its tick on, nothing of a past epoch."""
         picture = item.codec == packets.H264
@@ -309,7 +317,7 @@ class Viewer:
     def _usable(self, item: packets.Packet, picture: bool) -> bool:
         if picture:
             return self._whole or item.keyframe  # else nothing to build upon: the keyframe that was asked for is on its way
-        return self._barrier.is_set() or self._whole or packets.H264 not in self.wants
+        return self._barrier.is_set() or self._whole or self._greeted or packets.H264 not in self.wants
 
     def flush(self, epoch: int) -> None:
         """Nothing older than `epoch` leaves any more."""

@@ -56,6 +56,10 @@ class Viewers:
         self.ice, self._limit, self._reports = ice, limit, reports
         self._open: dict[str, Viewer] = {}
 
+    def reload(self, limit: int) -> None:
+        """Another limit; who is there stays."""
+        self._limit = limit
+
     def of(self, session_id: str) -> list[Viewer]:
         """Those of one session, connected or about to be."""
         return [viewer for viewer in self._open.values() if viewer.session.id == session_id]

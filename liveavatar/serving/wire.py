@@ -11,6 +11,7 @@ from liveavatar.serving.settings import MODES
 
 TEXT, PROMPT = 2000, 2000  # characters said or prompted at once
 Word = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Emotion = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00-\x1f.!?]*$")]  # a word or two, inside a sentence
 Prompt = Annotated[str, StringConstraints(max_length=PROMPT)]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 Metadata = Annotated[dict[Word, Annotated[str, StringConstraints(max_length=512)]], Field(max_length=16)]
@@ -74,10 +75,11 @@ class OutputWish(Wire):
 
 
 class SessionWish(Wire):
-    """Body of POST /v1/sessions."""
+    """Body of POST /v1/sessions. profile: one of those that GET /v1/server names; what else is said here comes first."""
 
     avatar_id: Word = "default"
     mode: Mode | None = None
+    profile: Word | None = None
     prompt: Prompt | None = None
     outputs: Annotated[list[OutputWish], Field(max_length=4)] = []
     limits: Limits = Limits()
@@ -86,9 +88,12 @@ class SessionWish(Wire):
 
 
 class SessionChange(Wire):
-    """Body of PATCH: what is left out stays. A new avatar is a new reference picture in the running stream."""
+    """Body of PATCH: what is left out stays. A new avatar is a new reference picture in the running stream. emotion: how the person looks
+    ("happy"), "" for no matter how. listening: somebody speaks to the avatar; ends by itself when the avatar speaks."""
 
     prompt: Prompt | None = None
+    emotion: Emotion | None = None
+    listening: bool | None = None
     avatar_id: Word | None = None
     metadata: Metadata | None = None
 
@@ -110,7 +115,10 @@ class SessionView(Wire):
     reason: str | None
     epoch: int
     owner: str
+    profile: str | None
     prompt: str | None
+    emotion: str
+    listening: bool
     width: int
     height: int
     viewers: int
@@ -299,6 +307,7 @@ class ServerView(Wire):
     role: list[str]
     owner: str
     features: list[str]
+    profiles: list[str]
     limits: dict[str, float]
 
 
@@ -327,6 +336,8 @@ class InterruptOrder(Wire):
 class UpdateOrder(Wire):
     type: Literal["update"]
     prompt: Prompt | None = None
+    emotion: Emotion | None = None
+    listening: bool | None = None
     avatar_id: Word | None = None
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
+from liveavatar.conditioning.media import lay_out, timed_sound
+from liveavatar.core import FPS, ConfigError, InputError
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 LONGEST_SIDE = 1280  # pixels; larger pictures are brought down: a face fills the training size long before
-GAP_SAMPLES = SAMPLE_RATE // 25  # a hole in the time stamps of sound that is silence, and no rounding
 CUT = 27.0  # PySceneDetect's own threshold: mean change of hue, saturation and brightness
 
 
@@ -60,12 +60,7 @@ def sound_of(path: Path) -> np.ndarray | None:
     with opened(path) as container:
         if not container.streams.audio:
             return None
-        pieces, stream = [], container.streams.audio[0]
-        resampler = av.AudioResampler(format="s32", layout="mono", rate=SAMPLE_RATE)
-        for frame in container.decode(stream):
-            pieces += [(piece.pts * piece.time_base, piece.to_ndarray()[0]) for piece in resampler.resample(frame)]
-        pieces += [(piece.pts * piece.time_base, piece.to_ndarray()[0]) for piece in resampler.resample(None)]
-    return laid_out(pieces, first_time(path))
+        return lay_out(timed_sound(container.decode(container.streams.audio[0]), str(path)), float(first_time(path)))
 
 
 def first_time(path: Path):
@@ -75,22 +70,6 @@ def first_time(path: Path):
         for frame in container.decode(stream):
             return frame.pts * stream.time_base
     raise InputError(f"{path}: its video holds no picture")
-
-
-def laid_out(pieces, start) -> np.ndarray:
-    """(seconds, int32 [n]) pieces in order -> float32 from `start` on; holes and a late beginning are silence."""
-    placed, end = [], 0
-    for seconds, samples in pieces:
-        at = round((seconds - start) * SAMPLE_RATE)
-        at = end if abs(at - end) < GAP_SAMPLES and placed else at
-        samples = samples[max(0, end - at) :] if at < end else samples  # before the first picture, or said twice
-        at = max(at, end)
-        placed.append((at, samples))
-        end = at + len(samples)
-    pcm = np.zeros(end, np.float32)
-    for at, samples in placed:
-        pcm[at : at + len(samples)] = samples / 2.0**31
-    return pcm
 
 
 def shots_of(path: Path, pictures: int) -> list[tuple[int, int]]:

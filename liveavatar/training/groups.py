@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from liveavatar.core import ConfigError
+
+MEETING = timedelta(hours=24)  # the longest that ranks wait for one that renders clips or writes files alone
 
 
 def grouped() -> bool:
@@ -21,9 +24,11 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def meet() -> None:
-    """Wait for the other ranks of the group, if there is one."""
+    """Wait for the other ranks of the group, if there is one: for hours, where collectives of training give up after minutes."""
     if grouped():
-        dist.barrier()
+        room = dist.new_group(backend="gloo", timeout=MEETING)
+        dist.barrier(room)
+        dist.destroy_process_group(room)
 
 
 def agreed(**drawn: int) -> None:

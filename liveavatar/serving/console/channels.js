@@ -1,5 +1,6 @@
-// Channels on air day and night: what is said, what comes next, how the outputs do; start, stop, and another face, prompt or entry.
+// Channels on air day and night: what is said, what comes next, how the outputs do; made, changed, erased, started, stopped, switched.
 
+import {ChannelForm} from "./channel_form.js";
 import {fill, h, toast, twice} from "./dom.js";
 import {bytes, clock, span, t} from "./words.js";
 
@@ -20,7 +21,8 @@ export class Channels {
 
   show() {
     if (this.panel.hidden || this.panel.querySelector(".armed, form:focus-within")) return; // what somebody is doing stays
-    fill(this.panel, this.list.length ? this.list.map(channel => this.card(channel)) : h("p", {class: "empty"}, t("no_channels")));
+    const add = this.app.may("control") ? h("div", {class: "row"}, h("button", {type: "button", onclick: () => this.edit(null)}, t("new_channel"))) : null;
+    fill(this.panel, this.list.length ? this.list.map(channel => this.card(channel)) : h("p", {class: "empty"}, t("no_channels")), add);
   }
 
   card(channel) {
@@ -63,9 +65,12 @@ export class Channels {
 
   acts(channel) {
     const order = (verb, body) => this.app.try(() => this.order(channel, verb, body));
-    if (channel.state === "off") return h("div", {class: "row"}, h("button", {type: "button", onclick: () => order("start")}, t("add_output")));
+    const edit = h("button", {type: "button", onclick: () => this.edit(channel)}, t("edit"));
+    const start = h("button", {type: "button", class: "primary", onclick: () => order("start")}, t("add_output"));
+    const erase = twice(t("erase"), t("sure"), () => this.app.try(() => this.erase(channel)));
+    if (channel.state === "off") return h("div", {class: "row"}, start, edit, erase);
     const stop = twice(t("stop"), t("sure"), () => order("stop"));
-    if (channel.state === "waiting") return h("div", {class: "row"}, stop);
+    if (channel.state === "waiting") return h("div", {class: "row"}, edit, stop);
     const field = (key, input) => h("label", {class: "field"}, h("span", {}, t(key)), input);
     const choice = (names, label) => h("select", {}, h("option", {value: ""}, "–"), names.map(name => h("option", {value: name}, label(name))));
     const avatar = choice(this.app.avatars.list.map(({id}) => id), id => this.app.avatars.name(id)),
@@ -74,7 +79,16 @@ export class Channels {
     const said = input => input.value || undefined;
     const change = () => order("switch", {avatar_id: said(avatar), prompt: said(prompt), entry: said(entry)});
     const fields = [field("avatar", avatar), field("prompt", prompt), channel.schedule.entries.length ? field("says_next", entry) : null];
-    return h("form", {class: "line", onsubmit: event => event.preventDefault()}, fields, twice(t("switch_it"), t("sure"), change), stop);
+    return h("form", {class: "line", onsubmit: event => event.preventDefault()}, fields, twice(t("switch_it"), t("sure"), change), edit, stop);
+  }
+
+  edit(channel) {
+    new ChannelForm(this.app, channel, () => this.load());
+  }
+
+  async erase(channel) {
+    await this.app.api.delete(`/v1/channels/${channel.name}?owner=${encodeURIComponent(channel.owner)}`);
+    await this.load();
   }
 
   async order(channel, verb, body) {

@@ -9,7 +9,7 @@ from livekit.agents import AgentSession
 from livekit.agents.voice.avatar import AvatarSession as BaseAvatarSession
 
 if TYPE_CHECKING:
-    from liveavatar.serving.live import Role
+    from liveavatar.serving.role import Role
     from liveavatar.serving.studio import Studio
 
 
