@@ -145,7 +145,8 @@ class Judgement:
         def take(pictures: np.ndarray) -> None:
             watch(pictures)
             if watch.pictures // 500 > (watch.pictures - len(pictures)) // 500:
-                self.memory.append((watch.pictures, psutil.Process().memory_info().rss / 1e6))
+                if config is self.config:
+                    self.memory.append((watch.pictures, psutil.Process().memory_info().rss / 1e6))
                 self.say(f"stream: {watch.pictures} of {frames} frames")
 
         stream(config, own[0].reference, own[0].caption, self.job.seed, chunks, take)
