@@ -84,7 +84,15 @@ def fp8(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> 
     x = rows((tokens, width), dtype, 7)
     x[1] = 0
     (got, scale), (expected, other) = both(ops.quantise_rows, x)
-    return {"fp8 rows": error(got, expected), "fp8 scales": error(scale, other)}
+    wide, (y, z) = rows((batch, tokens, width), dtype, 12), both(ops.gelu, rows((batch, tokens, width), dtype, 13), ops.E4M3)
+    groups = 3 if tokens % 3 == 0 else 1
+    shift, gain = rows((batch, groups, 2, width), torch.float32, 14).unbind(2)
+    weight, bias = rows((2, width), dtype, 15)
+    found = {"fp8 modulated": both(ops.norm_modulate, wide, shift, gain, 1e-6, ops.E4M3), "fp8 gelu": (y, z),
+             "fp8 normed": both(ops.layer_norm, wide.float(), weight, bias, 1e-6, ops.E4M3)}  # fmt: skip
+    return {"fp8 rows": error(got, expected), "fp8 scales": error(scale, other),
+            "layer_norm": error(*both(ops.layer_norm, wide.float(), weight, bias, 1e-6, dtype)),
+            **{name: max(error(a.values, b.values), error(a.scale, b.scale)) for name, (a, b) in found.items()}}  # fmt: skip
 
 
 def fp8_cache(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, float]:

@@ -17,7 +17,7 @@ FP8_PARTS = ("blocks.", "audio_injector.")  # every linear in them: the 460 of m
 
 
 class Fp8Linear(nn.Module):
-    """A linear whose weight is E4M3 with one scale per output row; each token is quantised as it comes (ops.fp8_linear)."""
+    """A linear whose weight is E4M3 with one scale per output row; each token is quantised as it comes, if it was not made so (ops.fp8_linear)."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -27,8 +27,8 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in x's dtype, as bf16 weights would give it up to rounding."""
+    def forward(self, x: torch.Tensor | ops.Rounded) -> torch.Tensor:
+        """[..., in] -> [..., out] in the bias's dtype, as bf16 weights would give it up to rounding."""
         return ops.fp8_linear(x, self.weight, self.scale, self.bias)
 
 
