@@ -122,14 +122,14 @@ def fp8_cache(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtyp
 def whole_forward() -> dict[str, float]:
     """Three blocks of the tiny transformer with every op a kernel, packed q, k, v: the wiring."""
     from conftest import tiny_model
+    from liveavatar.models.fast import pack
 
     def stream(fused: bool) -> torch.Tensor:
         model, draw = tiny_model(), torch.Generator().manual_seed(1)
         text = model.encode_text(torch.randn(9, 16, generator=draw))
         cache = model.new_cache(8, 8, 3, 2, 1)
         if fused:
-            for block in model.blocks:
-                block.self_attn.pack()
+            pack(model.blocks)
         ops._fused = (lambda *tensors: True) if fused else NEVER
         model.set_sink(cache, model.prefill(torch.randn(16, 1, 8, 8, generator=draw), torch.randn(16, 3, 8, 8, generator=draw), text), 8, 8)
         modulation, audio = model.modulation(602.15), model.encode_audio(torch.randn(1, 400, 12, generator=draw))

@@ -137,13 +137,9 @@ class Attention(nn.Module):
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def pack(self) -> None:
-        """From here on one linear makes q, k and v of one input; its rows are those of the three, which are gone."""
-        parts = [self.q, self.k, self.v]
-        with torch.device("meta"):
-            self.qkv = nn.Linear(self.q.in_features, 3 * self.q.out_features)
-        for name in ("weight", "bias"):
-            setattr(self.qkv, name, nn.Parameter(torch.cat([getattr(p, name) for p in parts]), requires_grad=False))
+    def pack(self, qkv: nn.Module) -> None:
+        """From here on one linear makes q, k and v of one input; its rows are those of the three, which are gone (fast.pack)."""
+        self.qkv = qkv
         del self.q, self.k, self.v
 
     @property
