@@ -9,8 +9,11 @@ from liveavatar import ops
 from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, build
 from liveavatar.core import ConfigError
 from liveavatar.models.fast import Fp8Linear, compile_halves, pack, prepare, to_fp8
+from liveavatar.models.rows import ALONE
+from liveavatar.runtime import stage_roles
 from liveavatar.runtime.graphs import GraphedForward, GraphShapeError
 from liveavatar.runtime.placement import check_together
+from liveavatar.runtime.sources import open_source
 from torch import nn
 
 BLOCKS = 11
@@ -175,6 +178,13 @@ def test_a_graph_refuses_another_shape():
     forward(torch.zeros(16, 3, 8, 8), modulation, audio, text, cache, block=0, sink_distance=30)
     with pytest.raises(GraphShapeError, match=r"\[1, 16, 2, 8, 8\].*it was \[1, 16, 3, 8, 8\]"):
         forward(torch.zeros(16, 2, 8, 8), modulation, audio, text, cache, block=1, sink_distance=30)
+
+
+def test_the_steps_of_a_stage_share_one_pool(tiny_folder, monkeypatch):
+    config, made = Config(model=ModelConfig(path=str(tiny_folder), fast=FastConfig(graphs=True))), []
+    monkeypatch.setattr(stage_roles, "cuda_recorder", lambda device: made.append(Playback()) or made[-1])
+    _, *steps = stage_roles._denoisers(open_source(config), [0, 1, 2, 3], torch.float32, torch.device("cpu"), config, ALONE)
+    assert len(made) == 1 and [step.forward.record for step in steps] == made * 4
 
 
 def test_config_refuses_graphs_without_a_gpu():
