@@ -111,9 +111,9 @@ def check_shards(config: Config, stages: Sequence[Sequence[str]], model: S2VConf
                               "when messages come, and the ranks of a stage must agree on it")
 
 
-def blocks_inside(config: Config) -> int:
-    """Blocks of one session the chain of `config` (stages written out) works on at once: one a stage, or one a step of a shift register."""
-    return sum(max(1, steps_of(stage)) if config.runtime.shift_register else 1 for stage in config.stages)
+def blocks_inside(stages: Sequence[Sequence[str]], shift_register: bool) -> int:
+    """Blocks of one session a chain works on at once: one a stage, or one a step of a shift register."""
+    return sum(max(1, steps_of(stage)) if shift_register else 1 for stage in stages)
 
 
 def fewer_steps(config: Config) -> int | None:
@@ -214,7 +214,8 @@ def decode_flops(vae: Mapping, geometry: Geometry) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds. shard: 0 but for those that follow in a stage of several ranks."""
+    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds. shard: 0 but for those that follow in a
+    stage of several ranks."""
 
     rank: int
     shard: int = 0
