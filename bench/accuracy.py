@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from liveavatar import ops
 from liveavatar.config import FastConfig
-from liveavatar.models.fast import compile_halves, to_fp8
+from liveavatar.models.fast import compile_halves, pack, to_fp8
 from liveavatar.models.fast import prepare as prepared
 from liveavatar.models.layers import BlockModulation, TransformerBlock
 from liveavatar.runtime.parity import Forwards
@@ -105,7 +105,7 @@ class FullWidth:
         block.load_state_dict(state, assign=True)
         block.requires_grad_(False)
         if way.packed_qkv:
-            block.self_attn.pack()
+            pack([block])
         if way.fp8:
             to_fp8(block, ("",))
         if way.compile:

@@ -170,15 +170,44 @@ def _fused_fp8(*tensors: torch.Tensor) -> bool:
     return _fused(*tensors) and fp8_matmul_available(tensors[0].device.index)
 
 
-def norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """LN(x) (1 + scale) + shift in fp32, given in dtype. x: [B, T, D]; shift, scale: fp32 [B, G, D] with T = G * n."""
+def norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor | Rounded:
+    """LN(x) (1 + scale) + shift in fp32, given in dtype (E4M3: Rounded). x: [B, T, D]; shift, scale: fp32 [B, G, D] with T = G * n."""
     if _fused(x, shift, scale):
-        from liveavatar_kernels import norm_modulate as kernel
-
-        return kernel(x.contiguous(), shift, scale, eps, dtype)
+        return _norm_kernel(x, shift, scale, eps, dtype, 1.0)
     groups = shift.shape[1]
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(1, (groups, -1))
-    return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(dtype)
+    return given_as((normed * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2), dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor | Rounded:
+    """LN(x) weight + bias in fp32, given in dtype (E4M3: Rounded). x: [B, T, D]; weight, bias: [D]."""
+    if _fused(x, weight):
+        return _norm_kernel(x, bias[None, None], weight[None, None], eps, dtype, 0.0)
+    return given_as(F.layer_norm(x, x.shape[-1:], weight.float(), bias.float(), eps), dtype)
+
+
+def _norm_kernel(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, dtype: torch.dtype, plus: float) -> torch.Tensor | Rounded:
+    from liveavatar_kernels import norm_modulate, norm_round
+
+    if dtype == E4M3 and fp8_matmul_available(x.device.index):
+        return Rounded(*norm_round(x.contiguous(), shift, scale, eps, plus, E4M3_MAX, SMALLEST_SCALE))
+    made = norm_modulate(x.contiguous(), shift, scale, eps, torch.float32 if dtype == E4M3 else dtype, plus)
+    return given_as(made, dtype)
+
+
+def given_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Rounded:
+    """x in dtype, E4M3: Rounded."""
+    return rounded(x) if dtype == E4M3 else x.to(dtype)
+
+
+def gelu(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Rounded:
+    """GELU in its tanh form, given in dtype (E4M3: Rounded). x: [..., D], contiguous."""
+    if dtype == E4M3 and _fused_fp8(x):
+        from liveavatar_kernels import quantise_rows as kernel
+
+        values, scale = kernel(x.flatten(0, -2), E4M3_MAX, SMALLEST_SCALE, gelu=True)
+        return Rounded(values.view(x.shape), scale.view(*x.shape[:-1], 1))
+    return given_as(F.gelu(x.float() if dtype == E4M3 else x, approximate="tanh"), dtype)
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -312,18 +341,16 @@ def fp8_matmul_available(index: int | None = None) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 9)
 
 
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias with W in E4M3 and each row of x quantised on the way in; summed in fp32, given in x's dtype.
+def fp8_linear(x: torch.Tensor | Rounded, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x W^T + bias with W in E4M3 and each row of x so too, or quantised on the way in; summed in fp32, given in bias's dtype.
 
-    x: [..., K]; weight: E4M3 [N, K]; scale: fp32 [N, 1]; bias: [N] in x's dtype. Where the hardware has no FP8 units the rounded
-    values are multiplied in fp32: slow, but the same accuracy, so that it can be measured anywhere.
+    x: [..., K]; weight: E4M3 [N, K]; scale: fp32 [N, 1]; bias: [N]. Where the hardware has no FP8 units the rounded values are
+    multiplied in fp32: slow, but the same accuracy, so that it can be measured anywhere.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    quantised, own = quantise_rows(rows)
+    quantised, own = (x.values.flatten(0, -2), x.scale.flatten(0, -2)) if isinstance(x, Rounded) else quantise_rows(x.reshape(-1, x.shape[-1]))
     # per-row scales of _scaled_mm ask for bf16 results and for sizes that are multiples of 16
-    if x.is_cuda and x.dtype == torch.bfloat16 and fp8_matmul_available(x.device.index) and not any(n % 16 for n in weight.shape):
-        y = torch._scaled_mm(quantised, weight.t(), scale_a=own, scale_b=scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+    if quantised.is_cuda and bias.dtype == torch.bfloat16 and fp8_matmul_available(bias.device.index) and not any(n % 16 for n in weight.shape):
+        y = torch._scaled_mm(quantised, weight.t(), scale_a=own, scale_b=scale.t(), bias=bias, out_dtype=bias.dtype, use_fast_accum=True)
     else:
-        y = F.linear(quantised.float(), weight.float()) * own * scale.t()
-        y = (y if bias is None else y + bias.float()).to(x.dtype)
+        y = (F.linear(quantised.float(), weight.float()) * own * scale.t() + bias.float()).to(bias.dtype)
     return y.unflatten(0, x.shape[:-1])

@@ -84,7 +84,15 @@ def fp8(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> 
     x = rows((tokens, width), dtype, 7)
     x[1] = 0
     (got, scale), (expected, other) = both(ops.quantise_rows, x)
-    return {"fp8 rows": error(got, expected), "fp8 scales": error(scale, other)}
+    wide, (y, z) = rows((batch, tokens, width), dtype, 12), both(ops.gelu, rows((batch, tokens, width), dtype, 13), ops.E4M3)
+    groups = 3 if tokens % 3 == 0 else 1
+    shift, gain = rows((batch, groups, 2, width), torch.float32, 14).unbind(2)
+    weight, bias = rows((2, width), dtype, 15)
+    found = {"fp8 modulated": both(ops.norm_modulate, wide, shift, gain, 1e-6, ops.E4M3), "fp8 gelu": (y, z),
+             "fp8 normed": both(ops.layer_norm, wide.float(), weight, bias, 1e-6, ops.E4M3)}  # fmt: skip
+    return {"fp8 rows": error(got, expected), "fp8 scales": error(scale, other),
+            "layer_norm": error(*both(ops.layer_norm, wide.float(), weight, bias, 1e-6, dtype)),
+            **{name: max(error(a.values, b.values), error(a.scale, b.scale)) for name, (a, b) in found.items()}}  # fmt: skip
 
 
 def fp8_cache(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> dict[str, float]:
@@ -114,14 +122,14 @@ def fp8_cache(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtyp
 def whole_forward() -> dict[str, float]:
     """Three blocks of the tiny transformer with every op a kernel, packed q, k, v: the wiring."""
     from conftest import tiny_model
+    from liveavatar.models.fast import pack
 
     def stream(fused: bool) -> torch.Tensor:
         model, draw = tiny_model(), torch.Generator().manual_seed(1)
         text = model.encode_text(torch.randn(9, 16, generator=draw))
         cache = model.new_cache(8, 8, 3, 2, 1)
         if fused:
-            for block in model.blocks:
-                block.self_attn.pack()
+            pack(model.blocks)
         ops._fused = (lambda *tensors: True) if fused else NEVER
         model.set_sink(cache, model.prefill(torch.randn(16, 1, 8, 8, generator=draw), torch.randn(16, 3, 8, 8, generator=draw), text), 8, 8)
         modulation, audio = model.modulation(602.15), model.encode_audio(torch.randn(1, 400, 12, generator=draw))

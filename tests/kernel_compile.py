@@ -12,11 +12,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TENSORS = {"shift": "*fp32", "scale": "*fp32", "gate": "*fp32", "angles": "*fp32"}  # all other pointers are bf16
-E4M3 = {("quantise_rows", "out"), ("round_heads", "out"), ("restore_heads", "x"), *(("attention_fp8", name) for name in "qkv")}
+TENSORS = {"unit": "*fp32", "shift": "*fp32", "scale": "*fp32", "gate": "*fp32", "angles": "*fp32"}  # all other pointers are bf16
+E4M3 = {("quantise_rows", "out"), ("round_heads", "out"), ("norm_round", "out"), ("restore_heads", "x"), *(("attention_fp8", name) for name in "qkv")}
 NUMBERS = {"width", "run", "tokens", "pairs", "head_pairs", "eps", "size", "heads", "keys", "queries", "factor"}
-FILES = {"restore_heads": "round_heads"}
-CONSTANTS = {"BLOCK": 128, "LARGEST": 448.0, "SMALLEST": 1e-12, "ROWS": 64, "COLUMNS": 64, "TURN": True}
+FILES = {"restore_heads": "round_heads", "norm_round": "norm_modulate"}
+CONSTANTS = {"BLOCK": 128, "LARGEST": 448.0, "SMALLEST": 1e-12, "ROWS": 64, "COLUMNS": 64, "TURN": True, "GELU": True, "PLUS": 1.0}
 
 
 def kind(kernel: str, argument: str) -> str:
@@ -30,7 +30,8 @@ def kind(kernel: str, argument: str) -> str:
 
 def main() -> None:
     made = {}
-    for name in ("norm_modulate", "gate_residual", "rms_rows", "rotate_rows", "rope_cache", "quantise_rows", "round_heads", "restore_heads", "attention_fp8"):
+    for name in ("norm_modulate", "gate_residual", "rms_rows", "rotate_rows", "rope_cache", "quantise_rows", "round_heads", "restore_heads", "attention_fp8",
+                 "norm_round"):
         function = getattr(import_module(f"liveavatar_kernels.{FILES.get(name, name)}"), "_" + name)
         types = {argument: kind(name, argument) for argument in function.arg_names}
         source = ASTSource(fn=function, signature=types, constexprs={a: CONSTANTS[a] for a, t in types.items() if t == "constexpr"})

@@ -9,8 +9,11 @@ from liveavatar import ops
 from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, build
 from liveavatar.core import ConfigError
 from liveavatar.models.fast import Fp8Linear, compile_halves, pack, prepare, to_fp8
+from liveavatar.models.rows import ALONE
+from liveavatar.runtime import stage_roles
 from liveavatar.runtime.graphs import GraphedForward, GraphShapeError
 from liveavatar.runtime.placement import check_together
+from liveavatar.runtime.sources import open_source
 from torch import nn
 
 BLOCKS = 11
@@ -47,7 +50,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_packed_projections_are_the_same_function(plain):
     model = tiny_model()
     size = sum(p.numel() for p in model.parameters())
-    pack(model)
+    pack(model.blocks)
     assert relative(stream(model), plain) < 1e-6
     assert sum(p.numel() for p in model.parameters()) == size, "q, k and v must not lie there twice"
 
@@ -77,7 +80,7 @@ def test_an_fp8_linear_errs_by_its_rounding_alone():
     linear = nn.Linear(256, 96)
     x = torch.randn(7, 5, 256, generator=draw)
     with torch.inference_mode():
-        expected, got = linear(x), Fp8Linear(linear)(x)
+        expected, got = linear(x), Fp8Linear.of(linear)(x)
     assert got.shape == expected.shape and got.dtype == x.dtype
     assert relative(got - linear.bias, expected - linear.bias) < 0.045
     exact = torch.tensor([[1.0, -2.0, 448.0, 0.0]])  # values E4M3 has
@@ -175,6 +178,13 @@ def test_a_graph_refuses_another_shape():
     forward(torch.zeros(16, 3, 8, 8), modulation, audio, text, cache, block=0, sink_distance=30)
     with pytest.raises(GraphShapeError, match=r"\[1, 16, 2, 8, 8\].*it was \[1, 16, 3, 8, 8\]"):
         forward(torch.zeros(16, 2, 8, 8), modulation, audio, text, cache, block=1, sink_distance=30)
+
+
+def test_the_steps_of_a_stage_share_one_pool(tiny_folder, monkeypatch):
+    config, made = Config(model=ModelConfig(path=str(tiny_folder), fast=FastConfig(graphs=True))), []
+    monkeypatch.setattr(stage_roles, "cuda_recorder", lambda device: made.append(Playback()) or made[-1])
+    _, *steps = stage_roles._denoisers(open_source(config), [0, 1, 2, 3], torch.float32, torch.device("cpu"), config, ALONE)
+    assert len(made) == 1 and [step.forward.record for step in steps] == made * 4
 
 
 def test_config_refuses_graphs_without_a_gpu():

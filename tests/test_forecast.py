@@ -54,6 +54,14 @@ def test_batches_are_as_large_as_the_config_says(monkeypatch):
     assert one == two == 1.0, "at 64x64 a forward is one read of the weights"
 
 
+def test_a_shift_register_gains_where_reading_the_weights_is_the_work():
+    speeds, shifted = Speeds(device=accelerator("H200")), load(None, ["runtime.sessions=1", "runtime.shift_register=true"])
+    small = Geometry(height=64, width=64)
+    for geometry, least, most in ((WIDE, 0.97, 1.03), (small, 1.5, 4.0)):
+        one, together = (forecast(config, model_shape("14b"), geometry, speeds, 1).fps for config in (CONFIG, shifted))
+        assert least < together / one < most
+
+
 def test_other_sizes_have_the_parameters_their_names_promise():
     for name, billions in (("14b", 16.3), ("30b", 32), ("100b", 104), ("5120x40", 16.3)):
         assert transformer_bytes(model_shape(name), torch.float32) / 4e9 == pytest.approx(billions, rel=0.03)

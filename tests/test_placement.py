@@ -82,18 +82,15 @@ def test_sizes_of_the_14b_model_are_those_of_the_specification():
     assert not p.problems and p.stages == cut(CHAIN, 5)
 
 
-def test_fp8_linears_are_a_byte_a_weight_and_the_load_is_counted():
+def test_fp8_linears_are_a_byte_a_weight():
     fp8 = config(model=ModelConfig(fast=FastConfig(fp8=True)))
     step = plan(fp8, S2VConfig(), USUAL, gpus(5)).ranks[1]
     assert 16.5e9 < step.fixed["transformer"] < 17.5e9  # model.md section 18
-    assert step.bytes(0) == step.bytes(1) > 32.6e9 + CUDA, "it is loaded in bf16 and then rounded"
-    assert step.bytes(2) == sum(step.fixed.values()) + 2 * sum(step.per_session.values())
     (small,) = plan(fp8, S2VConfig(), Geometry(height=128, width=128), gpus(1, 32e9)).ranks
-    assert small.sessions_that_fit == 0 and small.bytes(1) > 32e9
+    assert small.sessions_that_fit >= 1, "rounded as it is read: 33 GB of bf16 never lie there"
     model, g = prepare(tiny_model(), FastConfig(fp8=True)), Geometry(height=64, width=64)
     (rank,) = plan(fp8, tiny_model().config, g, [Device(name="cpu", kind="cpu", memory=10**12)], dtype=torch.float32, vae=SMALL_VAE, host=10**12).ranks
     assert rank.fixed["transformer"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    assert rank.fixed["transformer"] + rank.loading == sum(x.nbytes for x in tiny_model().parameters())
 
 
 def test_an_fp8_cache_is_a_byte_a_number_and_a_scale_a_head():

@@ -152,9 +152,14 @@ def test_a_row_alone_is_the_plain_forward_bit_for_bit_and_rows_of_two_sessions_s
     assert together[1].written == apart[1].written == 4
 
 
+def inside(config: Config) -> int:
+    made = resolve(config)[0]
+    return blocks_inside(made.stages, made.runtime.shift_register)
+
+
 def test_what_could_never_move_together_is_refused_and_a_shift_register_gets_blocks_to_fill_it(tiny_folder):
     one, each = config_of(tiny_folder, shift_register=True), config_of(tiny_folder).chain
-    assert blocks_inside(resolve(one)[0]) == 4 and blocks_inside(resolve(config_of(tiny_folder))[0]) == 1
+    assert inside(one) == 4 and inside(config_of(tiny_folder)) == 1
     with pytest.raises(ConfigError, match="no stage holds several steps"):
         resolve(replace(one, stages=tuple((name,) for name in each)))
     with pytest.raises(ConfigError, match="more than runtime.sessions"):

@@ -10,9 +10,11 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from liveavatar.config import FastConfig
 from liveavatar.core import WeightsError
 from liveavatar.models import lora, tensorfiles, weights
 from liveavatar.models.encoders import TextEncoder
+from liveavatar.models.fast import fp8_linears, prepare
 from liveavatar.models.folders import open_folder
 from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.models.vae import StreamingVAE
@@ -400,6 +402,18 @@ def test_lora_is_rounded_once(ours, model, update, tmp_path):
     loaded = weights.load_transformer(ours, dtype=torch.bfloat16, lora=path)
     name = "blocks.1.ffn.0"
     assert torch.equal(loaded.get_submodule(name).weight, expected_weight(model, update, name).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fp8_is_rounded_as_it_is_read(ours, update, tmp_path, packed):
+    """As a whole model that is rounded afterwards, to the bit; with the LoRA in it, and packed before or after."""
+    path, fast = tmp_path / "lora.safetensors", FastConfig(fp8=True, packed_qkv=packed)
+    save_file(update, path)
+    read = prepare(weights.load_transformer(ours, dtype=torch.bfloat16, lora=path, fp8=True), fast)
+    whole = prepare(weights.load_transformer(ours, dtype=torch.bfloat16, lora=path), fast)
+    got, expected = ({name: tensor.float() for name, tensor in made.state_dict().items()} for made in (read, whole))
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    assert read.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn and not fp8_linears(read) and not any(p.requires_grad for p in read.parameters())
 
 
 def test_lora_alpha_overrides(ours, model, update, tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from liveavatar import core
+from liveavatar.runtime.register import Register
 
 SIZE = 16
 
@@ -145,6 +146,13 @@ class FixedRole:
     last: bool = False
 
     def __call__(self, message):
+        time.sleep(self.seconds if isinstance(message, core.Audio | core.Block) else 0.0)
+        return self.after(message)
+
+    def row(self, block):
+        """What a register asks a step for."""
+
+    def after(self, message):
         if isinstance(message, core.Audio) and self.name == "condition":
             message = core.Block(message.session, index=message.index, epoch=message.epoch)
         if not isinstance(message, core.Block):
@@ -152,22 +160,46 @@ class FixedRole:
                 time.sleep(self.refresh)
             last = {core.Open: core.Opened, core.Close: core.Closed}.get(type(message)) if self.name == "decode" else None
             return [last(message.session)] if last else [] if self.name == "decode" else [message]
-        time.sleep(self.seconds)
         if self.name == "decode":
             return [core.Frames(message.session, index=message.index, epoch=message.epoch, pictures=torch.zeros(12, 2, 2, 3, dtype=torch.uint8))]
         clean = [core.CleanLatent(message.session, index=0, latent=torch.zeros(1))] if self.last and message.index == 0 else []
         return [*clean, message]
 
 
+class FixedRegister(Register):
+    """A register whose forward sleeps: the slowest of its steps, times together[n - 1] for n blocks."""
+
+    def __init__(self, steps, together, **how):
+        super().__init__(lambda message: [message], steps, **how)
+        self.together = together
+
+    def advance(self):
+        time.sleep(max(self.steps[item.place].seconds for item in self.blocks) * self.together[len(self.blocks) - 1])
+        made = []
+        for item in self.blocks:
+            *upward, item.block = self.steps[item.place].after(item.block)
+            item.place += 1
+            made += upward if item.place < len(self.steps) else [*upward, item.block]
+        self.blocks = [item for item in self.blocks if item.place < len(self.steps)]
+        return made
+
+
 @dataclass(frozen=True)
 class FixedSource:
-    """Picklable source of FixedRoles. seconds: by role; refresh: what a new sink costs a step."""
+    """Picklable source of FixedRoles. seconds: by role; refresh: what a new sink costs a step; together: as FixedRegister's, with
+    runtime.shift_register."""
 
     seconds: dict
     refresh: float = 0.0
+    together: tuple = (1.0,)
 
     def build_stage(self, config, stage_names, device):
-        return [FixedRole(name, self.seconds[name], self.refresh, name == f"step{config.steps_run - 1}") for name in stage_names]
+        roles = [FixedRole(name, self.seconds[name], self.refresh, name == f"step{config.steps_run - 1}") for name in stage_names]
+        steps = [role for role in roles if role.name.startswith("step")]
+        if not config.runtime.shift_register or len(steps) < 2:
+            return roles
+        place = roles.index(steps[0])
+        return [*roles[:place], FixedRegister(steps, self.together, shift=True, batch=config.runtime.batch), *roles[place + len(steps) :]]
 
 
 def script(blocks: int = 6) -> list[core.Message]:

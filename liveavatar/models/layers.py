@@ -120,6 +120,11 @@ class RMSNorm(nn.Module):
 # ---------------------------------------------------------------- attention
 
 
+def takes(linear: nn.Module) -> torch.dtype:
+    """What a linear wants its input in: its weights' dtype. An FP8 one is spared a pass where its input is made so (ops.Rounded)."""
+    return linear.weight.dtype
+
+
 class Attention(nn.Module):
     """q, k, v, o linears with RMS norms of q and k over the whole width, before heads are split."""
 
@@ -132,23 +137,24 @@ class Attention(nn.Module):
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def pack(self) -> None:
-        """From here on one linear makes q, k and v of one input; its rows are those of the three, which are gone."""
-        parts = [self.q, self.k, self.v]
-        with torch.device("meta"):
-            self.qkv = nn.Linear(self.q.in_features, 3 * self.q.out_features)
-        for name in ("weight", "bias"):
-            setattr(self.qkv, name, nn.Parameter(torch.cat([getattr(p, name) for p in parts]), requires_grad=False))
+    def pack(self, qkv: nn.Module) -> None:
+        """From here on one linear makes q, k and v of one input; its rows are those of the three, which are gone (fast.pack)."""
+        self.qkv = qkv
         del self.q, self.k, self.v
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def takes(self) -> torch.dtype:
+        """Of `project` and `queries`."""
+        return takes(self.qkv if "qkv" in self._modules else self.q)
+
+    def project(self, x: torch.Tensor | ops.Rounded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, T, D] -> q, k (normed, not rotated) and v of self-attention, each [B, T, heads, d]."""
         if "qkv" not in self._modules:
             return self.queries(x), *self.keys_values(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.split(self.norm_q(q)), self.split(self.norm_k(k)), self.split(v)
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
+    def queries(self, x: torch.Tensor | ops.Rounded) -> torch.Tensor:
         """[B, T, D] -> [B, T, heads, d], normed, not rotated."""
         return self.split(self.norm_q(self.q(x)))
 
@@ -156,10 +162,12 @@ class Attention(nn.Module):
         """[B, T, D] -> k (normed, not rotated), v, each [B, T, heads, d]."""
         return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
 
-    def cross(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attention of x [B, T, D] over ready keys and values [B, Tk, heads, d], no rope, no mask."""
-        q = self.queries(x)
-        return self.o(ops.attention(q, keys.to(q.dtype), values.to(q.dtype)).flatten(2))
+    def cross(self, x: torch.Tensor | ops.Rounded, keys: torch.Tensor, values: torch.Tensor, groups: int = 1) -> torch.Tensor:
+        """Attention of x [B, T, D] over ready keys and values [B * groups, Tk, heads, d], no rope, no mask: each of so many equal runs of
+        tokens has its own."""
+        q = self.queries(x).unflatten(1, (groups, -1)).flatten(0, 1)
+        attended = ops.attention(q, keys.to(q.dtype), values.to(q.dtype))
+        return self.o(attended.unflatten(0, (-1, groups)).flatten(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):
@@ -195,16 +203,17 @@ class TransformerBlock(nn.Module):
 
     def before(self, x: torch.Tensor, m: BlockModulation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `attend` takes."""
-        return self.self_attn.project(ops.norm_modulate(x, m.shift1, m.scale1, self.eps, self.dtype))
+        return self.self_attn.project(ops.norm_modulate(x, m.shift1, m.scale1, self.eps, self.self_attn.takes))
 
     def after(self, x: torch.Tensor, attended: torch.Tensor, m: BlockModulation, text: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Everything behind `attend`."""
         dtype = self.dtype
         x = ops.gate_residual(x, self.self_attn.o(attended.flatten(2)), m.gate1, torch.float32)
-        h = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
-        x = x + self.cross_attn.cross(h.to(dtype), *text)
-        h = ops.norm_modulate(x, m.shift2, m.scale2, self.eps, dtype)
-        return ops.gate_residual(x, self.ffn(h), m.gate2, dtype)
+        h = ops.layer_norm(x, self.norm3.weight, self.norm3.bias, self.eps, self.cross_attn.takes)
+        x = x + self.cross_attn.cross(h, *text)
+        wide, _, narrow = self.ffn
+        h = wide(ops.norm_modulate(x, m.shift2, m.scale2, self.eps, takes(wide)))
+        return ops.gate_residual(x, narrow(ops.gelu(h, takes(narrow))), m.gate2, dtype)
 
     def prefill(self, x: torch.Tensor, m: BlockModulation, angles: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor]):
         """The sink's way through the layer, its tokens x [B, S, D] among themselves: (x, k un-rotated, v [B, S, heads, d]).
@@ -271,7 +280,6 @@ class AudioInjector(nn.Module):
         dtype = adain.bias.dtype  # an FP8 weight has another
         frames = pooled.shape[1]
         shift, scale = adain(F.silu(pooled).to(dtype)).float().chunk(2, dim=-1)
-        z = ops.norm_modulate(x, shift, scale, 1e-5, dtype)  # 1e-5 here, 1e-6 everywhere else
+        z = ops.norm_modulate(x, shift, scale, 1e-5, attention.takes)  # 1e-5 here, 1e-6 everywhere else
         k, v = attention.keys_values(tokens.to(dtype).flatten(0, 1))
-        y = attention.cross(z.unflatten(1, (frames, -1)).flatten(0, 1), k, v)
-        return x + y.unflatten(0, (-1, frames)).flatten(1, 2)
+        return x + attention.cross(z, k, v, frames)

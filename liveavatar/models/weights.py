@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from liveavatar import ops
 from liveavatar.core import ConfigError, WeightsError
 from liveavatar.models import tensorfiles
+from liveavatar.models.fast import fp8_linears, with_scales
 from liveavatar.models.folders import FORMAT, SETTINGS_FILE, CheckpointFolder, open_folder, resolve
 from liveavatar.models.lora import lora_targets, merge_lora, merged, read_lora
 from liveavatar.models.s2v import CausalS2V, S2VConfig, stored_dtype
@@ -106,22 +108,31 @@ def _count(names: Mapping[str, object], pattern: str) -> int | None:
 
 
 def load_transformer(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", lora: str | Path | None = None
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", lora: str | Path | None = None,
+    fp8: bool = False,
 ) -> CausalS2V:
     """The causal transformer of a checkpoint folder ("default": the embedded one), strictly, in eval mode.
 
     Each tensor is mapped, has its LoRA update added in fp32, and is rounded once to `dtype` (parts that
-    compute in fp32 stay fp32). Raises WeightsError before reading when anything is missing, left over
+    compute in fp32 stay fp32). fp8: the linears of fast.FP8_PARTS go on to E4M3 one by one as they are read, so that only one of
+    them at a time lies on the device in `dtype`. Raises WeightsError before reading when anything is missing, left over
     or of another shape, in the folder or in the LoRA file.
     """
     plan = plan_transformer(open_folder(path))
     plan.check()
     updates = read_lora(lora, lora_targets(plan.module)) if lora is not None else {}
+    small, scales = set(fp8_linears(plan.module) if fp8 else ()), {}
 
     def convert(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return merged(updates, name, tensor.to(device)).to(stored_dtype(name, dtype))
+        tensor, linear = merged(updates, name, tensor.to(device)).to(stored_dtype(name, dtype)), name.removesuffix(".weight")
+        if linear not in small:
+            return tensor
+        tensor, scales[linear] = ops.quantise_rows(tensor)
+        return tensor
 
-    return plan.load(convert)
+    model = plan.load(convert)
+    with_scales(model, scales)
+    return model
 
 
 # ---------------------------------------------------------------- the other parts

@@ -48,7 +48,7 @@ class Engine:
     def __init__(self, config: Config, source: StageSource, chain, clock: Callable[[], float], trace: Trace | NoTrace):
         self.config, self.source, self.chain, self.clock, self.trace = config, source, chain, clock, trace
         self.geometry = source.geometry
-        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config) + 1,
+        self.scheduler = Scheduler(credits=config.runtime.in_flight or placement.blocks_inside(config.stages, config.runtime.shift_register) + 1,
                                    longest=float(source.geometry.block_seconds))
         self.finish_after: int | None = None
         self.sessions: dict[str, Session] = {}

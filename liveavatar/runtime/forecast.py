@@ -25,7 +25,7 @@ from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD
 from liveavatar.config import Config, build
 from liveavatar.core import FPS, ConfigError, Geometry, InputError
 from liveavatar.models.s2v import S2VConfig
-from liveavatar.runtime.placement import WAN_VAE, Device, Plan, attention_flops, cut, decode_flops, linear_flops, plan, transformer_bytes
+from liveavatar.runtime.placement import WAN_VAE, Device, Plan, attention_flops, cut, decode_flops, linear_flops, plan, steps_of, transformer_bytes
 from liveavatar.runtime.simulation import Costs, Simulation, turn_seconds
 from liveavatar.runtime.sources import REFRESH_BLOCK
 
@@ -99,7 +99,7 @@ class Speeds:
         return self.precision == "fp8"
 
     def costs(self, model: S2VConfig, geometry: Geometry, vae: Mapping, chain: Iterable[str], batch: int) -> Costs:
-        """Of every role of the chain; batch: as runtime.batch. Raises ConfigError for fp8 where the device has none."""
+        """Of every role of the chain; batch: the most blocks in one forward. Raises ConfigError for fp8 where the device has none."""
         if self.fp8 and self.device.fp8 is None:
             raise ConfigError("this device has no FP8 units: say --precision bf16")
         linear, attention = linear_flops(model, geometry), attention_flops(model, geometry)
@@ -170,19 +170,21 @@ def forecast(config: Config, model: S2VConfig, geometry: Geometry, speeds: Speed
     """Plan and simulate `ranks` devices. price: dollars per GPU and hour instead of the table's. Raises ConfigError, PlacementError."""
     vae, sessions, refresh = vae or WAN_VAE, config.runtime.sessions, config.sampler.refresh_block
     config = replace(config, model=replace(config.model, fast=replace(config.model.fast, fp8=speeds.fp8)))
-    costs = speeds.costs(model, geometry, vae, config.chain, config.runtime.batch)
+    together = {"shift": config.runtime.shift_register, "batch": config.runtime.batch}
+    costs = speeds.costs(model, geometry, vae, config.chain, together["batch"] * (steps_of(config.chain) if together["shift"] else 1))
     stages = cut(config.chain, ranks, costs.roles)
     devices = [Device(name=name, kind="cuda", memory=round(speeds.device.memory * 1e9))] * ranks
     planned = plan(config, model, geometry, devices, stages=stages, vae=vae, times=costs.roles)
-    chain = {"lookahead": WAV2VEC_LOOKAHEAD, "refresh_block": REFRESH_BLOCK if refresh is None else refresh, "credits": config.runtime.in_flight}
+    chain = {"lookahead": WAV2VEC_LOOKAHEAD, "refresh_block": REFRESH_BLOCK if refresh is None else refresh, **together}
+    chain |= {"credits": config.runtime.in_flight}
     pipe = Simulation(stages, costs, geometry, **chain).offline(BLOCKS // sessions + 8, sessions)
     live = Simulation(stages, costs, geometry, **chain).live(LIVE_SECONDS, sessions)
     busy = live.utilisation()
     power = sum(speeds.device.idle_watts + share * (speeds.device.watts - speeds.device.idle_watts) for share in busy)
     return Forecast(
         plan=planned, devices=ranks, fps=pipe.fps, real_time=pipe.fps / FPS / sessions, first_frame=pipe.pass_seconds,
-        turn_voice=turn_seconds(stages, costs, geometry, lookahead=WAV2VEC_LOOKAHEAD, microphone=False),
-        turn_microphone=turn_seconds(stages, costs, geometry, lookahead=WAV2VEC_LOOKAHEAD, microphone=True),
+        turn_voice=turn_seconds(stages, costs, geometry, lookahead=WAV2VEC_LOOKAHEAD, microphone=False, **together),
+        turn_microphone=turn_seconds(stages, costs, geometry, lookahead=WAV2VEC_LOOKAHEAD, microphone=True, **together),
         busy=tuple(busy), bottleneck=max(range(ranks), key=lambda rank: busy[rank]),
         underrun=max(0.0, live.underrun - sessions * pipe.pass_seconds * sessions), watt_hours=power / 60 / sessions,
         dollars=(speeds.device.price if price is None else price) * ranks / 60 / sessions,

@@ -29,7 +29,11 @@ class GraphShapeError(LiveAvatarError):
 
 
 def cuda_recorder(device: torch.device) -> Recorder:
-    """torch.cuda.CUDAGraph, all in one pool of memory: they never run at the same time."""
+    """torch.cuda.CUDAGraph, all in one pool of memory: what one leaves there another may overwrite.
+
+    That is legal for the steps and sessions of one rank: they run one after the other on one stream, each takes its inputs from
+    buffers outside the pool, and its result is kept alive (so never given to another capture) and copied before the next begins.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def record(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:

@@ -111,9 +111,9 @@ def check_shards(config: Config, stages: Sequence[Sequence[str]], model: S2VConf
                               "when messages come, and the ranks of a stage must agree on it")
 
 
-def blocks_inside(config: Config) -> int:
-    """Blocks of one session the chain of `config` (stages written out) works on at once: one a stage, or one a step of a shift register."""
-    return sum(max(1, steps_of(stage)) if config.runtime.shift_register else 1 for stage in config.stages)
+def blocks_inside(stages: Sequence[Sequence[str]], shift_register: bool) -> int:
+    """Blocks of one session a chain works on at once: one a stage, or one a step of a shift register."""
+    return sum(max(1, steps_of(stage)) if shift_register else 1 for stage in stages)
 
 
 def fewer_steps(config: Config) -> int | None:
@@ -214,8 +214,8 @@ def decode_flops(vae: Mapping, geometry: Geometry) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds; loading: bytes beyond `fixed` that
-    are given back before the first session. shard: 0 but for those that follow in a stage of several ranks."""
+    """One rank. fixed: bytes by part, whatever the sessions; per_session: bytes each session adds. shard: 0 but for those that follow in a
+    stage of several ranks."""
 
     rank: int
     shard: int = 0
@@ -223,20 +223,16 @@ class RankPlan:
     device: Device
     fixed: dict[str, int] = field(default_factory=dict)
     per_session: dict[str, int] = field(default_factory=dict)
-    loading: int = 0
     seconds: float | None = None  # of one block, predicted (a shared stage: without its exchange) or measured
 
     def bytes(self, sessions: int) -> int:
-        """The most it holds at any time."""
-        return sum(self.fixed.values()) + max(self.loading, sessions * sum(self.per_session.values()))
+        """What it holds with so many sessions."""
+        return sum(self.fixed.values()) + sessions * sum(self.per_session.values())
 
     @property
     def sessions_that_fit(self) -> int:
-        """0 too where it could not load."""
         left = self.device.memory - sum(self.fixed.values())
         each = sum(self.per_session.values())
-        if left < self.loading:
-            return 0
         return max(0, left // each) if each else 1_000_000 * (left >= 0)
 
 
@@ -352,7 +348,7 @@ class Sizer:
 
     def rank(self, seat: Seat, device: Device, times: Mapping[str, float] | None) -> RankPlan:
         """The plan of the rank at `seat`."""
-        roles, fixed, per_session, loading = seat.roles, {}, {}, 0
+        roles, fixed, per_session = seat.roles, {}, {}
         steps = steps_of(roles)
         if {"condition", "decode"} & set(roles) and self.vae is not None:
             fixed["vae"] = self.vae_weights
@@ -360,14 +356,13 @@ class Sizer:
             fixed["text encoder"] = self.text_encoder_bytes
         if steps:
             fixed["transformer"] = transformer_bytes(self.model, self.dtype, self.fast.fp8)
-            loading = transformer_bytes(self.model, self.dtype) - fixed["transformer"]  # loaded whole, then rounded linear by linear
             per_session |= self.step_caches(steps, seat.shards)
         if "decode" in roles:
             per_session["vae state"] = self.vae_state
         fixed["working"] = self.working(roles, seat.shards) + (CUDA_CONTEXT_BYTES if device.kind == "cuda" else 0)
         seconds = [self.seconds(r, device, times) for r in roles]
         return RankPlan(rank=seat.rank, shard=seat.shard, roles=roles, device=device, fixed=fixed, per_session=per_session,
-                        loading=loading, seconds=None if None in seconds else sum(seconds) / seat.shards)
+                        seconds=None if None in seconds else sum(seconds) / seat.shards)
 
     def step_caches(self, steps: int, shards: int = 1) -> dict[str, int]:
         """Per session: [sink | ring] of each step and the stage's one un-rotated sink, a rank's share of the heads; the prompt's K and V."""

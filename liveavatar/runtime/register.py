@@ -33,6 +33,12 @@ class Under:
     place: int = 0
 
 
+def must_wait(session: str, under_way: Sequence[tuple[str, int]], *, shift: bool, batch: int) -> bool:
+    """Whether a block of `session` has to wait until those under way, (session, steps it has been through), have moved on."""
+    entering = [other for other, place in under_way if place == 0]
+    return session in entering or len(entering) >= batch or (len(entering) < len(under_way) and not shift)
+
+
 class Register:
     """StageSinks and Denoisers of one stage as one role. A holder (pump.Pump): takes blocks in, gives them out of `advance`."""
 
@@ -51,9 +57,7 @@ class Register:
         """Whether something must advance before `message` may come in."""
         if not isinstance(message, Block):
             return any(item.block.session == message.session for item in self.blocks)
-        entering = [item.block.session for item in self.blocks if item.place == 0]
-        between = len(entering) < len(self.blocks)
-        return message.session in entering or len(entering) >= self.batch or (between and not self.shift)
+        return must_wait(message.session, [(item.block.session, item.place) for item in self.blocks], shift=self.shift, batch=self.batch)
 
     def __call__(self, message: Message) -> list[Message]:
         assert not self.holds_back(message), "a register is advanced before it takes more"

@@ -25,7 +25,7 @@ from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
 from liveavatar.models.rows import ALONE, Exchange, Row, forward_rows
 from liveavatar.models.s2v import CausalS2V, TextCache
-from liveavatar.runtime.graphs import GraphedForward
+from liveavatar.runtime.graphs import GraphedForward, Recorder
 
 PRIMING_LATENTS = 7  # motion latents a decoder swallows before block 0 (model.md section 12)
 REMEMBERED = 8  # portraits, and prompts, whose encodings a Conditioner keeps; the oldest unused leaves first
@@ -200,12 +200,13 @@ class Denoiser:
 
     All Denoisers of a stage share `model` and `sinks`. last: of all steps. The step that makes a block clean, this one or where
     the block says so an earlier one, reports the first clean latent a new portrait leads to (CleanLatent). observe: report the
-    latents and velocity of every block (Latents), not only of those that ask for it.
+    latents and velocity of every block (Latents), not only of those that ask for it. recorder: how forwards are captured, one for all
+    steps of a stage; None: they are not.
     """
 
     def __init__(self, model: CausalS2V, index: int, step: Step, sinks: StageSinks, geometry: Geometry, *,
-                 last: bool, observe: bool = False, graphs: bool = False):
-        self.forward = GraphedForward(model) if graphs else model
+                 last: bool, observe: bool = False, recorder: Recorder | None = None):
+        self.forward = GraphedForward(model, recorder) if recorder else model
         self.model, self.index, self.step, self.sinks, self.geometry = model, index, step, sinks, geometry
         self.last, self.observe = last, observe
         self.caches: dict[str, StepCache] = {}

@@ -133,7 +133,8 @@ class FolderSource:
         return torch.bfloat16 if fast else torch.float32
 
     def transformer(self, dtype: torch.dtype, device: torch.device) -> CausalS2V:
-        return prepare(weights.load_transformer(self.folder.path, dtype, device, self.config.model.lora), self.config.model.fast)
+        fast = self.config.model.fast
+        return prepare(weights.load_transformer(self.folder.path, dtype, device, self.config.model.lora, fast.fp8), fast)
 
     def vae(self, dtype: torch.dtype, device: torch.device):
         vae = weights.load_vae(self.folder.path, dtype, device)

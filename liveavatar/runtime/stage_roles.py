@@ -12,6 +12,7 @@ from liveavatar.core import ConfigError
 from liveavatar.diffusion.rollout import Step
 from liveavatar.models.rows import ALONE, Exchange
 from liveavatar.runtime.beside import decoder_on
+from liveavatar.runtime.graphs import cuda_recorder
 from liveavatar.runtime.register import Register
 from liveavatar.runtime.roles import ChainEnd, Conditioner, Decoder, Denoiser, Role, StageSinks
 from liveavatar.runtime.sources import StageSource, open_source
@@ -52,7 +53,8 @@ def _denoisers(source: StageSource, steps: Sequence[int], dtype: torch.dtype, de
     sinks, last = StageSinks(model, exchange), len(source.sigmas) - 2
     with torch.inference_mode():
         levels = [Step(source.sigmas[k], source.sigmas[k + 1], model.modulation(source.timesteps[k])) for k in steps]
-    denoisers = [Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe, graphs=config.model.fast.graphs)
+    recorder = cuda_recorder(device) if config.model.fast.graphs else None
+    denoisers = [Denoiser(model, k, level, sinks, source.geometry, last=k == last, observe=source.observe, recorder=recorder)
                  for k, level in zip(steps, levels)]
     shift = config.runtime.shift_register and len(steps) > 1
     if shift or config.runtime.batch > 1:
