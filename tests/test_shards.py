@@ -34,10 +34,11 @@ def heard(config, pcm) -> dict:
     return player.heard
 
 
-def test_two_ranks_share_a_stage_and_make_the_same_pictures(tiny_folder):
-    """gloo, local processes; the script of test_chain_equality: two sessions, a refresh, a prompt, a portrait, an interrupt."""
-    from conftest import speech
+def test_two_ranks_share_a_stage_and_make_the_same_pictures(tmp_path):
+    """gloo, local processes; the script of test_chain_equality: two sessions, a refresh, a prompt, a portrait, an interrupt; blinks."""
+    from conftest import save_tiny, speech
 
+    tiny_folder = save_tiny(tmp_path, control={"kind": "lids"})
     pcm = {name: torch.from_numpy(speech(5.0, seed)) for seed, name in enumerate("ab")}
     together, alone = heard(shared(tiny_folder, "local", (1, 2, 1)), pcm), heard(shared(tiny_folder, "inproc", None), pcm)
     assert together.keys() == alone.keys()

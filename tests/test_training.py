@@ -185,7 +185,7 @@ def test_without_the_control_the_truth_is_what_the_avatar_made(micro):
         piece = lids.LidsReader(config, r.run, r.forcing, r.texts(), 0).pieces(draws_of(0, "lids", 0), 4)
         assert piece.closure.shape == (4, 12) and piece.blink.shape == piece.batch.latents.shape
         assert bool(piece.closure.any()) == bool(piece.blink.any()) == (config.drop_share < 1)
-        return float(lids.lids_loss(model, model, config, r.forcing, piece, draws_of(0, "lids", 1), [1.0, 0.625])[0])
+        return float(lids.lids_loss(model, model, config, r.forcing, piece, draws_of(0, "lids", 1), [1.0, 0.625])[0].detach())
 
     assert loss(drop_share=1.0) < 1e-12 < 1e-4 < loss(drop_share=0.0)
 
