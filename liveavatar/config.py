@@ -82,6 +82,7 @@ class SamplerConfig:
     sink_distance: int | str = "checkpoint"  # rel in 4..30, "random" (a function of seed and block), or what the checkpoint says
     refresh_block: int | None = None  # AAS before this block; 0: never; None: what the checkpoint says
     anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
+    blinks: bool = True  # given to checkpoints that take them (conditioning/behaviour.py); False: eyes as the weights have them
     first_position: int = 0  # latent frames that the counter of time positions starts at: a stream as if so much had gone before
 
     def __post_init__(self):

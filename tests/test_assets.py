@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from liveavatar import generate as main_job
+from liveavatar.conditioning.behaviour import lid_closure
 from liveavatar.conditioning.identity import fit_picture, load_picture
 from liveavatar.conditioning.media import read_audio
 from liveavatar.config import load
@@ -69,3 +70,11 @@ def test_the_mouth_follows_the_speech(clips):
 
     now = max(follows(lag) for lag in (-1, 0, 1))
     assert now > 0.1 and now > max(follows(lag) for lag in (-6, -5, -4, 4, 5, 6)) + 0.1, [follows(lag) for lag in range(-6, 7)]
+
+
+def test_it_blinks_when_it_is_told(clips):
+    """Open eyes are the sharpest contrast of a face; lids are skin."""
+    for clip in clips.values():
+        contrast, closure = clip[:, 46:62, 38:90].std((1, 2)), lid_closure(0, "session-0", 0, len(clip))  # generate's seed and session
+        assert (closure > 0.8).sum() >= 2
+        assert contrast[closure > 0.8].mean() < 0.87 * np.median(contrast[closure == 0]) and np.corrcoef(contrast, closure)[0, 1] < -0.4

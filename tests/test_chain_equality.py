@@ -1,17 +1,20 @@
 """The real chain: one rank == any cut == any launcher, byte for byte.
 
 Two interleaved sessions of a tiny checkpoint, with a refresh from a generated latent (AAS), a new prompt, a
-new portrait and an interrupt in the script. Messages go to the chain itself, so that each takes effect at
+new portrait and an interrupt in the script; it is told when to blink. Messages go to the chain itself, so that each takes effect at
 the same block however fast the ranks are.
 """
 
+import dataclasses
 import importlib.util
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_SIZE, speech
+from conftest import TINY_SIZE, save_tiny, speech
 from liveavatar import core
+from liveavatar.conditioning.behaviour import lid_closure
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, VideoConfig
 from liveavatar.runtime import launchers
 
@@ -80,8 +83,9 @@ class Player:
             self.chain.send(core.SetReference(name, picture=picture(9)))
 
 
-def run(folder, stages, launcher, pcm) -> dict:
-    chain = launchers.launch(config_of(folder, stages, launcher))
+def run(folder, stages, launcher, pcm, **sampler) -> dict:
+    config = config_of(folder, stages, launcher)
+    chain = launchers.launch(dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **sampler)))
     try:
         player = Player(chain)
         player.play(pcm)
@@ -94,6 +98,12 @@ def run(folder, stages, launcher, pcm) -> dict:
 def tensor_bytes(message) -> bytes | None:
     tensor = getattr(message, "pictures", getattr(message, "latent", None))
     return None if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A checkpoint whose control travels with the blocks; read only."""
+    return save_tiny(tmp_path_factory.mktemp("lids"), control={"kind": "lids"})
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +149,12 @@ def test_each_control_message_matters(tiny_folder, pcm, expected, monkeypatch):
     for name, first_change in (("a", 2), ("b", 3)):
         same = [x[2] == y[2] for x, y in zip(heard[name, "Frames"], expected[name, "Frames"], strict=True)]
         assert same == [index < first_change for index in range(len(same))]
+
+
+def test_blinks_change_pictures_from_theirs_on_and_can_be_left_out(tiny_folder, pcm, expected):
+    """Without them a checkpoint does what one that takes none does."""
+    heard = run(tiny_folder, (CHAIN,), "inproc", pcm, blinks=False)
+    for seed, name in enumerate(BLOCKS):
+        first = int(np.flatnonzero(lid_closure(seed, name, 0, 90))[0]) // 12
+        same = [x[2] == y[2] for x, y in zip(heard[name, "Frames"], expected[name, "Frames"], strict=True)]
+        assert same == [index < first for index in range(len(same))], (name, first, same)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_tiny
 from drawn_clips import drawn_clip, write_corpus
 from typer.testing import CliRunner
 
@@ -132,6 +133,12 @@ def settings(model) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A checkpoint that is told when to blink; read only."""
+    return save_tiny(tmp_path_factory.mktemp("lids"), control={"kind": "lids"})
+
+
+@pytest.fixture(scope="module")
 def judged(place, tiny_folder):
     """(result of the command, its report); the avatar itself plays the teacher."""
     torch.set_num_threads(1)
@@ -149,9 +156,21 @@ def test_random_weights_fail_and_the_exit_status_says_so(judged):
     assert set(verdicts) == set(gates.DEMANDS)
     assert verdicts["vae_psnr"] is False and verdicts["size_mb"] is True and report.failed
     assert "FAIL" in result.output and "not measured" in result.output
-    for name in ("speed", "audio_to_motion_r", "blink_slope", "id_dlib", "media_mismatches"):
+    for name in ("speed", "audio_to_motion_r", "id_dlib", "media_mismatches"):
         assert verdicts[name] is None and report.measure(name).reason
+    for name, words in (("blink_slope", "control on"), ("blink_rate_ratio", "without control, 48 pictures"), ("blink_rate_ratio_control", "control on")):
+        assert report.measure(name).reason.startswith(words)
     assert json.loads(out.read_text())["origin"]["synthetic"] is True
+
+
+def test_the_lids_of_a_take_are_those_of_its_clip(tiny_folder):
+    clip, avatar = drawn_clip("held", 0), gate_runs.Avatar(load(None, settings(tiny_folder)))
+
+    def made(closure) -> np.ndarray:
+        return avatar.make(np.zeros((64, 64, 3), np.uint8), clip.sound, "", 1, 0, closure)[1]
+
+    shut = np.ones(12, np.float32)
+    assert np.array_equal(made(0 * shut), made(0 * shut)) and not np.array_equal(made(0 * shut), made(shut))
 
 
 def test_engine_and_rollout_are_equal_bit_for_bit(judged):
@@ -174,7 +193,7 @@ def test_every_measure_says_what_it_rests_on(judged, place):
 def test_demands_are_those_of_the_specification():
     wanted = {"vae_psnr": (32, None), "vae_mouth_psnr": (30, None), "vae_aperture_slope": (0.97, None), "vae_blink_slope": (0.95, None),
               "sync_ratio": (0.95, None), "sync_shuffled": (None, 0.15), "aperture_slope": (0.9, 1.1), "width_slope": (0.85, 1.15),
-              "closure": (0.9, None), "id_dlib": (None, 0.35),
+              "closure": (0.9, None), "blink_slope": (0.9, 1.1), "blink_rate_ratio": (0.7, 1.3), "blink_rate_ratio_control": (0.7, 1.3), "id_dlib": (None, 0.35),
               "drift_probe_fd_ratio": (None, 1.1), "latent_std_ratio": (0.95, 1.08), "seam_ratio": (None, 1.05), "background_flicker": (None, 1.5),
               "streaming_difference": (None, 0), "size_mb": (None, 25)}  # fmt: skip
     for name, limits in wanted.items():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_SIZE, speech, tiny_model
+from conftest import TINY_SIZE, save_tiny, speech, tiny_model
 
 from liveavatar import core
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, VideoConfig
@@ -66,6 +66,12 @@ def watched(registers) -> list[int]:
         advance = register.advance
         register.advance = lambda: [sizes.append(len(register.blocks)), advance()][1]
     return sizes
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A checkpoint that is told when to blink, each session at times of its own; read only."""
+    return save_tiny(tmp_path_factory.mktemp("lids"), control={"kind": "lids"})
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import casting, codec, data, forcing, levels, losses, preview, recipe, shards
+from liveavatar.training import casting, codec, data, forcing, levels, lids, losses, preview, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
@@ -152,6 +152,42 @@ def test_the_face_is_learned_from_the_avatar_that_is_kept(micro):
     shirt = torch.zeros_like(weight)
     shirt[..., -1, :] = 5.0
     assert loss(shirt, kept) == loss(shirt, None)
+
+
+def test_eyes_that_are_opened_are_those_around_the_blink():
+    z, closed, eyes = np.arange(6, dtype=np.float16)[None, :, None, None] * np.ones((2, 6, 2, 2), np.float16), np.zeros(6, bool), np.zeros((6, 2, 2), bool)
+    closed[[2, 3, 5]], eyes[:, 0] = True, True
+    made = lids.opened(z, closed, eyes)
+    assert made[0, :, 0, 0].tolist() == [0, 1, 2.5, 2.5, 4, 4] and np.array_equal(made[:, :, 1], z[:, :, 1])
+    assert np.array_equal(lids.opened(z, np.ones(6, bool), eyes), z), "a clip of shut eyes has none to open"
+
+
+def test_an_avatar_learns_to_blink_when_told_and_keeps_the_rest(micro, tmp_path):
+    r = micro[0]
+    for name, there in (("latents", "latents"), ("start.pt", "forcing.pt"), ("text.pt", "text.pt")):
+        (tmp_path / name).symlink_to(Path(r.run) / there)
+    config = lids.LidsConfig(start="start", loop=dataclasses.replace(r.forcing.loop, iterations=40, batch=4, lr=6e-3, muon=True), drop_share=0.0)
+    lids.train_lids(config, r.forcing, r.export.sigmas, tmp_path, r.seed, r.texts(), 0, stop_after=10)
+    lids.train_lids(config, r.forcing, r.export.sigmas, tmp_path, r.seed, r.texts(), 0)
+    log = [json.loads(line)["blink"] for line in (tmp_path / "lids.jsonl").read_text().splitlines()]
+    assert len(log) == 40 and np.mean(log[-8:]) < 0.8 * np.mean(log[:8]), log
+    before, after = (load_checkpoint(path)["ema"] for path in (tmp_path / "start.pt", tmp_path / "lids.pt"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "cond_encoder.weight" in moved and all(name == "cond_encoder.weight" or ".ffn." in name for name in moved)
+
+
+def test_without_the_control_the_truth_is_what_the_avatar_made(micro):
+    r = micro[0]
+    model = casting.cast_of(r.forcing, r.run, r.seed).averaged("forcing", "student")[0]
+
+    def loss(**settings) -> float:
+        config = lids.LidsConfig(loop=r.forcing.loop, **settings)
+        piece = lids.LidsReader(config, r.run, r.forcing, r.texts(), 0).pieces(draws_of(0, "lids", 0), 4)
+        assert piece.closure.shape == (4, 12) and piece.blink.shape == piece.batch.latents.shape
+        assert bool(piece.closure.any()) == bool(piece.blink.any()) == (config.drop_share < 1)
+        return float(lids.lids_loss(model, model, config, r.forcing, piece, draws_of(0, "lids", 1), [1.0, 0.625])[0])
+
+    assert loss(drop_share=1.0) < 1e-12 < 1e-4 < loss(drop_share=0.0)
 
 
 def test_a_piece_of_a_clip_keeps_its_own_sound_and_portrait(micro):

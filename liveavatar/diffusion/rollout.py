@@ -11,6 +11,7 @@ step to 0 gives x - sigma v, the clean estimate. Only the last step of a table e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -108,19 +109,21 @@ PER_STEP = HistoryMode("per_step")
 
 
 def roll_block(model: CausalS2V, steps: Sequence[Step], banks: Sequence[StepCache | ClipHistory], x: torch.Tensor, audio: AudioTokens,
-               text: TextCache, *, block: int, sink_distance: int, corruption: tuple[float, torch.Tensor] | None = None
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+               text: TextCache, *, block: int, sink_distance: int, corruption: tuple[float, torch.Tensor] | None = None,
+               pose: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """One block through all its steps: (clean latents, what entered the last step), both like x.
 
     banks: one per step; with a corruption (HistoryMode) a single one.
     """
     for step, bank in zip(steps, banks if corruption is None else [*banks] * len(steps), strict=True):
         entered = x
-        x, _ = denoise_block(model, step, x, audio, text, bank, block=block, sink_distance=sink_distance, remember=corruption is None)
+        x, _ = denoise_block(model, step, x, audio, text, bank, block=block, sink_distance=sink_distance, pose=pose,
+                             remember=corruption is None)
     if corruption is not None:
         sigma, eps = corruption
         remembered = torch.lerp(x, eps.to(x), sigma)
-        model(remembered, model.modulation(TRAIN_TIMESTEPS * sigma), audio, text, banks[0], block=block, sink_distance=sink_distance)
+        model(remembered, model.modulation(TRAIN_TIMESTEPS * sigma), audio, text, banks[0], block=block, sink_distance=sink_distance,
+              pose=pose)
     return x, entered
 
 
@@ -149,12 +152,14 @@ class Course:
 
 @torch.no_grad()
 def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Iterable[torch.Tensor], features: Iterable[torch.Tensor],
-                   context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, course: Course = Course(), seed: int = 0) -> Iterator[torch.Tensor]:
+                   context: torch.Tensor, reference: torch.Tensor, motion: torch.Tensor, course: Course = Course(), seed: int = 0,
+                   poses: Iterable[torch.Tensor | None] = itertools.repeat(None)) -> Iterator[torch.Tensor]:
     """Clean latents [16, F, h, w] of block after block in flat memory; noises: [16, F, h, w], features: [L, Ca, 4F], context: text rows
-    [n, text_dim], reference: [16, 1, h, w], motion: [16, M, h, w]. seed: of the noise on the history, where its mode has any."""
+    [n, text_dim], reference: [16, 1, h, w], motion: [16, M, h, w]. seed: of the noise on the history, where its mode has any.
+    poses: like the noises, or None each."""
     steps, text, history = make_steps(model, sigmas), model.encode_text(context), course.history
     (h, w), banks, first = reference.shape[-2:], [], None
-    for block, (x, feature) in enumerate(zip(noises, features)):
+    for block, (x, feature, pose) in enumerate(zip(noises, features, poses)):
         if block == 0:
             banks = [model.new_cache(h, w, x.shape[1], course.ring_blocks, course.anchor_blocks, course.kind) for _ in history.banks(steps)]
         if block == 0 or block == course.refresh_block:
@@ -162,7 +167,7 @@ def cached_rollout(model: CausalS2V, sigmas: Sequence[float], noises: Iterable[t
             for bank in banks:
                 model.set_sink(bank, sink, h, w)
         x, _ = roll_block(model, steps, banks, x, model.encode_audio(feature), text, block=course.first_block + block,
-                          sink_distance=course.sink_distance, corruption=history.corruption(seed, block, x.shape))
+                          sink_distance=course.sink_distance, corruption=history.corruption(seed, block, x.shape), pose=pose)
         first = x[:, :1] if first is None else first
         yield x
 
@@ -177,11 +182,11 @@ class ClipCondition(Clip):
         """The same on another device; text rows stay, they are copied where they are read."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("features", "reference", "motion")})
 
-    def velocity(self, model: CausalS2V, history_grad: bool = True) -> Velocity:
-        """The model under this condition, all blocks at once. Raises ConfigError where the sink is refreshed."""
+    def velocity(self, model: CausalS2V, history_grad: bool = True, pose: torch.Tensor | None = None) -> Velocity:
+        """The model under this condition, all blocks at once. pose: like x. Raises ConfigError where the sink is refreshed."""
         if self.refresh_block:
             raise ConfigError("refresh_block: a clip at once has one sink; use the cached order")
-        return lambda x, sigma: model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self, history_grad=history_grad)
+        return lambda x, sigma: model.forward_clip(x, TRAIN_TIMESTEPS * sigma, self, pose=pose, history_grad=history_grad)
 
     def sink(self, model: CausalS2V, text: TextCache, block: int, first: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values per layer that block `block` of the clip sees. first: the clip's own first latent, once it is there."""

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
+from liveavatar.conditioning.behaviour import closure_of, lid_planes
 from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
-from liveavatar.core import SAMPLE_RATE, Audio, ConfigError, Failed, InputError, Open
+from liveavatar.core import SAMPLE_RATE, Audio, Block, ConfigError, Failed, InputError, Open
 from liveavatar.diffusion.rollout import Course, cached_rollout
 from liveavatar.models.probe import Probe, Seen, identity_error
 from liveavatar.models.vae import StreamingVAE
@@ -55,18 +56,28 @@ class Avatar:
         return str(self.model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def make(self, portrait: np.ndarray, pcm: np.ndarray, prompt: str, blocks: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
-        """portrait uint8 [S,S,3], pcm float32 [n] -> latents float32 [z,F,h,w] and pictures uint8 [T,S,S,3] of so many blocks."""
+    def make(self, portrait: np.ndarray, pcm: np.ndarray, prompt: str, blocks: int, seed: int,
+             closure: np.ndarray | None = None) -> tuple[torch.Tensor, np.ndarray]:
+        """portrait uint8 [S,S,3], pcm float32 [n] -> latents float32 [z,F,h,w] and pictures uint8 [T,S,S,3] of so many blocks.
+        closure float32 [T]: of the lids, in place of the avatar's own blinks; not heard by one that takes none."""
         opened = self._asked(Open(SESSION, seed=seed, prompt=prompt, picture=torch.from_numpy(portrait).permute(2, 0, 1)))
         asked = [self._asked(audio) for audio in audio_messages(pcm, blocks, self.geometry.samples_per_block, self.source.lookahead_samples)]
+        if closure is not None and self.source.lids:
+            parts = torch.from_numpy(closure).split(self.geometry.frames_per_block)
+            asked = [replace(block, lids=part) for block, part in zip(asked, parts)]
         state, latents, pictures = self.vae.new_state(), [], []
         self.vae.decode(opened.motion[:, :PRIMING_LATENTS], state)
         course = Course.of(self.geometry, int(self.source.sink_policy), self.source.refresh_block)
         for x in cached_rollout(self.model, self.source.sigmas, [b.latents for b in asked], [b.features for b in asked], opened.context,
-                                opened.reference, opened.motion, course):
+                                opened.reference, opened.motion, course, poses=self._poses(asked)):
             latents.append(x.float().cpu())
             pictures.append(to_bytes(self.vae.decode(x, state)).numpy())
         return torch.cat(latents, dim=1), np.concatenate(pictures)
+
+    def _poses(self, asked: list[Block]) -> list[torch.Tensor | None]:
+        """What the driving-video input is given of each block; None: nothing."""
+        sizes = self.model.config.cond_dim, self.geometry.latent_height, self.geometry.latent_width
+        return [None if b.lids is None else lid_planes(b.lids.to(self.model.device), *sizes) for b in asked]
 
     def _asked(self, message):
         (answer,) = self.conditioner(message)
@@ -136,13 +147,13 @@ class Take:
 
 
 def take_clip(avatar: Avatar, probe: Probe, group: str, clip: Clip, seed: int) -> Take:
-    """Generate what the clip shows and read all three versions."""
+    """Generate what the clip shows, blinks where they can be commanded, and read all three versions."""
     blocks = len(clip.frames) // avatar.geometry.frames_per_block
     if not blocks:
         raise InputError(f"a clip of {len(clip.frames)} pictures is shorter than a block of {avatar.geometry.frames_per_block}")
     if clip.frames.shape[1:3] != (avatar.geometry.height, avatar.geometry.width):
         raise InputError(f"clips of {clip.frames.shape[1]} pixels, the avatar makes {avatar.geometry.height}: render the held-out clips in its size")
-    made_latents, made = avatar.make(clip.reference, clip.sound, clip.caption, blocks, seed)
+    made_latents, made = avatar.make(clip.reference, clip.sound, clip.caption, blocks, seed, closure_of(clip.lid))
     latents, coded = round_trip(avatar.vae, clip.frames)
     count = len(made)
     return Take(group, clip.cut(count), coded[:count], made, latents[:, 1:], made_latents, probe.look(clip.frames[:count]),

@@ -44,7 +44,7 @@ DEMANDS = {
     "aperture_slope": {"min": 0.9, "max": 1.1}, "width_slope": {"min": 0.85, "max": 1.15}, "blink_slope": {"min": 0.9, "max": 1.1},
     "aperture_slope_default": {"min": 0.9, "max": 1.1}, "width_slope_default": {"min": 0.85, "max": 1.15},
     "closure": {"min": 0.9}, "closure_default": {"min": 0.9},
-    "blink_rate_ratio": {"min": 0.7, "max": 1.3},
+    "blink_rate_ratio": {"min": 0.7, "max": 1.3}, "blink_rate_ratio_control": {"min": 0.7, "max": 1.3},
     "head_yaw_ratio": {"min": 0.85, "max": 1.15}, "head_pitch_ratio": {"min": 0.85, "max": 1.15}, "head_roll_ratio": {"min": 0.85, "max": 1.15},
     "id_dlib": {"max": 0.35}, "probe_id_over_teacher": {"max": 1.5},
     "drift_identity_slope": {"min": -1e-3, "max": 1e-3}, "drift_probe_fd_ratio": {"max": 1.1},
@@ -63,6 +63,7 @@ LIMITS = (
     "probe_fd and probe_id come from our own probe; they are no FID and no face-recognition distance.",
 )
 USUAL_CLIPS = 60  # rendered clips that the head's usual motion is read from
+LEFT_ALONE = 1500  # pictures of the stream whose blinks are not given
 SINGLE_BLOCKS = 3  # of the runs that are compared picture by picture
 
 
@@ -130,20 +131,25 @@ class Judgement:
 
     @cached_property
     def watch(self) -> Watch:
-        """The long stream of the avatar that ships, or of the first person there is."""
+        """The long stream."""
+        return self._watched(self.job.frames, self.config)
+
+    def _watched(self, frames: int, config: Config) -> Watch:
+        """A stream of the avatar that ships, or of the first person there is."""
         own = [clip for group, clip in self.clips if group == "default"] or [clip for _, clip in self.clips]
         spoken = [clip for group, clip in self.clips if group != "readings"]
-        period, chunks = looped(spoken, self.job.frames, self.avatar.geometry.frames_per_block)
-        window = min(period, self.job.frames // 2)
+        period, chunks = looped(spoken, frames, self.avatar.geometry.frames_per_block)
+        window = min(period, frames // 2)
         watch = Watch(self.probe, self.probe.look(own[0].reference[None]).identity[0], window, min(period, window))
 
         def take(pictures: np.ndarray) -> None:
             watch(pictures)
             if watch.pictures // 500 > (watch.pictures - len(pictures)) // 500:
-                self.memory.append((watch.pictures, psutil.Process().memory_info().rss / 1e6))
-                self.say(f"stream: {watch.pictures} of {self.job.frames} frames")
+                if config is self.config:
+                    self.memory.append((watch.pictures, psutil.Process().memory_info().rss / 1e6))
+                self.say(f"stream: {watch.pictures} of {frames} frames")
 
-        stream(self.config, own[0].reference, own[0].caption, self.job.seed, chunks, take)
+        stream(config, own[0].reference, own[0].caption, self.job.seed, chunks, take)
         return watch
 
     @cached_property
@@ -205,7 +211,7 @@ class Judgement:
 
     def articulation(self) -> list[Measure]:
         """Slopes on the truth, and closed lips where they must be; the codec's own figures beside them as the floor."""
-        measures = [absent("blink_slope", "blinks cannot be commanded: this checkpoint takes no control picture", better="target")]
+        measures = self._blink_slope(self.of("held"))
         for group, tail in (("held", ""), ("default", "_default"), ("readings", "_readings")):
             takes = self.of(group)
             if not takes:
@@ -215,6 +221,13 @@ class Judgement:
                 measures += self._slopes(takes, reading, tail)
             measures += self._closures(takes, tail)
         return measures
+
+    def _blink_slope(self, takes: Sequence[Take]) -> list[Measure]:
+        """Control on: the clips' own blinks were commanded."""
+        if not self.avatar.source.lids:
+            return [absent("blink_slope", "blinks cannot be commanded: this checkpoint takes no control picture", better="target")]
+        measures = self._slopes(takes, "lid", "")
+        return [replace(m, name=m.name.replace("lid", "blink"), reason=f"control on; {m.reason}") for m in measures]
 
     def _slopes(self, takes: Sequence[Take], reading: str, tail: str) -> list[Measure]:
         """Slope on the truth of what is made, in units of the probe's own slope on the true pictures, which a perfect copy would have."""
@@ -281,13 +294,10 @@ class Judgement:
         """Blinks, head motion, seams and drift over the stream; identity is that to the portrait."""
         watch, per_block = self.watch, self.avatar.geometry.frames_per_block
         pictures = watch.pictures
-        rate, count = gm.blink_rate([watch.series("lid")])
-        usual, known = gm.blink_rate([read_arrays(path, "lid")[1]["lid"] for path in self.corpus])
         takes = self.of(*GROUPS)
         found, there = sum(gm.blinks(t.through.lid) for t in takes), sum(gm.blinks(t.clip.lid) for t in takes)
-        measures = [self.probed("blink_rate", rate, "per minute", count),
+        measures = [*self._blinks(watch),
                     self.probed("blink_recall", ratio(found, there), "", there, "higher", reason="counted in coded truth over those that are there"),
-                    self.probed("blink_rate_ratio", ratio(rate, usual), "", count, reason=f"data: {usual:.3g} per minute, n {known}"),
                     self.count("seam_ratio", gm.seam_ratio(watch.series("change"), per_block), "", pictures // per_block - 1, "lower")]
         length = min(map(len, self.usual))
         for axis in ("yaw", "pitch", "roll"):
@@ -296,6 +306,18 @@ class Judgement:
             moved = ratio(gm.spread_within(pieces), usual)
             measures.append(self.probed(f"head_{axis}_ratio", moved, "", len(pieces), reason=f"data: {usual:.3g} degrees"))
         return measures + self._drift(watch)
+
+    def _blinks(self, watch: Watch) -> list[Measure]:
+        """How often the long stream blinks, and where it is told to, a shorter one that is not."""
+        usual, known = gm.blink_rate([read_arrays(path, "lid")[1]["lid"] for path in self.corpus])
+        told = self.avatar.source.lids
+        alone = self._watched(min(LEFT_ALONE, self.job.frames), replace(self.config, sampler=replace(self.config.sampler, blinks=False))) if told else watch
+        measures = []
+        for tail, seen, how in (("", alone, "without control"), *((("_control", watch, "control on"),) if told else ())):
+            rate, count = gm.blink_rate([seen.series("lid")])
+            note = f"{how}, {seen.pictures} pictures; data: {usual:.3g} per minute, n {known}"
+            measures += [self.probed(f"blink_rate{tail}", rate, "per minute", count), self.probed(f"blink_rate_ratio{tail}", ratio(rate, usual), "", count, reason=note)]
+        return measures if told else [*measures, absent("blink_rate_ratio_control", "this checkpoint takes no control picture", better="target")]
 
     def _drift(self, watch: Watch) -> list[Measure]:
         errors, at = watch.series("identity_error"), np.arange(watch.pictures) / 1000

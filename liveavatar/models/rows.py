@@ -30,6 +30,7 @@ class Row:
     cache: StepCache
     block: int
     sink_distance: int
+    pose: torch.Tensor | None = None  # like x; of all rows of a forward or of none
 
 
 class Exchange(Protocol):
@@ -90,6 +91,7 @@ def forward_rows(model: CausalS2V, rows: Sequence[Row], modulation: StepModulati
     """
     assert all(row.cache.sink is not None for row in rows), "prefill before the first block"
     x = exchange.band(torch.stack([row.x for row in rows]).to(model.device))
+    pose = None if rows[0].pose is None else exchange.band(torch.stack([row.pose for row in rows]).to(model.device))
     latents, h, w = x.shape[-3:]
     whole_h = rows[0].x.shape[-2]
     places = [_Place(model, row, exchange, latents, whole_h, w) for row in rows]
@@ -102,7 +104,7 @@ def forward_rows(model: CausalS2V, rows: Sequence[Row], modulation: StepModulati
 
     layers = range(len(model.blocks))
     attends, texts = [partial(attend, i) for i in layers], (_texts(rows, i) for i in layers)
-    tokens = model.through_layers(model.noisy_tokens(x), modulation, attends, texts, audio)
+    tokens = model.through_layers(model.noisy_tokens(x, pose), modulation, attends, texts, audio)
     for row in rows:
         row.cache.advance(row.block)
     return exchange.whole(model.head(tokens, modulation.head, (latents, h // 2, w // 2)))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from liveavatar import core
+from liveavatar.conditioning.behaviour import lid_closure, lid_planes
 from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
 from liveavatar.diffusion.denoise import euler, noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
@@ -64,13 +65,13 @@ class Conditioner:
 
     front_end: AudioFrontEnd or None; encode_prompt: prompt -> [n, text_dim] or None; vae: StreamingVAE or
     None. Each may be None where the messages already carry the tensors (parity runs).
-    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank.
+    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank. lids: blocks are told when to blink.
     """
 
     def __init__(self, *, geometry: Geometry, latent_channels: int, sink_policy: int | str, dtype: torch.dtype,
-                 device: torch.device | str, front_end=None, encode_prompt=None, vae=None):
+                 device: torch.device | str, front_end=None, encode_prompt=None, vae=None, lids: bool = False):
         self.geometry, self.sink_policy, self.dtype, self.device = geometry, sink_policy, dtype, torch.device(device)
-        self.front_end, self.encode_prompt, self.vae = front_end, encode_prompt, vae
+        self.front_end, self.encode_prompt, self.vae, self.lids = front_end, encode_prompt, vae, lids
         g = geometry
         self.block_shape = (latent_channels, g.block_latents, g.latent_height, g.latent_width)
         self.sessions: dict[str, Listening] = {}
@@ -139,8 +140,10 @@ class Conditioner:
             latents = noise(mine.seed, message.session, index, self.block_shape)
         if distance is None:
             distance = sink_distance(self.sink_policy, mine.seed, index)
+        size = self.geometry.frames_per_block
+        lids = torch.from_numpy(lid_closure(mine.seed, message.session, index * size, size)) if self.lids else None
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), observe=message.observe,
+                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), lids=lids, observe=message.observe,
                      finish_after=message.finish_after)
 
 
@@ -242,7 +245,7 @@ class Denoiser:
             (velocity,) = forward_rows(self.model, [row], step.modulation, exchange)
             return self.done(block, euler(row.x, velocity, step.sigma, step.sigma_next), velocity)
         latents, velocity = denoise_block(self.forward, step, row.x, row.audio, row.text, row.cache,
-                                          block=row.block, sink_distance=row.sink_distance)
+                                          block=row.block, sink_distance=row.sink_distance, pose=row.pose)
         return self.done(block, latents, velocity)
 
     def _finishes(self, block: Block) -> bool:
@@ -257,8 +260,11 @@ class Denoiser:
     def row(self, block: Block) -> Row:
         """The block at this step, with the conditioning that stands now and the session's history."""
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
-        return Row(block.latents.to(self.model.device), self.sinks.audio, self.sinks.sessions[block.session].text,
-                   self.caches[block.session], self.geometry.first_block + block.index, block.sink_distance)
+        x, pose = block.latents.to(self.model.device), None
+        if block.lids is not None:
+            pose = lid_planes(block.lids.to(self.model.device), self.model.config.cond_dim, *x.shape[-2:])
+        return Row(x, self.sinks.audio, self.sinks.sessions[block.session].text, self.caches[block.session],
+                   self.geometry.first_block + block.index, block.sink_distance, pose)
 
     def done(self, block: Block, latents: torch.Tensor, velocity: torch.Tensor) -> list[Message]:
         """What leaves this step: the block, less noisy, and what the head wants to know. latents [16,3,h,w]; velocity: fp32."""

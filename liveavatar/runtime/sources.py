@@ -16,6 +16,7 @@ import torch
 
 from liveavatar import ops
 from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD, AudioFrontEnd, build_front_end
+from liveavatar.conditioning.behaviour import LIDS
 from liveavatar.conditioning.identity import output_size
 from liveavatar.config import Config
 from liveavatar.core import ConfigError, Geometry, InputError, WeightsError
@@ -38,7 +39,7 @@ class StageSource(Protocol):
 
     chain: role names. sigmas: levels, ending in 0; timesteps: one per step. sink_policy: a distance or
     "random". refresh_block: 0 is never. lookahead_samples: of the audio front end. vae_config: diffusers
-    mapping, None without a VAE. observe: every step reports its latents (parity).
+    mapping, None without a VAE. observe: every step reports its latents (parity). lids: the transformer is told when to blink.
     """
 
     model_config: S2VConfig
@@ -52,6 +53,7 @@ class StageSource(Protocol):
     vae_config: Mapping | None
     text_encoder_bytes: int
     observe: bool
+    lids: bool
 
     @property
     def has_vae(self) -> bool: ...
@@ -96,6 +98,7 @@ class FolderSource:
         self.refresh_block = sampler.get("refresh_block", REFRESH_BLOCK) if said is None else said
         self.lookahead_samples = self._lookahead()
         self.text_encoder_bytes = self._text_encoder_bytes()
+        self.lids = self._takes_lids() and config.sampler.blinks
 
     has_vae = True
 
@@ -105,6 +108,12 @@ class FolderSource:
             raise WeightsError(f"{self.folder.path}: sampler section with unknown key(s) {', '.join(sorted(unknown))}; "
                                f"known: {', '.join(sorted(SAMPLER_KEYS))}")
         return self.folder.sampler
+
+    def _takes_lids(self) -> bool:
+        control = self.folder.control
+        if control not in ({}, LIDS):
+            raise WeightsError(f"{self.folder.path}: control section {control}: this version knows {LIDS}, or none")
+        return bool(control)
 
     def _lookahead(self) -> int:
         if self.folder.audio.get("kind") != "wav2vec2":
@@ -266,7 +275,7 @@ class Fixture:
 class FixtureSource:
     """The chain of a rollout fixture: no VAE, no encoders; everything else comes with the messages."""
 
-    observe, has_vae, vae_config = True, False, None
+    observe, has_vae, vae_config, lids = True, False, None, False
     sink_policy, lookahead_samples, text_encoder_bytes = SINK_DISTANCE, 0, 0
 
     def __init__(self, path: str | Path):

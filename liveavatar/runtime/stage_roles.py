@@ -37,7 +37,7 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     if "condition" in stage_names:
         roles.append(Conditioner(geometry=source.geometry, latent_channels=source.model_config.in_dim,
                                  sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
-                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device)))
+                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device), lids=source.lids))
     if steps:
         roles += _denoisers(source, steps, dtype, device, config, exchange)
     if "decode" in stage_names:

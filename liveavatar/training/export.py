@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from liveavatar.conditioning.behaviour import LIDS
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
@@ -54,7 +55,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "lids"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -79,7 +80,8 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text,
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
-                                  "refresh_block": config.refresh_block}, dtype=DTYPES[config.dtype])
+                                  "refresh_block": config.refresh_block},
+                         control=LIDS if config.stage == "lids" else None, dtype=DTYPES[config.dtype])
     if config.gates:
         add_gates(folder, Path(config.gates))
     if config.portrait:

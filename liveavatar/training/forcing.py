@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
+from liveavatar.conditioning.behaviour import closure_of
 from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError
 from liveavatar.diffusion.rollout import ClipCondition
@@ -96,7 +97,8 @@ class ForcingConfig:
 class Encoded:
     """What training reads of a clip: latents float16 [z,F,h,w] (normalised), reference [z,1,h,w], motion
     [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes; portraits
-    [n,z,M,h,w], motion of the same person dressed otherwise; card: the clip's, with what is other there under "exchanged"."""
+    [n,z,M,h,w], motion of the same person dressed otherwise; card: the clip's, with what is other there under "exchanged". Not in files
+    of before there were controls: closure float32 [F,4] of the lids, of the first latent 0, and eyes bool [F,h,w], the cells they are in."""
 
     latents: np.ndarray
     reference: np.ndarray
@@ -105,6 +107,8 @@ class Encoded:
     weight: np.ndarray
     portraits: np.ndarray
     card: dict
+    closure: np.ndarray | None = None
+    eyes: np.ndarray | None = None
 
 
 def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
@@ -123,8 +127,16 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, oth
     voices = [clip.sound] + [speech.augment(clip.sound, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
+    eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, 0.0, 1.0) > 1
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
-                   torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16), card)
+                   torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
+                   card, closure_by_latent(clip.lid), eyes.numpy())
+
+
+def closure_by_latent(lid: np.ndarray) -> np.ndarray:
+    """Opening [1 + 4n] of the lids of a clip -> closure float32 [1 + n, 4] of the pictures of its latents; 0 of the first one's."""
+    later = closure_of(lid)[1:].reshape(-1, FRAMES_PER_LATENT)
+    return np.concatenate([np.zeros_like(later[:1]), later])
 
 
 def encoded_path(run: str | Path, clip: Path) -> Path:
@@ -141,7 +153,7 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
     for path in todo:
         made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
-        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits")}
+        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits", "closure", "eyes")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)
     if base and part == 0:
         stored.store_conditions(base, run, (shards.read_arrays(p)[0]["caption"] for p in paths), front_end)
@@ -251,16 +263,24 @@ class EncodedReader:
         """`count` random clips with random audio variant, text and silence dropout."""
         if not self.order or draws.iteration % 50 == 0:
             self.refresh()
-        rng, c, rows = draws.numpy, self.config, []
+        rng, rows = draws.numpy, []
         for _ in range(count):
-            pool = self.shipped if self.shipped and rng.random() < c.default_share else self.order
-            rows.append(self._row(self._clip(pool[int(rng.integers(len(pool)))]), rng))
+            rows.append(self._row(self._draw_clip(rng), rng))
+        return self.stacked(rows)
+
+    @staticmethod
+    def stacked(rows: list[tuple]) -> Batch:
+        """Rows of _row as a batch."""
         latents, features, context, reference, motion, weight = zip(*rows)
         return Batch(*(torch.stack(x) for x in (latents, features)), list(context),
                      *(torch.stack(x) for x in (reference, motion, weight)))
 
-    def _row(self, clip: Encoded, rng: np.random.Generator):
-        latents = self._piece(clip.latents.shape[1], rng)
+    def _draw_clip(self, rng: np.random.Generator) -> Encoded:
+        pool = self.shipped if self.shipped and rng.random() < self.config.default_share else self.order
+        return self._clip(pool[int(rng.integers(len(pool)))])
+
+    def _row(self, clip: Encoded, rng: np.random.Generator, piece: slice | None = None):
+        latents = piece or self._piece(clip.latents.shape[1], rng)
         pictures = slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))  # the first latent covers one
         features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures]
         if rng.random() < self.config.silence_share:

@@ -19,7 +19,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
-    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, ode, planning, preview, probing, shards, teacher,
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, lids, ode, planning, preview, probing, shards, teacher,
     students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
@@ -47,6 +47,7 @@ class Recipe:
     consistency: consistency.ConsistencyConfig | None = None
     dmd: dmd.DmdConfig | None = None
     choose: choose.ChooseConfig | None = None
+    lids: lids.LidsConfig | None = None
     ablations: ablations.AblationConfig = ablations.AblationConfig()
     preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
@@ -65,7 +66,7 @@ class Recipe:
         self._check_distillation()
 
     def _check_strategies(self) -> None:
-        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd") if (section := getattr(self, name))}
+        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd", "lids") if (section := getattr(self, name))}
         if self.vae and self.vae.decoder:
             loops["vae.decoder"] = self.vae.decoder
         for key, loop in loops.items():
@@ -82,7 +83,7 @@ class Recipe:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
         if lacking:
             raise ConfigError(f"missing section {lacking[0]!r}")
-        surplus = [name for name in ("vae", "text", "teacher", "probe", "choose") if self.forcing.base and getattr(self, name)]
+        surplus = [name for name in ("vae", "text", "teacher", "probe", "choose", "lids") if self.forcing.base and getattr(self, name)]
         if surplus:
             raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is and judged by `evaluate`")
 
@@ -115,6 +116,8 @@ class Recipe:
             raise ConfigError("ablations.students: the recipe has no dmd section to train them by")
         if self.choose and not self.dmd:
             raise ConfigError("choose: the recipe has no dmd section to choose from")
+        if self.lids and self.lids.start == "chosen" and not self.choose:
+            raise ConfigError("lids.start='chosen': the recipe has no choose section")
         needed = "choose" if self.export.stage == "chosen" else self.export.stage
         if not getattr(self, needed):
             raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
@@ -220,6 +223,11 @@ def run_choose(recipe: Recipe) -> None:
     choose.choose(recipe.choose, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), "dmd", recipe.dmd.start, recipe.export.sigmas)
 
 
+def run_lids(recipe: Recipe) -> None:
+    """Teach the finished transformer to blink when it is told to."""
+    lids.train_lids(recipe.lids, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+
+
 def run_export(recipe: Recipe) -> None:
     """Put the averages of the last checkpoints together as a checkpoint folder; training may go on meanwhile."""
     if first_rank() and recipe.forcing.base:
@@ -247,10 +255,10 @@ def run_ablations(recipe: Recipe) -> None:
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "latents": run_latents, "teacher": run_teacher,
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
-          "choose": run_choose, "export": run_export}
+          "choose": run_choose, "lids": run_lids, "export": run_export}
 # The sections that ask for them.
 OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose"}
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids"}
 SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
@@ -295,7 +303,7 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 
 def _why_not(recipe: Recipe, name: str) -> str:
-    if recipe.forcing.base and name in ("vae", "decoder", "teacher", "probe", "choose"):
+    if recipe.forcing.base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids"):
         return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
     return f"the recipe has no {OPTIONAL[name]} section"
 
