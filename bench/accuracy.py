@@ -31,7 +31,6 @@ PATHS = {
     "fp8 fp32": (FP32, FastConfig(kernels=False, attention="torch", fp8=True)),
     "plain bf16": (BF16, PLAIN),
     "packed bf16": (BF16, FastConfig(kernels=False, attention="torch", packed_qkv=True)),
-    "compiled bf16": (BF16, FastConfig(kernels=False, attention="torch", compile=True)),
     "fp8 bf16": (BF16, FastConfig(kernels=False, attention="torch", packed_qkv=True, fp8=True)),
     "fp8 cache fp32": (FP32, FastConfig(kernels=False, attention="torch", fp8_cache=True)),
     "fp8 attention fp32": (FP32, FastConfig(kernels=False, attention="fp8", fp8_cache=True)),
@@ -41,6 +40,7 @@ PATHS = {
     "kernels bf16": (BF16, FastConfig(packed_qkv=True)),
     "kernels fp8 bf16": (BF16, FastConfig(packed_qkv=True, fp8=True)),
     "kernels fp8 all bf16": (BF16, FastConfig(packed_qkv=True, fp8=True, fp8_cache=True, attention="fp8")),
+    "compiled bf16": (BF16, FastConfig(kernels=False, attention="torch", compile=True)),  # last: it takes longest
 }
 COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e"}
 TOKENS, KEYS, TEXT = 64, 256, 64

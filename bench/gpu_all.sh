@@ -5,7 +5,7 @@
 #   bash bench/gpu_all.sh            PYTHON=python3 by default; BUDGET=560: less where an installation came before it
 #   bash bench/gpu_all.sh --list     seconds and names of the parts, and their sum
 #   SCALE=1 bash bench/gpu_all.sh    small models on a CPU, to show that it runs
-# The lent machine has no diffusers (bench/decode.py wants it): carry its wheel.
+# The lent machine has all that the parts import but diffusers, which decode wants: carry its wheel.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${OUT:-bench/results}" python="${PYTHON:-python3}" list="${1:-}" scale="${SCALE:-}" sum=0

@@ -13,7 +13,8 @@ from liveavatar import ops
 
 from measured import earlier, parser_of, seconds, show, write
 
-WIDTH, HEADS, INNER = 5120, 40, 100  # INNER: calls per timing, so that launches do not count
+WIDTH, HEADS, KEYS = 5120, 40, 15_312
+LONGEST = 0.05  # seconds of a timing: so many calls, up to 100, that launches do not count
 COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f"}
 
 
@@ -27,7 +28,8 @@ def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], obj
     q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in packed.chunk(3, dim=-1))
     angle = randn(tokens, WIDTH // HEADS // 2)
     angles, keys, values = torch.stack([angle.cos(), angle.sin()]), torch.zeros_like(q), torch.zeros_like(v)
-    row, small = tokens * WIDTH, ops.Rounded.zeros(*k.shape, device=device)
+    row, small, kept = tokens * WIDTH, ops.Rounded.zeros(*k.shape, device=device), [ops.rounded(randn(1, KEYS, HEADS, WIDTH // HEADS)) for _ in "kv"]
+    kept[1] = ops.Rounded(kept[1].values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), kept[1].scale)  # along the tokens, as a cache keeps them
     return {"norm_modulate": (lambda: ops.norm_modulate(x, shift, scale, 1e-6, torch.bfloat16), 6 * row),
             "gate_residual": (lambda: ops.gate_residual(x, y, gate, torch.bfloat16), 8 * row),
             "rms_norm": (lambda: ops.rms_norm(packed.chunk(3, dim=-1)[0], weight, 1e-6), 4 * row),
@@ -35,12 +37,18 @@ def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], obj
             "rope_cache": (lambda: torch.cat([ops.rope_cache(q, k, v, angles, keys, values).flatten(), keys.flatten(), values.flatten()]), 12 * row),
             "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824),
             "round_heads": (lambda: (ops.put(k, small, angles), small.values)[1], 3 * row),
-            "restore_heads": (lambda: ops.restored(small, torch.bfloat16), 3 * row)}  # fmt: skip
+            "restore_heads": (lambda: ops.restored(small, torch.bfloat16), 3 * row),
+            "norm_round": (lambda: ops.norm_modulate(x, shift, scale, 1e-6, ops.E4M3).values, 5 * row),
+            "layer_norm": (lambda: ops.layer_norm(x, weight, weight, 1e-6, torch.bfloat16), 6 * row),
+            "gelu and quantise_rows": (lambda: ops.gelu(wide[None], ops.E4M3).values, 3 * tokens * 13824),
+            "attention_fp8": (lambda: ops.attention(q[None], *kept), 6 * row + 2 * KEYS * WIDTH)}  # fmt: skip
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, launches hidden behind each other."""
-    return statistics.median(seconds(lambda: [call() for _ in range(INNER)], device, 5, warm=2)) / INNER
+    once = statistics.median(seconds(call, device, 3, warm=1))
+    inner = max(1, min(100, int(LONGEST / once)))
+    return statistics.median(seconds(lambda: [call() for _ in range(inner)], device, 5, warm=2)) / inner
 
 
 @torch.inference_mode()
@@ -50,6 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or not ops.own_kernels_available():
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
+    ops.use_attention("fp8")
     device, rows, before = torch.device("cuda"), [], earlier(args.compare, ("kernel",))
     said = {"config": {"tokens": args.tokens, "width": WIDTH}, "rows": rows}
     for name, (call, size) in cases(args.tokens, device).items():

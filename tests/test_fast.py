@@ -127,14 +127,15 @@ def test_all_together(plain):
 
 
 @torch.inference_mode()
-def test_compiled_halves_are_traced_once_for_all_blocks(plain):
+@pytest.mark.parametrize("fast", [FastConfig(), FastConfig(packed_qkv=True, fp8=True)], ids=["plain", "fp8"])
+def test_compiled_halves_are_traced_once_for_all_blocks(fast):
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    model = tiny_model(num_layers=3, audio_inject_layers=(0, 2))
+    model = prepare(tiny_model(num_layers=3, audio_inject_layers=(0, 2)), fast)
     expected = stream(model)
     torch._dynamo.reset()
     compile_halves(model, backend=backend)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _attention_fp8(q, q_scale, k, k_scale, v, v_scale, out, factor, queries, keys, heads, size, k_stride, k_scale_stride, v_stride, v_head, v_element,
-                   v_scale_stride, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _attention_fp8(q, q_scale, k, k_scale, v, v_scale, out, factor, queries, keys, heads, size, k_stride, k_scale_stride, v_stride, v_head,
+                   v_element, v_scale_stride, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     element = tl.arange(0, BLOCK)
@@ -50,11 +52,11 @@ def attention_fp8(q: torch.Tensor, q_scale: torch.Tensor, k: torch.Tensor, k_sca
     """
     queries, heads, size = q.shape
     assert q.is_contiguous() and q_scale.is_contiguous() and k.shape == v.shape and k.shape[1:] == q.shape[1:], (q.shape, k.shape, v.shape)
-    assert k.stride()[1:] == (size, 1) and all(s.shape == (*k.shape[:2], 1) and s.stride(1) == 1 for s in (k_scale, v_scale)), (k.stride(), k_scale.stride())
+    assert k.stride()[1:] == (size, 1) and all(s.shape == (*k.shape[:2], 1) and s.stride(1) == 1 for s in (k_scale, v_scale)), k.stride()
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     rows, columns = 128, 128
     _attention_fp8[(triton.cdiv(queries, rows), heads)](
-        q, q_scale, k, k_scale, v, v_scale, out, size**-0.5 * 1.4426950408889634, queries, k.shape[0], heads, size, k.stride(0), k_scale.stride(0),
-        *v.stride(), v_scale.stride(0), LARGEST=largest, SMALLEST=smallest, ROWS=rows, COLUMNS=columns, BLOCK=max(16, triton.next_power_of_2(size)),
+        q, q_scale, k, k_scale, v, v_scale, out, size**-0.5 / math.log(2), queries, k.shape[0], heads, size, k.stride(0), k_scale.stride(0),
+        *v.stride(), v_scale.stride(0), LARGEST=largest, SMALLEST=smallest, ROWS=rows, COLUMNS=columns, BLOCK=max(32, triton.next_power_of_2(size)),
         num_warps=8, num_stages=3)  # fmt: skip
     return out

@@ -54,8 +54,8 @@ def round_heads(x: torch.Tensor, angles: torch.Tensor | None, out: torch.Tensor,
     assert x.stride()[1:] == (size, 1) and out.shape == x.shape and size % 2 == 0, (x.shape, x.stride(), out.shape)
     assert scale.shape == (tokens, heads, 1) and scale.stride(1) == 1, (scale.shape, scale.stride())
     assert angles is None or (angles.shape == (2, tokens, size // 2) and angles.is_contiguous()), (angles.shape, angles.stride())
-    _round_heads[(triton.cdiv(tokens, ROWS), heads)](x, angles if angles is not None else scale, out, scale, x.stride(0), *out.stride(), scale.stride(0),
-                                                     tokens, size, TURN=angles is not None, LARGEST=largest, SMALLEST=smallest, ROWS=ROWS,
+    _round_heads[(triton.cdiv(tokens, ROWS), heads)](x, angles if angles is not None else scale, out, scale, x.stride(0), *out.stride(),
+                                                     scale.stride(0), tokens, size, TURN=angles is not None, LARGEST=largest, SMALLEST=smallest, ROWS=ROWS,
                                                      BLOCK=triton.next_power_of_2(size) // 2, num_warps=4)  # fmt: skip
 
 
