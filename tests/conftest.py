@@ -12,10 +12,10 @@ import pytest
 import torch
 from forker import forking
 
-# What runs against the wall clock, real servers, browsers or many processes: these want both cores, so `make test` runs
+# What runs against the wall clock, real servers and browsers: these want both cores, so `make test` runs
 # them one after another, once all others have been run side by side.
 REALTIME = {f"test_{name}.py" for name in (
-    "api_media", "bench", "bench_serve", "browser", "chain_equality", "channels", "console", "cycles", "drain", "egress", "exported", "failures",
+    "api_media", "bench_serve", "browser", "channels", "console", "drain", "egress", "exported", "failures",
     "hls", "launchers", "live", "livekit", "livekit_doors", "monitor", "pipecat_bot", "pipecat_service", "previews", "puppet", "realtime",
     "recorder", "routes_talk", "rtmp", "simulation", "stream_socket", "talk", "turn", "webrtc", "whep", "whip")}  # fmt: skip
 
