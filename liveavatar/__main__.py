@@ -118,6 +118,27 @@ def guard(function):
     return guarded
 
 
+@contextlib.contextmanager
+def _needs(extra: str, *packages: str):
+    """Say which extra brings a package that is not here."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from liveavatar.core import ConfigError
+
+        if error.name not in packages:
+            raise
+        raise ConfigError(f"this needs {error.name}: pip install 'liveavatar[{extra}]'") from None
+
+
+SERVING = ("uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client")
+
+
+def guard_serving(function):
+    """guard, of what wants the packages of serving."""
+    return guard(_needs("serve", *SERVING)(function))
+
+
 command = commands_of(app, guard)
 
 
@@ -236,9 +257,9 @@ def plan(
 
 
 app.command(epilog=provenance.VERIFY_EPILOG)(guard(provenance.verify))
-app.add_typer(provenance.consent_commands(guard))
-app.add_typer(provenance.audit_commands(guard))
-talk_commands.register(app, guard)
+app.add_typer(provenance.consent_commands(guard_serving))
+app.add_typer(provenance.audit_commands(guard_serving))
+talk_commands.register(app, guard_serving)
 
 
 @command(
@@ -254,7 +275,7 @@ def serve(
     """Serve live sessions: HTTP API, WebRTC, destinations, console. SIGTERM drains, a second one ends at once; SIGHUP reads limits, leases, outputs and log level anew."""
     from liveavatar.config import load
 
-    with _needs("serve", "uvicorn", "fastapi", "aiortc", "structlog", "prometheus_client"):
+    with _needs("serve", *SERVING):
         from liveavatar.serving import server
         from liveavatar.serving.settings import ServeConfig
 
@@ -268,19 +289,6 @@ def serve(
         from liveavatar.core import ConfigError
 
         raise ConfigError(f"listen {settings.listen.host}:{settings.listen.port}: {error.strerror}; choose another with listen.port=...") from None
-
-
-@contextlib.contextmanager
-def _needs(extra: str, *packages: str):
-    """Say which extra brings a package that is not here."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        from liveavatar.core import ConfigError
-
-        if error.name not in packages:
-            raise
-        raise ConfigError(f"this needs {error.name}: pip install 'liveavatar[{extra}]'") from None
 
 
 @command(

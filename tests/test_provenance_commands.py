@@ -1,6 +1,8 @@
 """`liveavatar verify FILE`: one line on the mark, one on the manifest, and the exit status."""
 
 import hashlib
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -56,6 +58,23 @@ def test_a_recording_as_the_server_leaves_it(run, tmp_path):
     assert result.output.splitlines()[2] == "event log: no output of this server was exactly this file"
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes().replace(b"ada", b"bob"))
     assert "line 2 was changed" in run(path).output.splitlines()[2]
+
+
+def test_what_make_demo_installs_is_enough(tmp_path):
+    """Who has no liveavatar[serve] looks for the mark in what `generate` made."""
+    written(tmp_path / "talk.mp4", marked(clip(128, 128)))
+    (tmp_path / "watermark.key").write_bytes(KEY)
+    missing = ("structlog", "fastapi", "aiortc", "c2pa", "cryptography", "httpx", "jwt", "prometheus_client", "uvicorn")
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing})); from liveavatar.__main__ import main; sys.argv[0] = 'liveavatar'; main()"
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+
+    made = run("verify", str(tmp_path / "talk.mp4"), "--folder", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("watermark: found, ") and "C2PA: not checked" in made.stdout
+    refused = run("audit", "verify")
+    assert refused.returncode == 2 and refused.stderr == "error: this needs structlog: pip install 'liveavatar[serve]'\n"
 
 
 def test_another_video_and_another_key(run, tmp_path):

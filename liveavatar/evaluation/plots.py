@@ -100,9 +100,9 @@ def drift(path: Path, plan: Plan, found: Sequence[Probe], marks: Sequence[tuple[
         for (axes,), name in zip(rows, names, strict=True):
             points = [(p.start, p.measures[name]) for p in found if p.value(name) is not None]
             axes.plot([t for t, _ in points], [m.value for _, m in points], "o-", markersize=3)
-            for t, m in points:
-                if m.interval:
-                    axes.plot([t, t], m.interval, color=COLOURS[0], alpha=0.5)
+            held = [(t, *m.interval) for t, m in points if m.interval]
+            if held:
+                axes.vlines(*zip(*held), color=COLOURS[0], alpha=0.5)
             for t, what in marks:
                 axes.axvline(t, color=COLOURS[1], linestyle=":")
                 axes.annotate(what, (t, 1), xycoords=("data", "axes fraction"), fontsize=6, rotation=90, va="top")

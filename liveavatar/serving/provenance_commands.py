@@ -46,7 +46,7 @@ def verify(
 ) -> None:
     """Is this video ours? Its watermark and its signature, a line each. Exit status 0: watermark found, 1: not found, 2: cannot be read."""
     from liveavatar.core import ConfigError
-    from liveavatar.serving import audit, watermark
+    from liveavatar.serving import watermark
 
     key = key or folder / watermark.KEY_FILE
     if not key.is_file():
@@ -59,8 +59,8 @@ def verify(
         typer.echo(f"{fragments.checked} fragments: {manifest_line(fragments.manifest, 'side-car')}")
     else:
         typer.echo("C2PA: a stream carries no manifest" if is_url else _manifest(Path(video)))
-    if (log := folder / audit.FILE).is_file() and not fragments and not is_url:
-        typer.echo(log_line(Path(video), log))
+    if not (fragments or is_url) and (line := _logged(Path(video), folder)):
+        typer.echo(line)
     raise typer.Exit(0 if reading.found else NOT_FOUND)
 
 
@@ -123,6 +123,17 @@ def _manifest(file: Path) -> str:
     if importlib.util.find_spec("c2pa") is None:
         return "C2PA: not checked (pip install 'liveavatar[serve]')"
     return manifest_line(signing.inspect(file))
+
+
+def _logged(file: Path, folder: Path) -> str | None:
+    """What the server's event log says of a file; None where no server has been, as without what serving needs."""
+    import importlib.util
+
+    if importlib.util.find_spec("structlog") is None:
+        return None
+    from liveavatar.serving.audit import FILE
+
+    return log_line(file, folder / FILE) if (folder / FILE).is_file() else None
 
 
 def log_line(file: Path, log: Path) -> str:
