@@ -296,7 +296,8 @@ def test_a_server_that_is_too_slow_leaves_things_out_and_gives_them_back(portrai
     assert told[:3] == [2, 3, 5] and told[-1] == 0 and (stats["degradation_step"], stats["left_out"]) == (5, ladder.IDLE_LOOP.what)
     ticks, pictures = [t.index for t in items if isinstance(t, Tick)], [p.pts // 3600 for p in items if not isinstance(p, Tick)]
     assert ticks == list(range(ticks[0], ticks[0] + len(ticks)))  # no tick is lost, and of those of the first second every second picture
-    assert [n for n in pictures if n < ticks[0] + 20] == [n for n in ticks[:20] if n % 2 == 0]
+    # An encoder's picture may come after the next tick, so that the cut's first may be of the tick before it.
+    assert [n for n in pictures if ticks[0] <= n < ticks[0] + 20] == [n for n in ticks[:20] if n % 2 == 0]
     moving = [t for t in items if isinstance(t, Tick)][:12]
     assert any(not np.array_equal(a.picture, b.picture) for a, b in zip(moving, moving[1:]))  # an idle loop moves
 
