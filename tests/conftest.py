@@ -12,12 +12,15 @@ import pytest
 import torch
 from forker import forking
 
-# What runs against the wall clock, real servers and browsers: these want both cores, so `make test` runs
-# them one after another, once all others have been run side by side.
+# What runs against the wall clock, real servers and browsers: `make test` begins with them when nothing else wants the cores any more.
 REALTIME = {f"test_{name}.py" for name in (
     "api_media", "bench_serve", "browser", "channels", "console", "drain", "egress", "exported", "failures",
     "hls", "launchers", "live", "livekit", "livekit_doors", "monitor", "pipecat_bot", "pipecat_service", "previews", "puppet", "realtime",
     "recorder", "routes_talk", "rtmp", "simulation", "stream_socket", "talk", "turn", "webrtc", "whep", "whip")}  # fmt: skip
+# What takes 20 s and more, the longest first: begun last, one process would work alone at the end.
+LONG = tuple(f"test_{name}.py" for name in (
+    "chain_equality", "launchers", "failures", "generate", "distillation", "training", "engine", "eval_sanity", "parity", "shards", "media", "strategies",
+    "kernels", "train_launch", "cycles", "ingest", "eval_face"))  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -32,6 +35,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in REALTIME:
             item.add_marker("realtime")
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))  # keeps the order of equals
 
 
 TINY_SIZE = 64  # pixels, both sides: latents 8 x 8
