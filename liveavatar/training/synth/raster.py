@@ -7,6 +7,7 @@ which is picture right.  "Rest" always means the unmorphed base mesh: everything
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import importlib.util
@@ -266,6 +267,9 @@ def _context():  # noqa: ANN202 - moderngl is imported lazily, its type cannot b
     GL contexts belong to the thread that made them; draw from that thread only.
     """
     import moderngl
+
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401 - it brings an LLVM of its own, which ends the process where it is loaded after Mesa's
 
     try:
         return moderngl.create_context(standalone=True, backend="egl")
