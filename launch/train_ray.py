@@ -14,7 +14,7 @@ def work(job: dict) -> None:
     from liveavatar.training.recipe import run
 
     os.chdir(job["folder"])  # of the repository, on a file system that all hosts share
-    run(job["stage"], job["config"], job["overrides"])
+    run(job["stage"], job["config"], job["overrides"], told=True)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -297,7 +297,7 @@ def serve(
     "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]",
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, text, probe, latents, teacher, forcing, ode, consistency, dmd, choose or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, text, probe, latents, teacher, forcing, ode, consistency, dmd, choose, lids or export; all: those the recipe has, in order; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
     gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="plan: so many GPUs. Default: the recipe's processes.")] = None,
@@ -308,7 +308,7 @@ def train(
         raise typer.Exit(_training_plan(config, overrides or [], gpus, memory))
     from liveavatar.training.recipe import run
 
-    run(stage, config, overrides or (), sync_judge=_sync_verdict)
+    run(stage, config, overrides or (), sync_judge=_sync_verdict, told=True)
 
 
 def _sync_verdict(faces: list, pcm: np.ndarray) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import casting, codec, data, forcing, levels, lids, losses, preview, recipe, shards
+from liveavatar.training import casting, codec, data, forcing, levels, lids, losses, preview, progress, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth import speech
@@ -345,10 +345,14 @@ def test_refusals_name_the_key(tmp_path):
 
 
 @speaks
-def test_two_processes_train_as_one(micro, tmp_path):
+def test_two_processes_train_as_one(micro, tmp_path, capfd, monkeypatch):
     r, overrides = micro
     (tmp_path / "latents").symlink_to(Path(r.run) / "latents")
     (tmp_path / "text.pt").symlink_to(Path(r.run, "text.pt").resolve())
     shutil.copytree(Path(r.run) / "vae", tmp_path / "vae")
-    recipe.run("forcing", MICRO, [*overrides, f"run={tmp_path}", "processes=2", "forcing.loop.iterations=3"])
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(progress.LOG, name, getattr(progress.LOG, name))  # given back at the end
+    recipe.run("forcing", MICRO, [*overrides, f"run={tmp_path}", "processes=2", "forcing.loop.iterations=3"], told=True)
     assert len(logged(tmp_path, "forcing")) == 3 and (tmp_path / "forcing.pt").exists()
+    told = [line.split(maxsplit=1)[1] for line in capfd.readouterr().err.splitlines() if " forcing " in line]
+    assert [line.split(",")[0].split(":")[0] for line in told] == ["forcing (1 of 1)", "forcing 1/3", "forcing 2/3", "forcing 3/3", "forcing done"]

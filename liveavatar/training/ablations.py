@@ -30,6 +30,7 @@ from liveavatar.training import preview
 from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.levels import student_table
+from liveavatar.training.progress import counted
 from liveavatar.training.students import PAPERS, StudentsConfig, name_of
 from liveavatar.training.synth.head import HeadRenderer
 
@@ -195,7 +196,7 @@ def ablate(config: AblationConfig, forcing: ForcingConfig, data: corpus.DataConf
     bench, rows = Bench.build(config.people, config.blocks, config.probe, forcing, data, run, seed, text), []
     folder = run / "ablations"
     folder.mkdir(exist_ok=True)
-    for arm in config.arms_with_students:
+    for arm in counted(config.arms_with_students, "rows"):
         there = checkpoint_path(run / arm.run, arm.stage or stage).exists()
         rows.append(bench.row(arm, run, stage, sigmas, seed) if there else {"arm": arm.name, "stage": arm.stage or stage, "paper": arm.paper})
         (folder / "table.json").write_text(json.dumps({"people": config.people, "blocks": config.blocks, "seed": seed, "rows": rows}, indent=1))

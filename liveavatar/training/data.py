@@ -14,6 +14,7 @@ import numpy as np
 
 from liveavatar.conditioning.phones import align
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError
+from liveavatar.training.progress import counted
 from liveavatar.training.shards import GENERATOR_VERSION, Clip, clip_path, clip_paths, missing, read_arrays, write_arrays, write_clip
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
@@ -177,7 +178,7 @@ def render_corpus(config: DataConfig, seed: int) -> int:
         return 0
     renderer = HeadRenderer(config.size, config.supersample)
     recordings = load_readings(config.readings)
-    for split, index in jobs:
+    for split, index in counted(jobs, "clips"):
         clip = make_clip(config, split, index, seed, renderer, windows if split == "default" else recordings)
         write_clip(clip_path(config.folder, split, index), clip)
     return len(jobs)
@@ -201,7 +202,7 @@ def render_portraits(config: DataConfig, seed: int) -> int:
     kinds = exchanged(config)
     todo = missing(clip_paths(config.folder, "train"), portraits_path) if kinds else []
     renderer = HeadRenderer(config.size, config.supersample) if todo else None
-    for path in todo:
+    for path in counted(todo, "clips with portraits"):
         card = read_arrays(path)[0]
         rng = np.random.default_rng([PORTRAITS, seed, card["seed"]])
         others = [Identity(**card["identity"]).dressed(rng, parts) for parts in kinds]

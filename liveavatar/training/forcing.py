@@ -28,6 +28,7 @@ from liveavatar.training.casting import Transformer, cast_of
 from liveavatar.training.codec import to_float
 from liveavatar.training.levels import clip_levels, mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.progress import counted
 from liveavatar.training.synth import speech
 from liveavatar.training.synth.people import DRESS, Identity
 from liveavatar.training.wording import worded
@@ -151,7 +152,7 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     vae, front_end = (load_vae(base), stored.front_end_of(base)) if base else (StreamingVAE.from_folder(Path(run) / "vae"), None)
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
     todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
-    for path in todo:
+    for path in counted(todo, "encoded clips"):
         made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
         arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits", "closure", "eyes")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)

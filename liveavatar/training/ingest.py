@@ -23,6 +23,7 @@ from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
 from liveavatar.training import footage, shards
 from liveavatar.training.data import DataConfig
+from liveavatar.training.progress import counted
 from liveavatar.training.synth.speech import LOOKAHEAD_SECONDS
 
 LIP_OUTLINE = (61, 291, 0, 17)  # mouth corners, top and bottom of the lips
@@ -100,7 +101,7 @@ def ingest(config: VideosConfig, data: DataConfig, judge: SyncJudge | None, trac
     paths = sorted(p for p in Path(config.folder).rglob("*") if p.suffix.lower() in footage.SUFFIXES)
     if not paths:
         raise ConfigError(f"videos.folder={config.folder}: holds no video ({', '.join(footage.SUFFIXES)})")
-    for number, path in enumerate(paths):
+    for number, path in enumerate(counted(paths, "videos")):
         record = record_path(data, path, config)
         if not record.exists():
             outcome = ingest_file(path, number, config, data, judge, tracker)

@@ -25,6 +25,7 @@ from liveavatar.training.adapters import Role
 from liveavatar.training.checkpoints import State, Stored, checkpoint_path, load_average, load_checkpoint, save_checkpoint
 from liveavatar.training.groups import agreed, decided, meet, rank_and_world
 from liveavatar.training.optimiser import local
+from liveavatar.training.progress import row_told
 
 __all__ = [
     "Draws", "Ema", "Learner", "LoopConfig", "Trainer", "agreed", "checkpoint_path", "draws_of", "learning_rate",
@@ -227,6 +228,7 @@ class Trainer:
                     row = {"iteration": self.iteration, "seconds": round(now - started, 1), **metrics}
                     log.write(json.dumps({k: float(f"{v:.5g}") for k, v in row.items()}) + "\n")
                     log.flush()
+                    row_told(self.stage, self.config.iterations, row)
                 if decided(now - saved > self.config.checkpoint_seconds):
                     self.save()
                     saved = now

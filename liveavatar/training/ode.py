@@ -23,6 +23,7 @@ from liveavatar.training.groups import meet, rank_and_world
 from liveavatar.training.guidance import Guidance
 from liveavatar.training.levels import per_latent, teacher_grid
 from liveavatar.training.loop import Draws, LoopConfig, Trainer, draws_of
+from liveavatar.training.progress import counted
 from liveavatar.training.strategy import strategy_of
 
 
@@ -127,7 +128,7 @@ def store_trajectories(config: OdeConfig, forcing: ForcingConfig, sigmas: Sequen
     rank, world = rank_and_world()
     todo = [missing[(first + rank) % len(missing)] for first in range(0, len(missing), world)]
     grid = teacher_grid(sigmas, config.pieces, config.shift)
-    for index in todo:
+    for index in counted(todo, "batches of trajectories"):
         draws = draws_of(seed, "trajectories", index)
         batch = reader.batch(draws, config.loop.batch).to(device)
         condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks,

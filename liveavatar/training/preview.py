@@ -28,6 +28,7 @@ from liveavatar.training import data as corpus
 from liveavatar.training import forcing, shards
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.codec import to_bytes
+from liveavatar.training.progress import counted
 from liveavatar.training.probing import agreement, best_lag
 from liveavatar.training.stored import silence_of
 from liveavatar.training.synth import director, speech
@@ -107,7 +108,7 @@ def teacher_clips(config: forcing.ForcingConfig, teach: TeacherConfig, data_fold
     if not todo:
         return 0
     model, vae = load_model(config, run, seed, "teacher")[0], StreamingVAE.from_folder(Path(run) / "vae")
-    for path in todo:
+    for path in counted(todo, "clips by the teacher"):
         clip = shards.read_clip(path)
         clip = clip.cut(len(clip.frames) // config.block_pictures * config.block_pictures)
         scene = Scene(clip.reference, clip.frames, clip.aperture, clip.sound, clip.caption)

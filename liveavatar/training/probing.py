@@ -24,6 +24,7 @@ from liveavatar.training import shards
 from liveavatar.training.codec import to_bytes, to_float
 from liveavatar.training.data import DataConfig, render_corpus
 from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average, meet, rank_and_world
+from liveavatar.training.progress import counted
 
 EXTREME = 0.1  # the share of a clip's pictures that counts as a blink, or as a wide mouth
 FACE = (1.9, 2.6)  # half axes of the face, in eye distances, around a point .55 below the eyes
@@ -216,7 +217,7 @@ def decode_clips(config: ProbeConfig, folders: list[str], run: str | Path, decod
     if todo:
         vae = StreamingVAE.from_folder(config.codec or Path(run) / "vae")
         with torch.autocast("cpu", torch.bfloat16, enabled=config.loop.bf16):
-            for path in todo:
+            for path in counted(todo, "clips through the codec"):
                 clip = shards.read_clip(path)
                 shards.write_arrays(decoded_path(decoded, path), clip.card, frames=round_trip(vae, clip.frames))
     meet()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
-    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, lids, ode, planning, preview, probing, shards, teacher,
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, lids, ode, planning, preview, probing, progress, shards, teacher,
     students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
@@ -136,7 +137,8 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
 
 
-def run_data(recipe: Recipe, sync_judge: ingest.SyncJudge | None = None) -> None:
+def run_data(recipe: Recipe, sync_judge: ingest.SyncJudge | None = None,
+        told: bool = False) -> None:
     """Render what is missing of the corpus, or make it of the videos where the recipe names some."""
     if recipe.videos is not None:
         ingest.ingest(recipe.videos, recipe.data, sync_judge)
@@ -234,6 +236,7 @@ def run_export(recipe: Recipe) -> None:
         export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
     elif first_rank():
         export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts())
+    progress.LOG.info("wrote %s", recipe.export.folder)
 
 
 def run_preview(recipe: Recipe) -> None:
@@ -251,6 +254,7 @@ def run_ablations(recipe: Recipe) -> None:
                                 recipe.texts(), recipe.default_identity)
     ablations.ablate(recipe.ablations, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.export.stage,
                      recipe.export.sigmas)
+    progress.LOG.info("wrote %s", Path(recipe.run) / "ablations" / "table.md")
 
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "latents": run_latents, "teacher": run_teacher,
@@ -268,10 +272,12 @@ def first_rank() -> bool:
     return rank_and_world()[0] == 0
 
 
-def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync_judge: ingest.SyncJudge | None = None) -> None:
+def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync_judge: ingest.SyncJudge | None = None,
+        told: bool = False) -> None:
     """Run one stage of a recipe, or "all" of them in order. Raises ConfigError, WeightsError, InputError.
 
-    sync_judge: of videos that are to become clips; training knows no measure of its own.
+    sync_judge: of videos that are to become clips; training knows no measure of its own. told: how far it is goes to stderr, from the
+    first rank.
     """
     settings.one_of("stage", stage, (*STAGES, *SIDE_STAGES, "all"))
     recipe = read_recipe(config_path, overrides)
@@ -282,9 +288,15 @@ def run(stage: str, config_path: str | Path, overrides: Sequence[str] = (), sync
     joined = launched() and not grouped()  # Ray Train has joined already
     if joined:
         join()
+    told = told and first_rank()
+    if told:
+        progress.show()
     try:
-        for name in names:
-            _run_stage(name, recipe, {"sync_judge": sync_judge} if name == "data" else {})
+        for number, name in enumerate(names, 1):
+            began = time.monotonic()
+            progress.LOG.info("%s (%d of %d), in %s", name, number, len(names), recipe.run)
+            _run_stage(name, recipe, {"sync_judge": sync_judge} if name == "data" else {}, told)
+            progress.LOG.info("%s done, %.0f s", name, time.monotonic() - began)
     finally:
         if joined:
             dist.destroy_process_group()
@@ -308,17 +320,19 @@ def _why_not(recipe: Recipe, name: str) -> str:
     return f"the recipe has no {OPTIONAL[name]} section"
 
 
-def _run_stage(name: str, recipe: Recipe, asked: dict) -> None:
+def _run_stage(name: str, recipe: Recipe, asked: dict, told: bool) -> None:
     """asked: further arguments of a stage that runs alone."""
     if recipe.processes == 1 or name in ALONE or grouped():
         if name not in ALONE or first_rank():
             _work(name, recipe, **asked)
         return meet()
     with tempfile.TemporaryDirectory(prefix="train") as folder:
-        mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group"), nprocs=recipe.processes)
+        mp.spawn(_rank_main, args=(name, recipe, f"file://{folder}/group", told), nprocs=recipe.processes)
 
 
-def _rank_main(rank: int, name: str, recipe: Recipe, meeting: str) -> None:
+def _rank_main(rank: int, name: str, recipe: Recipe, meeting: str, told: bool) -> None:
+    if told and rank == 0:
+        progress.show()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     join(rank, recipe.processes, meeting)
     try:
