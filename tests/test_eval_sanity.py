@@ -13,7 +13,7 @@ pytest.importorskip("skimage", reason="SSIM")
 
 from liveavatar.conditioning.media import VideoWriter, read_audio
 from liveavatar.core import InputError
-from liveavatar.evaluation import sanity, suite
+from liveavatar.evaluation import jobs, likeness, sanity, suite
 from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.judge import judge_video
 from liveavatar.evaluation.report import Measure, rejected
@@ -159,3 +159,17 @@ def test_the_long_suite_is_sound_with_silences_and_a_portrait(tmp_path):
     for pause in pauses:
         assert np.abs(pcm[round((pause.start + 0.15) * 16000) : round((pause.end - 0.15) * 16000)]).max(initial=0) < 0.05
     assert max(np.abs(pcm).max(), 0) > 0.1
+
+
+def test_a_seam_where_the_face_becomes_another_is_measured(rendered_suite, tmp_path):
+    first, second = (list(VideoFile(rendered_suite.path(item, "gt_video")).frames(end=4.0)) for item in rendered_suite.manifest.items)
+    path = tmp_path / "cut.mp4"
+    with VideoWriter(path, 128, 128) as writer:
+        writer.write(np.stack([frame for _, frame in first[:50] + second[:50]]), np.zeros(4 * 16000, np.float32))
+    far, usual = likeness.jump(VideoFile(path), 2.0)
+    kept, _ = likeness.jump(VideoFile(rendered_suite.path(rendered_suite.manifest.items[0], "gt_video")), 2.0)
+    assert kept < 0.2 < far and usual < far / 2
+    assert likeness.jump(VideoFile(path), 0.5) is None  # the file begins inside the stretch before it
+    picture, face = jobs._seams(VideoFile(path), [(1.0, "refresh"), (2.0, "restarted")], path)
+    assert picture.value > 3 and (face.value, face.n) == (far, 1)
+    assert {m.status for m in jobs._seams(VideoFile(path), [], None)} == {"not_measured"}

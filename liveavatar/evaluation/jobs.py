@@ -274,7 +274,7 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
         return judge_video(window, portrait=portrait, text=plan.text or None, language=order.language, backends=backends, start=start)
 
     found, marks = drift.probes(video, plan, judge), _marks(trace)
-    slopes = [*drift.trends(found), _seam(video, marks, trace)]
+    slopes = [*drift.trends(found), *_seams(video, marks, trace)]
     synthetic = what.portrait is None  # the embedded portrait is a render
     measures = (*found[0].measures.values(), *slopes)
     made_by = None if what.video is not None else setting.ours
@@ -307,15 +307,21 @@ def _marks(trace: Path | None) -> list[tuple[float, str]]:
     return [] if trace is None else [step for stream in read_trace(trace).streams[:1] for step in stream.steps()]
 
 
-def _seam(video, marks: Sequence[tuple[float, str]], trace: Path | None) -> Measure:
-    """How far the picture jumps at each mark, in usual changes from picture to picture: the largest."""
-    from liveavatar.evaluation import drift
+def _seams(video, marks: Sequence[tuple[float, str]], trace: Path | None) -> list[Measure]:
+    """How far picture and face jump at each mark, the picture in usual changes from picture to picture: the largest of each."""
+    from liveavatar.evaluation import drift, likeness
 
-    jumps = [drift.seam(video, at) for at, _ in marks]
-    if not jumps:
+    what = {"unit": "x", "better": "lower", "backend": drift.BACKEND}, {"unit": "", "better": "lower", "backend": likeness.BACKEND}
+    if not marks:
         reason = "needs the trace of the run" if trace is None else "nothing changed on the way, by the trace"
-        return report.absent("seam", reason, unit="x", better="lower", backend=drift.BACKEND)
-    return Measure(name="seam", value=max(jumps), unit="x", better="lower", n=len(jumps), interval=None, backend=drift.BACKEND)
+        return [report.absent("seam", reason, **what[0]), report.absent("seam_id", reason, **what[1])]
+    pictures, faces = [drift.seam(video, at) for at, _ in marks], [likeness.jump(video, at) for at, _ in marks]
+    made = [Measure(name="seam", value=max(pictures), n=len(pictures), interval=None, **what[0])]
+    if not (seen := [face for face in faces if face]):
+        return [*made, report.absent("seam_id", "no face of a usable size on both sides", **what[1])]
+    far, usual = max(seen)
+    return [*made, Measure(name="seam_id", value=far, n=len(seen), interval=None, weights_sha256=likeness.NETWORK_SHA256,
+                           reason=f"{usual:.3f} between halves of the seconds before or after it", **what[1])]
 
 
 def _drift_limits(what: DriftSettings, plan, found) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ BACKEND = "dlib ResNet 128-d on mesh-aligned crops"
 MIN_FACE = 64  # pixels, longer side of the mesh: renders of 79 to 90 still lie .11 to .25 from themselves, .33 to .50 from others
 OWN_SECONDS = 10.0  # the video's beginning, against which drift is told from likeness
 MIN_FACES = 3
+JUMP_PICTURES = 12  # looked at on either side of a seam
 
 
 class Likeness:
@@ -75,6 +76,24 @@ def own_face(file: VideoFile) -> np.ndarray | None:
     for at, frame in file.frames(end=OWN_SECONDS):
         seen.see(at, frame, tracker.follow(frame))
     return seen.own
+
+
+def jump(file: VideoFile, at: float, around: float = 2.0) -> tuple[float, float] | None:
+    """How far the face is another one after `at` seconds than before: distance of the mean embeddings of `around` seconds on either side,
+    and the larger of those between the halves of each side, which is what an unbroken stretch shows. None where a half shows no face."""
+    tracker, quarters, due = FaceTracker(), [[] for _ in range(4)], 0.0
+    for t, frame in file.frames(max(0.0, at - around), at + around):
+        if t < due:
+            continue
+        due, faces = t + around / JUMP_PICTURES, tracker.follow(frame)
+        if faces and face_size(faces[0]) >= MIN_FACE:
+            quarters[int(2 * (t - at + around) / around)].append(embedding(frame, faces[0]))
+    if not all(quarters):
+        return None
+    means = [np.mean(quarter, axis=0) for quarter in quarters]
+    before, after = np.mean(np.concatenate(quarters[:2]), axis=0), np.mean(np.concatenate(quarters[2:]), axis=0)
+    usual = max(np.linalg.norm(means[1] - means[0]), np.linalg.norm(means[3] - means[2]))
+    return float(np.linalg.norm(after - before)), float(usual)
 
 
 def face_size(face: Face) -> float:
