@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from liveavatar.conditioning.phones import LIPS_MEET, WIDE_OPEN, Utterance
-from liveavatar.evaluation.landmarks import Track
+from liveavatar.evaluation.landmarks import GAP_FLOOR, Track
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
 BACKEND = "pocketsphinx phones; tracked gap"
@@ -30,9 +30,10 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
         return _absent(f"no phone map for language {language}")
     if not track.seen.any():
         return _absent("no face")
-    limit = min(float(np.nanpercentile(track.gap, REST_QUANTILE)), MAX_REST) + OPENED
-    shut, lags = _events(track, utterance, LIPS_MEET, limit)
-    falsely, _ = _events(track, utterance, WIDE_OPEN, limit)
+    gap = track.gap if np.nanstd(track.gap) >= GAP_FLOOR else np.full_like(track.gap, np.nanmean(track.gap))  # jitter shuts no mouth
+    limit = min(float(np.nanpercentile(gap, REST_QUANTILE)), MAX_REST) + OPENED
+    shut, lags = _events(track, gap, utterance, LIPS_MEET, limit)
+    falsely, _ = _events(track, gap, utterance, WIDE_OPEN, limit)
     if len(shut) < MIN_EVENTS or len(falsely) < MIN_EVENTS:
         return _absent(f"too few phones: {len(shut)} of p b m, {len(falsely)} open vowels, {MIN_EVENTS} of each needed")
     found = {  # value, interval, n
@@ -49,7 +50,7 @@ def _absent(reason: str) -> list[Measure]:
     return [absent(name, reason, unit=unit, better=better, backend=BACKEND) for name, (unit, better) in NAMES.items()]
 
 
-def _events(track: Track, utterance: Utterance, names: Iterable[str], limit: float) -> tuple[np.ndarray, np.ndarray]:
+def _events(track: Track, gap: np.ndarray, utterance: Utterance, names: Iterable[str], limit: float) -> tuple[np.ndarray, np.ndarray]:
     """(closed float [n] 0 or 1, lag of the narrowest moment [n] ms) of every phone of `names` that is seen."""
     closed, lags = [], []
     for phone in utterance.phones:
@@ -58,8 +59,8 @@ def _events(track: Track, utterance: Utterance, names: Iterable[str], limit: flo
         middle = (phone.start + phone.end) / 2
         near = np.flatnonzero((np.abs(track.times - middle) <= WINDOW) & track.seen)
         if len(near):
-            narrowest = near[np.argmin(track.gap[near])]
-            closed.append(track.gap[narrowest] < limit)
+            narrowest = near[np.argmin(gap[near])]
+            closed.append(gap[narrowest] < limit)
             lags.append(1000 * (track.times[narrowest] - middle))
     return np.array(closed, float), np.array(lags, float)
 

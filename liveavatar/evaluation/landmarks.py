@@ -22,7 +22,8 @@ LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 185, 40, 39, 37, 0, 2
         78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 191, 80, 81, 82, 13, 312, 311, 310, 415)  # fmt: skip
 STABLE = (33, 133, 362, 263, 168, 6, 197, 195)  # eye corners and nose bridge: skull, not expression
 NOSE_BASE, FOREHEAD = 2, 10
-GAP_FLOOR, WIDTH_FLOOR, LID_FLOOR = 0.004, 0.003, 0.004  # IOD: standard deviations on a still face in an mp4, see tests/test_eval_landmarks.py
+GAP_FLOOR, WIDTH_FLOOR, LID_FLOOR = 0.006, 0.003, 0.004  # IOD: standard deviations on a still face in an mp4, see tests/test_eval_face.py;
+# of the gap the most of the 100 still faces of the short suite (20 people) is .0054, 98 are below .004
 MIN_PAIRS = 25  # pictures with a face in both videos
 CHANNELS = ("gap", "width", "blink", "yaw", "pitch", "roll")  # of a commanded motion
 
