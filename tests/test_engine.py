@@ -429,13 +429,21 @@ def test_state_is_dropped_at_close_and_flat_in_between(tiny_folder, portrait, mo
         gc.collect()
         return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
+    async def settled() -> int:
+        """The least of a few counts: a rank may still hold the message of the last block."""
+        counts = []
+        for _ in range(5):
+            counts.append(tensors())
+            await asyncio.sleep(0.05)
+        return min(counts)
+
     async def scenario(engine):
         session = await engine.open(portrait)
         sizes = []
         for part in range(3):
             await session.push_audio(speech(4 * 0.48 + (AHEAD if part == 0 else 0), seed=part))
             await collect(session, 4)
-            sizes.append(tensors())
+            sizes.append(await settled())
         assert sizes[1] == sizes[2], sizes
         assert all(held(role) for role in made[0])
         await session.close()
