@@ -311,17 +311,19 @@ def _seams(video, marks: Sequence[tuple[float, str]], trace: Path | None) -> lis
     """How far picture and face jump at each mark, the picture in usual changes from picture to picture: the largest of each."""
     from liveavatar.evaluation import drift, likeness
 
-    what = {"unit": "x", "better": "lower", "backend": drift.BACKEND}, {"unit": "", "better": "lower", "backend": likeness.BACKEND}
+    of_picture = {"unit": "x", "better": "lower", "backend": drift.BACKEND}
+    of_face = {"unit": "", "better": "lower", "backend": likeness.BACKEND}
     if not marks:
         reason = "needs the trace of the run" if trace is None else "nothing changed on the way, by the trace"
-        return [report.absent("seam", reason, **what[0]), report.absent("seam_id", reason, **what[1])]
-    pictures, faces = [drift.seam(video, at) for at, _ in marks], [likeness.jump(video, at) for at, _ in marks]
-    made = [Measure(name="seam", value=max(pictures), n=len(pictures), interval=None, **what[0])]
-    if not (seen := [face for face in faces if face]):
-        return [*made, report.absent("seam_id", "no face of a usable size on both sides", **what[1])]
-    far, usual = max(seen)
-    return [*made, Measure(name="seam_id", value=far, n=len(seen), interval=None, weights_sha256=likeness.NETWORK_SHA256,
-                           reason=f"{usual:.3f} between halves of the seconds before or after it", **what[1])]
+        return [report.absent("seam", reason, **of_picture), report.absent("seam_id", reason, **of_face)]
+    jumps = [drift.seam(video, at) for at, _ in marks]
+    picture = Measure(name="seam", value=max(jumps), n=len(jumps), **of_picture)
+    faces = [face for at, _ in marks if (face := likeness.jump(video, at)) is not None]
+    if not faces:
+        return [picture, report.absent("seam_id", "no face of a usable size on both sides", **of_face)]
+    far, usual = max(faces)
+    return [picture, Measure(name="seam_id", value=far, n=len(faces), weights_sha256=likeness.NETWORK_SHA256,
+                             reason=f"{usual:.3f} between halves of the seconds before or after it", **of_face)]
 
 
 def _drift_limits(what: DriftSettings, plan, found) -> tuple[str, ...]:

@@ -79,8 +79,11 @@ def own_face(file: VideoFile) -> np.ndarray | None:
 
 
 def jump(file: VideoFile, at: float, around: float = 2.0) -> tuple[float, float] | None:
-    """How far the face is another one after `at` seconds than before: distance of the mean embeddings of `around` seconds on either side,
-    and the larger of those between the halves of each side, which is what an unbroken stretch shows. None where a half shows no face."""
+    """How far the face is another one after a seam than before it (evaluation.md 5).
+
+    at, around: seconds. Distance of the mean embeddings [128] of `around` seconds on either side, as id_dlib, and the larger of those
+    between the halves of each side, which is what an unbroken stretch shows. None where a half shows no usable face.
+    """
     tracker, quarters, due = FaceTracker(), [[] for _ in range(4)], 0.0
     for t, frame in file.frames(max(0.0, at - around), at + around):
         if t < due:

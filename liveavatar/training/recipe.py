@@ -137,8 +137,7 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
 
 
-def run_data(recipe: Recipe, sync_judge: ingest.SyncJudge | None = None,
-        told: bool = False) -> None:
+def run_data(recipe: Recipe, sync_judge: ingest.SyncJudge | None = None) -> None:
     """Render what is missing of the corpus, or make it of the videos where the recipe names some."""
     if recipe.videos is not None:
         ingest.ingest(recipe.videos, recipe.data, sync_judge)
