@@ -1,12 +1,14 @@
 """Ranks for tests of training, forked from a process that has no threads.
 
 What pytest has started by then (executors, progress bars, OpenMP's pool) does not follow into a forked child, but the locks
-it held do: such a child may wait for ever. So one clean interpreter imports torch once and forks all ranks.
+it held do: such a child may wait for ever. So one clean interpreter imports torch once and forks all ranks; with it, before the
+first of them, what a test file names in FORKED_WITH: none of that starts a thread, and each rank would take 20 s for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import subprocess
@@ -63,6 +65,8 @@ def serve() -> None:
             function, args, world = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        for name in getattr(sys.modules[function.__module__], "FORKED_WITH", ()):
+            importlib.import_module(name)
         ranks = torch.multiprocessing.start_processes(function, args=args, nprocs=world, join=False, start_method="fork")
         pickle.dump(ranks.pids(), answers)
         answers.flush()

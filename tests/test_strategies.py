@@ -25,6 +25,7 @@ from liveavatar.training.loop import Learner, LoopConfig, Trainer, load_average,
 pytest.importorskip("peft", reason="adapters are PEFT's")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd with threads for GPUs cannot be forked")
 WORLD = BLOCKS = 2
+FORKED_WITH = ("torch.distributed.fsdp", "peft", *(["deepspeed"] if importlib.util.find_spec("deepspeed") else []))
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625, 0.0)
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
 LOOP = LoopConfig(iterations=4, batch=1, lr=1e-2, warmup=0, cooldown=0.0, clip=0.02, ema=0.5, bf16=False, device="cpu", threads=1, beta1=0.5, audio_factor=0.5)

@@ -13,6 +13,7 @@ from liveavatar.training.loop import load_checkpoint
 from test_distillation import MICRO, encoded_clip
 
 ROOT = MICRO.parents[1]
+FORKED_WITH = ("torch.distributed.fsdp",)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on the CPU is what is tested here")
 
 
