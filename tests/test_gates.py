@@ -193,7 +193,7 @@ def test_every_measure_says_what_it_rests_on(judged, place):
 def test_demands_are_those_of_the_specification():
     wanted = {"vae_psnr": (32, None), "vae_mouth_psnr": (30, None), "vae_aperture_slope": (0.97, None), "vae_blink_slope": (0.95, None),
               "sync_ratio": (0.95, None), "sync_shuffled": (None, 0.15), "aperture_slope": (0.9, 1.1), "width_slope": (0.85, 1.15),
-              "closure": (0.9, None), "blink_slope": (0.9, 1.1), "blink_rate_ratio": (0.7, 1.3), "blink_rate_ratio_control": (0.7, 1.3), "id_dlib": (None, 0.35),
+              "closure": (0.9, None), "closure_readings": (0.85, None), "blink_slope": (0.9, 1.1), "blink_rate_ratio": (0.7, 1.3), "blink_rate_ratio_control": (0.7, 1.3), "id_dlib": (None, 0.35),
               "drift_probe_fd_ratio": (None, 1.1), "latent_std_ratio": (0.95, 1.08), "seam_ratio": (None, 1.05), "background_flicker": (None, 1.5),
               "streaming_difference": (None, 0), "size_mb": (None, 25)}  # fmt: skip
     for name, limits in wanted.items():
@@ -205,7 +205,7 @@ def test_the_card_takes_the_report_of_its_own_weights_only(judged, tiny_folder, 
     export.add_gates(tmp_path / "own", judged[1])
     card = json.loads((tmp_path / "own" / "liveavatar.json").read_text())["card"]["gates"]
     assert set(card["rows"]) == set(gates.DEMANDS) and card["command"].startswith("liveavatar")
-    assert card["rows"]["vae_psnr"]["verdict"] == "fail" and card["rows"]["speed"]["reason"] == "measured by bench/pipeline.py"
+    assert card["rows"]["vae_psnr"]["verdict"] == "fail" and card["rows"]["speed"]["reason"].startswith("needs --speed")
     assert inspect_folder(tmp_path / "own").will_load
     with (tmp_path / "own" / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as stream:
         stream.write(b"x")
@@ -238,3 +238,15 @@ def test_refusals(place, tiny_folder, tmp_path):
     clip = drawn_clip("held", 0, size=96)
     with pytest.raises(InputError, match="render the held-out clips in its size"):
         gate_runs.take_clip(gate_runs.Avatar(config), Probe(ProbeSizes(size=16, widths=(8,), blocks=(1,))), "held", clip, 0)
+
+
+def test_speed_is_what_the_benchmark_wrote_of_one_rank(tmp_path):
+    written = {"machine": {"cpu": "some", "cores": 2}, "commit": "abc", "rows": [{"ranks": 2, "fps": 80, "frames": 9}, {"ranks": 1, "fps": 31.5, "frames": 200}]}
+    (tmp_path / "speed.json").write_text(json.dumps(written))
+    judgement = gates.Judgement.__new__(gates.Judgement)
+    judgement.job = gates.GateJob(data=tmp_path, probe=tmp_path, speed=tmp_path / "speed.json")
+    measure = judgement.speed()
+    assert (measure.value, measure.n) == (31.5, 200) and "commit abc, one rank" in measure.reason
+    (tmp_path / "speed.json").write_text('{"rows": []}')
+    with pytest.raises(InputError, match=r"speed.json: no result of bench/pipeline.py"):
+        judgement.speed()

@@ -30,6 +30,7 @@ def gates(
     frames: Annotated[int, typer.Option(min=24, help="Length of the drift run in pictures.")] = 10_000,
     teacher: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Clips like those of --data whose pictures the teacher made.")] = None,
     full: Annotated[Optional[Path], typer.Option(metavar="DIR", help="The same checkpoint saved in float32.")] = None,
+    speed: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="What bench/pipeline.py measured of the same weights.")] = None,
     clips: Annotated[Optional[int], typer.Option(min=2, help="At most so many clips of each group. Default: all.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help="Report; export puts it into the card.")] = Path("gates.json"),
 ) -> None:
@@ -42,7 +43,7 @@ def gates(
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: the folder {out.absolute().parent} does not exist: create it first")
     config = settings.load(None, overrides or ())
-    job = judge.GateJob(data=data, probe=probe, frames=frames, teacher=teacher, full=full, clips=clips, seed=config.seed)
+    job = judge.GateJob(data=data, probe=probe, frames=frames, teacher=teacher, full=full, speed=speed, clips=clips, seed=config.seed)
     report = judge.gates(config, job, " ".join(["liveavatar", *sys.argv[1:]]), lambda line: print(line, file=sys.stderr))
     write_json(report, out)
     show(report)

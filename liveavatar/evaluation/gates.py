@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import itertools
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,14 +37,14 @@ from liveavatar.evaluation.trend import theil_sen
 from liveavatar.models.folders import DEFAULT_FOLDER, open_folder
 from liveavatar.models.probe import WEIGHTS, Seen, frechet, identity_error, load_probe
 
-# training.md 6.3, to the letter. "_default" is the same on the avatar that ships instead of unseen people.
+# training.md 6.3, to the letter. "_default" is the same on the avatar that ships instead of unseen people, "_readings" on human speech.
 DEMANDS = {
     "vae_psnr": {"min": 32.0}, "vae_mouth_psnr": {"min": 30.0}, "vae_aperture_slope": {"min": 0.97}, "vae_blink_slope": {"min": 0.95},
     "sync_ratio": {"min": 0.95}, "sync_lag": {"min": -1, "max": 1}, "sync_shuffled": {"max": 0.15},
     "sync_ratio_default": {"min": 0.95}, "sync_lag_default": {"min": -1, "max": 1}, "sync_shuffled_default": {"max": 0.15},
     "aperture_slope": {"min": 0.9, "max": 1.1}, "width_slope": {"min": 0.85, "max": 1.15}, "blink_slope": {"min": 0.9, "max": 1.1},
     "aperture_slope_default": {"min": 0.9, "max": 1.1}, "width_slope_default": {"min": 0.85, "max": 1.15},
-    "closure": {"min": 0.9}, "closure_default": {"min": 0.9},
+    "closure": {"min": 0.9}, "closure_default": {"min": 0.9}, "closure_readings": {"min": 0.85},
     "blink_rate_ratio": {"min": 0.7, "max": 1.3}, "blink_rate_ratio_control": {"min": 0.7, "max": 1.3},
     "head_yaw_ratio": {"min": 0.85, "max": 1.15}, "head_pitch_ratio": {"min": 0.85, "max": 1.15}, "head_roll_ratio": {"min": 0.85, "max": 1.15},
     "id_dlib": {"max": 0.35}, "probe_id_over_teacher": {"max": 1.5},
@@ -71,13 +72,14 @@ SINGLE_BLOCKS = 3  # of the runs that are compared picture by picture
 class GateJob:
     """What to judge. data: folder of rendered clips with held/ and default/; probe: RUN/probe; frames: length of the drift run;
     teacher: folder like data whose held/ and default/ frames the teacher made; full: the same checkpoint saved in float32;
-    clips: at most so many of each group."""
+    speed: what bench/pipeline.py wrote of it; clips: at most so many of each group."""
 
     data: Path
     probe: Path
     frames: int = 10_000
     teacher: Path | None = None
     full: Path | None = None
+    speed: Path | None = None
     clips: int | None = None
     seed: int = 0
 
@@ -378,13 +380,25 @@ class Judgement:
         root = DEFAULT_FOLDER.parent if self.folder == DEFAULT_FOLDER else self.folder
         found = [p for p in sorted(root.rglob("*")) if p.is_file()]
         measures = [self.count("size_mb", sum(p.stat().st_size for p in found) / 1e6, "MB", len(found)),
-                    absent("speed", "measured by bench/pipeline.py", unit="frames per second"),
+                    self.speed(),
                     absent("audio_to_motion_r", "this version has no motion-first engine")]
         media = next((p for p in (root / "MEDIA.md", root.parent / "MEDIA.md") if p.is_file()), None)
         if media is None:
             return [*measures, absent("media_mismatches", f"no MEDIA.md in {root}", better="lower")]
         wrong = media_mismatches(media, root, found)
         return [*measures, self.count("media_mismatches", len(wrong), "files", len(found), reason=", ".join(wrong))]
+
+    def speed(self) -> Measure:
+        """Pictures a second of one process, which has no second rank to help it, by bench/pipeline.py. Raises InputError."""
+        if self.job.speed is None:
+            return absent("speed", "needs --speed: what bench/pipeline.py wrote", unit="frames per second")
+        try:
+            measured = json.loads(Path(self.job.speed).read_text(encoding="utf-8"))
+            row = next(row for row in measured["rows"] if row["ranks"] == 1)
+            where = f"{measured['machine']['cores']} cores {measured['machine']['cpu']}, commit {measured['commit']}, one rank, decode inside"
+            return Measure(name="speed", value=float(row["fps"]), unit="frames per second", better="higher", n=row["frames"], backend="bench/pipeline.py", reason=where)
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            raise InputError(f"{self.job.speed}: no result of bench/pipeline.py with one rank ({type(error).__name__}: {error})") from None
 
     # ------------------------------------------------------------ about the judgement itself
 

@@ -30,9 +30,9 @@ GATES = {"aperture slope": (0.9, 1.1), "head motion ratio": (0.85, 1.15)}  # tra
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseConfig:
-    """people: identity seeds; blocks: 0.48 s each; probe: folder of the judge, "" for RUN/probe."""
+    """people: identity seeds, of nobody whom the gates judge by; blocks: 0.48 s each; probe: folder of the judge, "" for RUN/probe."""
 
-    people: tuple[int, ...] = (1_000_000, 1_000_001)
+    people: tuple[int, ...] = (1_000_500, 1_000_501)
     blocks: int = 14
     probe: str = ""
 
