@@ -70,6 +70,15 @@ def test_sync_of_a_still_face_is_zero():
     assert not found["lag_ms"].measured
 
 
+def test_a_small_face_must_move_more_to_count_as_moving():
+    """A third of a pixel is nothing, at however few pixels between the eyes."""
+    jitter = np.random.default_rng(1).normal(0, 0.014, len(TIMES))
+    track = made_up(TIMES, gap=0.05 + jitter)
+    small = landmarks.Track(TIMES, track.points / 5, track.faces)  # 20 pixels between the eyes
+    assert track.gap_floor == landmarks.GAP_FLOOR and small.gap_floor == pytest.approx(0.0175)
+    assert fields(sync.av_corr(small, utterance()))["r0"].reason == "no motion" != fields(sync.av_corr(track, utterance()))["r0"].reason
+
+
 def test_sync_needs_speech_and_a_face():
     short = utterance(4.0)
     assert all(not m.measured and "too short" in m.reason for m in sync.av_corr(follows(short), short))

@@ -30,6 +30,7 @@ SCHEMA = "suite/1"
 LONGEST = 10_000.0  # seconds
 MANIFEST = "suite.json"
 LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: CMU flite (BSD-style); text: this project"
+FRAMINGS = ("close", "shoulders", "turned", "small", "wide")  # turned: the head 15 degrees to one side; wide: small and left of the middle
 FILES = ("portrait", "audio", "gt_video", "mumbled_video", "gt_motion")
 
 
@@ -43,7 +44,7 @@ class Line:
     seed: int
     seconds: float
     size: int  # pixels, both sides
-    framing: str = "close"  # close | turned: the head 15 degrees to one side
+    framing: str = "close"  # one of FRAMINGS
     noisy: bool = False  # the sound through another room and channel
     spoken: bool = False  # sound and portrait alone, with pauses up to long silences: streams too long to be rendered
 
@@ -114,11 +115,11 @@ def tiny(seed: int = 1) -> tuple[Line, ...]:
 
 
 def short(seed: int = 1) -> tuple[Line, ...]:
-    """suite_short: 20 heads x 5 items of 8 to 12 s at 128 pixels, one in five turned, one in ten noisy. Half an hour of rendering on a core."""
+    """suite_short: 20 heads x 5 framings, 8 to 12 s at 128 pixels, one in ten noisy. Half an hour of rendering on a core."""
     rng = np.random.default_rng([seed, 100])
     voices, seconds = rng.permuted(np.resize(["awb", "slt", "rms", "kal16"], 100)), np.round(rng.uniform(8, 12, 100) * FPS) / FPS
     return tuple(Line(id=f"short_{k:03d}", identity=1_001_000 + 100 * seed + k // 5, voice=str(voices[k]), seed=100_000 * seed + k,
-                      seconds=float(seconds[k]), size=128, framing="turned" if k % 5 == 4 else "close", noisy=k % 10 == 7)
+                      seconds=float(seconds[k]), size=128, framing=FRAMINGS[k % 5], noisy=k % 10 == 7)
                  for k in range(100))  # fmt: skip
 
 

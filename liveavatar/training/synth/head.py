@@ -137,17 +137,17 @@ class HeadRenderer:
         return self._body[1]
 
     def render(self, identity: Identity, units: np.ndarray, pose: tuple = (0, 0, 0),
-               translation: tuple = (0, 0), gaze: tuple = (0, 0)) -> Picture:
+               translation: tuple = (0, 0), gaze: tuple = (0, 0), view: raster.View = raster.CLOSE) -> Picture:
         """One picture: units [52] in 0..1, pose and gaze in degrees, translation in pictures."""
         row = [np.asarray(x, np.float32)[None] for x in (units, pose, translation, gaze)]
-        return self.render_clip(identity, *row)[0]
+        return self.render_clip(identity, *row, view)[0]
 
-    def neutral(self, identity: Identity, yaw: float = 0.0) -> np.ndarray:
+    def neutral(self, identity: Identity, yaw: float = 0.0, view: raster.View = raster.CLOSE) -> np.ndarray:
         """uint8 [size,size,3]: closed mouth, open eyes, looking ahead; the head turned by yaw degrees."""
-        return self.render(identity, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0)).rgb
+        return self.render(identity, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0), view=view).rgb
 
-    def render_clip(self, identity: Identity, units: np.ndarray, pose: np.ndarray,
-                    translation: np.ndarray, gaze: np.ndarray) -> list[Picture]:
+    def render_clip(self, identity: Identity, units: np.ndarray, pose: np.ndarray, translation: np.ndarray,
+                    gaze: np.ndarray, view: raster.View = raster.CLOSE) -> list[Picture]:
         """Pictures of units [T,52], pose [T,3], translation [T,2], gaze [T,2]."""
         body = self._person(identity)
         units = np.clip(np.array(units, np.float32), 0, 1)
@@ -165,11 +165,11 @@ class HeadRenderer:
                 offset += body.points
                 k = start + i
                 pictures.append(self._frame(body, identity, offset, np.asarray(pose[k]),
-                                            np.asarray(translation[k]), gaze[k]))  # fmt: skip
+                                            np.asarray(translation[k]), gaze[k], view))  # fmt: skip
         return pictures
 
     def _frame(self, body: _Body, identity: Identity, points: np.ndarray, pose: np.ndarray,
-               translation: np.ndarray, gaze: np.ndarray) -> Picture:
+               translation: np.ndarray, gaze: np.ndarray, view: raster.View) -> Picture:
         marks = self.marks
         turn = rotation(float(gaze[0]), float(gaze[1]), 0.0).T
         for where, centre in zip(marks.eyeballs, body.eyes, strict=True):
@@ -183,7 +183,7 @@ class HeadRenderer:
         points = points + marks.head_weight * (centred @ spin - centred)
         turned = normal + marks.head_weight * (normal @ spin - normal)
         hanging = identity.style in ("long", "bob")
-        big = self.raster.draw(points, turned, translation, hanging)
+        big = self.raster.draw(points, turned, translation, hanging, view)
         s, n = self.supersample, self.size
         # Box filter in linear light would be truer; the shader's output is already gamma coded
         # and the difference at 2x is below one grey level except on hard rims.
@@ -192,12 +192,12 @@ class HeadRenderer:
             for column in range(s):
                 rgb += big[row::s, column::s]
         rgb = (rgb + s * s // 2) // (s * s)
-        flat = raster.project(points[marks.lips], translation, n)
+        flat = raster.project(points[marks.lips], translation, n, view)
         pad = 0.02 * n
         mouth = (*(flat.min(0) - pad), *(flat.max(0) + pad))
         eyes = []
         for where in marks.eyeballs:
-            flat = raster.project(points[where], translation, n)
+            flat = raster.project(points[where], translation, n, view)
             eyes.append(tuple(float(v) for v in (*flat.min(0), *flat.max(0))))
         return Picture(
             rgb=rgb.astype(np.uint8),
