@@ -6,9 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from liveavatar.core import ConfigError
+from liveavatar.conditioning.phones import VOWELS
+from liveavatar.conditioning.visemes import loudness
+from liveavatar.core import SAMPLE_RATE, ConfigError
 from liveavatar.evaluation import suite
-from liveavatar.training.synth import performance, raster
+from liveavatar.training.synth import performance, raster, sound, speech
 from liveavatar.training.synth.head import HeadRenderer, _Body
 from liveavatar.training.synth.people import Identity
 
@@ -33,6 +35,50 @@ def test_everybody_is_seen_in_every_framing():
     assert Counter(line.framing for line in lines) == dict.fromkeys(suite.FRAMINGS, 20)
     assert len({(line.identity, line.framing) for line in lines}) == 100 and set(performance.FRAMINGS) == set(suite.FRAMINGS)
     assert suite.short(2) != lines
+
+
+def test_everybody_speaks_in_every_voice_and_every_sound_is_heard():
+    for framing in suite.FRAMINGS:
+        lines = [line for line in suite.short() if line.framing == framing]
+        assert set(Counter(line.voice for line in lines).values()) == {4} and Counter(line.voice for line in lines)[suite.READING] == 4
+        assert Counter(line.sound for line in lines) == {"clean": 12, "noise": 2, "reverb": 2, "quiet": 2, "fast": 2}
+        assert not any(line.sound == "fast" for line in lines if line.voice == suite.READING)
+    assert tuple(sound.SOUNDS) == suite.SOUNDS and speech.READER == suite.READING
+
+
+def test_a_person_reads_whole_sentences_whose_phones_are_known():
+    pytest.importorskip("pocketsphinx")
+    said = speech.read_aloud(5, 11.0)
+    assert len(said.pcm) == 11 * SAMPLE_RATE and said.phones[-1].end == 11 and said.voice == "reading"
+    assert set(said.text.split()) <= set(" ".join(text for _, text in speech.READ).split()) and said.text.count("ill disposed") == 3
+    spoken = sum(p.end - p.start for p in said.phones if p.name != "pau")
+    assert spoken > 9 and sum(p.name in "pbm" for p in said.phones) >= 5
+    level = loudness(said.pcm, np.array([(p.start + p.end) / 2 for p in said.phones]), 0.02)
+    vowels = np.array([p.name in VOWELS for p in said.phones])
+    assert level[vowels].mean() > 10 * level[[p.name == "pau" for p in said.phones]].mean()
+    again = speech.read_aloud(5, 11.0)
+    assert np.array_equal(again.pcm, said.pcm) and not np.array_equal(speech.read_aloud(6, 11.0).pcm, said.pcm)
+
+
+def test_sounds_are_what_they_are_called_and_keep_time():
+    t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    pcm = (0.2 * np.sin(2 * np.pi * 200 * t) * (t % 0.5 < 0.2)).astype(np.float32)
+    made = {kind: sound.heard(pcm, kind, 3) for kind in sound.SOUNDS}
+    assert all(y.dtype == np.float32 and y.shape == pcm.shape and np.array_equal(y, sound.heard(pcm, kind, 3)) for kind, y in made.items())
+    assert np.array_equal(made["clean"], pcm) and np.array_equal(made["fast"], pcm)
+    assert 20 * np.log10(made["quiet"].std()) == pytest.approx(-45, abs=0.1)
+    between = (t % 0.5 > 0.25) & (t % 0.5 < 0.45)
+    assert 12 <= 20 * np.log10(pcm.std() / made["noise"][between].std()) + 1 <= 22
+    assert made["reverb"][between].std() > 0.01 and made["reverb"].std() == pytest.approx(pcm.std(), rel=0.01)
+    click = np.eye(1, 4000, 500, dtype=np.float32)[0]
+    assert np.argmax(np.abs(sound.heard(click, "reverb", 4))) == 500 and not sound.heard(click, "reverb", 4)[:500].round(6).any()
+
+
+def test_a_fast_voice_says_more_in_the_same_time():
+    if not speech.have_flite():
+        pytest.skip("flite is not installed (apt install flite)")
+    usual, fast = (performance.dense_speech(7, 8.0, "slt", pace) for pace in (1.0, sound.FAST))
+    assert len(fast.pcm) == len(usual.pcm) and len(fast.phones) > 1.25 * len(usual.phones)
 
 
 @pytest.mark.parametrize("framing", suite.FRAMINGS)

@@ -29,8 +29,11 @@ from liveavatar.evaluation.report import Item, absent
 SCHEMA = "suite/1"
 LONGEST = 10_000.0  # seconds
 MANIFEST = "suite.json"
-LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: CMU flite (BSD-style); text: this project"
+LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: {}"
+MACHINE, READ = "CMU flite (BSD-style); text: this project", "LibriVox reading of Jane Austen, Sense and Sensibility (public domain)"
+READING = "reading"  # the voice that is a person's
 FRAMINGS = ("close", "shoulders", "turned", "small", "wide")  # turned: the head 15 degrees to one side; wide: small and left of the middle
+SOUNDS = ("clean", "noise", "reverb", "quiet", "fast")  # how the voice is heard: quiet as a whisper, or talking half as fast again
 FILES = ("portrait", "audio", "gt_video", "mumbled_video", "gt_motion")
 
 
@@ -40,19 +43,19 @@ class Line:
 
     id: str
     identity: int
-    voice: str
+    voice: str  # of flite, or READING
     seed: int
     seconds: float
     size: int  # pixels, both sides
     framing: str = "close"  # one of FRAMINGS
-    noisy: bool = False  # the sound through another room and channel
+    sound: str = "clean"  # one of SOUNDS
     spoken: bool = False  # sound and portrait alone, with pauses up to long silences: streams too long to be rendered
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteItem:
     """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash; consent: how the person shown
-    agreed, required where it is one."""
+    agreed, required where it is one. voice, sound: as in Line, of what is rendered."""
 
     id: str
     portrait: str
@@ -63,6 +66,8 @@ class SuiteItem:
     framing: str
     phones: tuple[Phone, ...]
     licence: str
+    voice: str = ""
+    sound: str = ""
     gt_video: str = ""
     mumbled_video: str = ""  # the same with the lips half as far apart: for the sanity ranking
     gt_motion: str = ""
@@ -115,12 +120,20 @@ def tiny(seed: int = 1) -> tuple[Line, ...]:
 
 
 def short(seed: int = 1) -> tuple[Line, ...]:
-    """suite_short: 20 heads x 5 framings, 8 to 12 s at 128 pixels, one in ten noisy. Half an hour of rendering on a core."""
+    """suite_short: 20 heads x 5 framings, 8 to 12 s at 128 pixels. In each framing every voice speaks four times and every
+    sound but the clean one is heard twice. Half an hour of rendering on a core."""
     rng = np.random.default_rng([seed, 100])
-    voices, seconds = rng.permuted(np.resize(["awb", "slt", "rms", "kal16"], 100)), np.round(rng.uniform(8, 12, 100) * FPS) / FPS
-    return tuple(Line(id=f"short_{k:03d}", identity=1_001_000 + 100 * seed + k // 5, voice=str(voices[k]), seed=100_000 * seed + k,
-                      seconds=float(seconds[k]), size=128, framing=FRAMINGS[k % 5], noisy=k % 10 == 7)
-                 for k in range(100))  # fmt: skip
+    seconds, dealt = np.round(rng.uniform(8, 12, 100) * FPS) / FPS, [_dealt(rng) for _ in FRAMINGS]
+    return tuple(Line(id=f"short_{k:03d}", identity=1_001_000 + 100 * seed + k // 5, seed=100_000 * seed + k, seconds=float(seconds[k]), size=128,
+                      framing=FRAMINGS[k % 5], **dealt[k % 5][k // 5]) for k in range(100))  # fmt: skip
+
+
+def _dealt(rng: np.random.Generator) -> list[dict[str, str]]:
+    """Voice and sound of 20 lines; a reading is never fast."""
+    while True:
+        voices, sounds = rng.permutation(4 * ["awb", "slt", "rms", "kal16", READING]), rng.permutation([*2 * SOUNDS[1:], *12 * SOUNDS[:1]])
+        if not ((voices == READING) & (sounds == "fast")).any():
+            return [{"voice": str(voice), "sound": str(sound)} for voice, sound in zip(voices, sounds, strict=True)]
 
 
 def long(seed: int = 1) -> tuple[Line, ...]:
@@ -143,6 +156,9 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
     said = asdict(manifest)
     for item in said["items"]:
         del item["consent"]  # nobody was asked: heads are rendered
+        for kind in ("voice", "sound"):
+            if not item[kind]:
+                del item[kind]
     (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return read_suite(folder)
 
@@ -150,6 +166,7 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
 def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
     names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav"}
     Image.fromarray(made.portrait).save(folder / names["portrait"])
+    how = {} if line.spoken else {"voice": line.voice, "sound": line.sound}
     if line.spoken:
         write_sound(folder / names["audio"], _minutes(made.pcm[: round(line.seconds * SAMPLE_RATE)]))
     else:
@@ -161,8 +178,8 @@ def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
         write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
     hashes = {name: sha256(folder / name) for name in names.values()}
-    return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones, licence=LICENCE,
-                     sha256=hashes, **names)  # fmt: skip
+    return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones,
+                     licence=LICENCE.format(READ if line.voice == READING else MACHINE), sha256=hashes, **how, **names)  # fmt: skip
 
 
 def _minutes(pcm: np.ndarray) -> Iterator[np.ndarray]:

@@ -8,8 +8,9 @@ import numpy as np
 
 from liveavatar.conditioning.phones import LIPS_MEET, PAUSE, WIDE_OPEN, Phone
 from liveavatar.conditioning.visemes import ARKIT_UNITS
-from liveavatar.core import FPS, ConfigError
-from liveavatar.training.synth import director, speech
+from liveavatar.config import one_of
+from liveavatar.core import FPS
+from liveavatar.training.synth import director, sound, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 from liveavatar.training.synth.raster import CLOSE, View
@@ -42,10 +43,10 @@ class Performance:
     motion: dict[str, np.ndarray]
 
 
-def dense_speech(seed: int, seconds: float, voice: str) -> speech.Utterance:
+def dense_speech(seed: int, seconds: float, voice: str, pace: float = 1.0) -> speech.Utterance:
     """The first utterance from `seed` on with few pauses, lips that meet and vowels that open. Raises SpeechError."""
     for k in range(TRIES):
-        said = speech.synthesize(1000 * seed + k, seconds, (voice,))
+        said = speech.synthesize(1000 * seed + k, seconds, (voice,), pace)
         pauses = sum(p.end - p.start for p in said.phones if p.name == PAUSE and p.end - p.start >= LONG_PAUSE)
         names = [p.name for p in said.phones]
         if pauses <= MOST_PAUSE * seconds and all(sum(n in kind for n in names) >= ENOUGH for kind in (LIPS_MEET, WIDE_OPEN)):
@@ -87,8 +88,8 @@ def spoken_stream(seed: int, seconds: float, voice: str) -> speech.Utterance:
 
 
 class Stage:
-    """Renders what a line asks for: identity, voice, seed, seconds, size, framing (one of FRAMINGS), noisy, spoken. One GL
-    context per size."""
+    """Renders what a line asks for: identity, voice, seed, seconds, size, framing (one of FRAMINGS), sound (one of SOUNDS),
+    spoken. One GL context per size."""
 
     def __init__(self) -> None:
         self._renderer: HeadRenderer | None = None
@@ -96,12 +97,17 @@ class Stage:
     def __call__(self, line) -> Performance:
         if self._renderer is None or self._renderer.size != line.size:
             self._renderer = HeadRenderer(line.size)
-        if line.framing not in FRAMINGS:
-            raise ConfigError(f"framing {line.framing!r}: must be one of {', '.join(FRAMINGS)}")
+        one_of("framing", line.framing, tuple(FRAMINGS))
+        one_of("sound", line.sound, tuple(sound.SOUNDS))
         if line.spoken:
             who, said = Identity.sample(line.identity), spoken_stream(line.seed, line.seconds, line.voice)
             portrait = self._renderer.neutral(who, *FRAMINGS[line.framing])
             return Performance(None, None, portrait, said.pcm, said.phones, said.text, who.caption, {})
-        said = dense_speech(line.seed, line.seconds + speech.LOOKAHEAD_SECONDS, line.voice)
+        seconds = line.seconds + speech.LOOKAHEAD_SECONDS
+        if line.voice == speech.READER:
+            assert line.sound != "fast", "a recording has its own pace"
+            said = speech.read_aloud(line.seed, seconds)
+        else:
+            said = dense_speech(line.seed, seconds, line.voice, sound.FAST if line.sound == "fast" else 1.0)
         made = perform(self._renderer, line.identity, said, line.seconds, line.seed, line.framing)
-        return replace(made, pcm=speech.augment(made.pcm, line.seed)) if line.noisy else made
+        return replace(made, pcm=sound.heard(made.pcm, line.sound, line.seed))
