@@ -185,7 +185,7 @@ def open_suite(what: SuiteSettings, setting: Setting):
     """The suite's folder, built first where it is missing and the settings say how. Raises InputError where another suite is there."""
     from liveavatar.evaluation import suite as suites
 
-    folder, name, version = Path(what.folder), f"suite_{what.build}", f"1, seed {what.seed}"
+    folder, name, version = Path(what.folder), f"suite_{what.build}", f"{suites.VERSIONS.get(what.build)}, seed {what.seed}"
     if what.build is not None and not (folder / suites.MANIFEST).exists():
         setting.say(f"building {name} in {folder}")
         return suites.build(folder, name, version, suites.NAMED[what.build](what.seed), setting.ours.stage())
