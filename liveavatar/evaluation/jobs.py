@@ -23,6 +23,7 @@ from liveavatar.evaluation.backends import Backends, Given
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
+HEADLINES = ("sync_index", "r0", "closure_minus_false", "response_gap_r", "response_gap_slope", "lmd_gt", "id_dlib", "sharpness", "face_share")
 SUITES = ("tiny", "short", "long")  # of suite.NAMED
 
 
@@ -178,6 +179,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         "suite", system, origin, items=items, metrics=metrics, sanity=checks,
         gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
         exclusions=tuple(f"{item.id}: {m.reason}" for item in items for m in item.measures if m.name == "judged"),
+        details={"groups": report.grouped(items, metrics, HEADLINES)},
         limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
 
 

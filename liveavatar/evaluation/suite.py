@@ -246,11 +246,13 @@ def judge_suite(suite: Suite, videos: str | Path, **settings) -> tuple[Item, ...
 def _judged(suite: Suite, item: SuiteItem, video: Path, settings: dict) -> Item:
     """A mute video is judged with the suite's sound."""
     motion = suite.path(item, "gt_motion")
+    kinds = {"framing": item.framing, "voice": item.voice and (item.voice if item.voice == READING else "machine"), "sound": item.sound}
+    named = {"id": item.id, "video": str(video), "kinds": {sort: kind for sort, kind in kinds.items() if kind}}
     try:
         file = VideoFile(video)
         sound = None if file.has_sound else suite.path(item, "audio")
         measures = judge_video(file, sound, reference=suite.path(item, "gt_video"), text=item.text,
                                truth=None if motion is None else read_truth(motion), portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
-        return Item(id=item.id, video=str(video), sha256=file.sha256, picture=file.card, measures=tuple(measures))
+        return Item(**named, sha256=file.sha256, picture=file.card, measures=tuple(measures))
     except InputError as error:
-        return Item(id=item.id, video=str(video), measures=(absent("judged", str(error), status="failed"),))
+        return Item(**named, measures=(absent("judged", str(error), status="failed"),))
