@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -134,6 +134,7 @@ class Scene:
     text: str
     caption: str
     motion: dict
+    points: dict = field(default_factory=dict)
 
 
 def painted(line) -> Scene:

@@ -172,6 +172,22 @@ def test_lip_distance_is_the_mean_over_lips():
     assert found["f_lmd"].value == pytest.approx(2 * 0.05 / 468, rel=1e-3) and found["lvd"].value == pytest.approx(0, abs=1e-4)
 
 
+def test_lips_are_as_far_from_the_mesh_as_they_truly_are():
+    """What the tracker is off by everywhere does not count, nor do points whose truth is unknown; inner lips .1 IOD farther apart do."""
+    exact, judged = made_up(TIMES, gap=wobble()), made_up(TIMES, gap=wobble() + 0.1, at=(90, 50))
+    mesh = exact.points[..., :2].copy()
+    mesh[:, landmarks.LIPS] += (3, -2)
+    truth = Truth(TIMES, {}, {k: mesh[:, k] for k in (*landmarks.LIPS, *landmarks.STABLE)})
+    found = fields(landmarks.true_distances(judged, truth, exact))
+    assert found["lmd_gt"].value == pytest.approx(2 * 0.05 / 40, rel=1e-3) and found["lvd_gt"].value == pytest.approx(0, abs=1e-4)
+    assert found["lmd_gt_floor"].value == pytest.approx(0, abs=1e-6) and found["lvd_gt_floor"].unit == "IOD/s"
+    slower = fields(landmarks.true_distances(made_up(TIMES, gap=wobble(0.05)), truth, exact))
+    speed = np.abs(np.diff(wobble(0.05)[::3])).mean() / 0.12
+    assert slower["lvd_gt"].value == pytest.approx(speed / 40, rel=0.1)
+    alone = fields(landmarks.true_distances(judged, truth, None))
+    assert set(alone) == {"lmd_gt", "lvd_gt"} and all("needs the reference" in m.reason for m in alone.values())
+
+
 def test_pictures_are_paired_by_time():
     reference = made_up(TIMES, gap=wobble())
     half = landmarks.Track(TIMES[::2] + 0.004, reference.points[::2], reference.faces[::2])

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from liveavatar.conditioning.phones import VOWELS
-from liveavatar.conditioning.visemes import loudness
+from liveavatar.conditioning.visemes import ARKIT_UNITS, loudness
 from liveavatar.core import SAMPLE_RATE, ConfigError
-from liveavatar.evaluation import suite
+from liveavatar.evaluation import sanity, suite
 from liveavatar.training.synth import performance, raster, sound, speech
 from liveavatar.training.synth.head import HeadRenderer, _Body
 from liveavatar.training.synth.people import Identity
+from liveavatar.training.synth.tracked import VERTICES
 
 PEOPLE = [Identity.sample(line.identity) for line in suite.short()[::25]]
 FACES = {"close": (76, 92), "shoulders": (62, 77), "turned": (74, 92), "small": (39, 49), "wide": (47, 58)}  # pixels of 128, chin to forehead
@@ -81,6 +82,16 @@ def test_a_fast_voice_says_more_in_the_same_time():
     assert len(fast.pcm) == len(usual.pcm) and len(fast.phones) > 1.25 * len(usual.phones)
 
 
+def test_a_stranger_is_another_person_and_wrong_speech_says_something_else():
+    """The next item may show the same one in another framing, or read the same sentences."""
+    items = [suite.SuiteItem(id=line.id, portrait="p", audio="", text="", prompt="", seed=0, framing=line.framing, phones=(), licence="",
+                             person=str(line.identity), voice=line.voice, sha256={"p": line.id}) for line in suite.short()]  # fmt: skip
+    assert [sanity._stranger(items, k).person == items[k].person for k in (0, 2, 99)] == [False] * 3
+    assert sanity._stranger(items, 2) is items[5] and sanity._stranger(items, 99) is items[0]
+    read = [k for k in range(99) if items[k].voice == items[k + 1].voice == suite.READING]
+    assert read and all(sanity._other(items, k).voice != suite.READING for k in read) and sanity._other(items, 99) is items[0]
+
+
 @pytest.mark.parametrize("framing", suite.FRAMINGS)
 def test_no_framing_shows_where_the_mesh_ends(renderer, framing):
     mesh = renderer.mesh
@@ -112,3 +123,18 @@ def test_what_is_measured_on_a_picture_moves_with_its_framing(renderer):
     near, far = (renderer.render(PEOPLE[0], zeros, translation=(0.02, 0), view=v) for v in (raster.CLOSE, view))
     assert np.allclose(np.subtract(far.eye_boxes, 64 * np.array([1.2, 0.9] * 2)), 0.5 * (np.array(near.eye_boxes) - 64), atol=1e-3)
     assert near.aperture == far.aperture and (renderer.neutral(PEOPLE[0]) == renderer.render(PEOPLE[0], zeros).rgb).all()
+
+
+def test_the_mesh_says_where_a_landmark_is(renderer):
+    """Seen and true points, the same people in two sizes: within a pixel of 128 on the mean."""
+    pytest.importorskip("ai_edge_litert", reason="the face tracker's runtime")
+    from liveavatar.conditioning.face import FaceTracker
+    from liveavatar.evaluation.landmarks import LIPS, STABLE
+
+    assert tuple(VERTICES) == (*LIPS, *STABLE)
+    units = np.array([0.4 * (name == "jawOpen") for name in ARKIT_UNITS], np.float32)
+    for who, view in zip(PEOPLE, (raster.CLOSE, performance.FRAMINGS["wide"][1]) * 2, strict=True):
+        picture = renderer.render(who, units, (4, 3, 2), view=view)
+        (face,) = FaceTracker().follow(picture.rgb)
+        off = np.linalg.norm(picture.points - face.landmarks[list(VERTICES), :2], axis=-1)
+        assert off.mean() < 1.6 * view.zoom and off.max() < 4 * view.zoom

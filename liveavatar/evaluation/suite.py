@@ -28,7 +28,7 @@ from liveavatar.evaluation.report import Item, absent
 
 SCHEMA = "suite/1"
 LONGEST = 10_000.0  # seconds
-MANIFEST = "suite.json"
+MANIFEST, POINT = "suite.json", "point_"
 LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: {}"
 MACHINE, READ = "CMU flite (BSD-style); text: this project", "LibriVox reading of Jane Austen, Sense and Sensibility (public domain)"
 READING = "reading"  # the voice that is a person's
@@ -55,7 +55,8 @@ class Line:
 @dataclass(frozen=True, kw_only=True)
 class SuiteItem:
     """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash; consent: how the person shown
-    agreed, required where it is one. voice, sound: as in Line, of what is rendered."""
+    agreed, required where it is one. person: who is shown, the same in every item of theirs. voice, sound: as in Line. All three are said of
+    what is rendered."""
 
     id: str
     portrait: str
@@ -66,6 +67,7 @@ class SuiteItem:
     framing: str
     phones: tuple[Phone, ...]
     licence: str
+    person: str = ""
     voice: str = ""
     sound: str = ""
     gt_video: str = ""
@@ -100,8 +102,8 @@ class Suite:
 
 class Rendered(Protocol):
     """What a renderer makes of a Line. frames, mumbled uint8 [T, S, S, 3] at 25 pictures a second, None of a line that is only
-    spoken; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz from the first picture; motion: channels of landmarks.Truth, each
-    [T], none of a line that is only spoken."""
+    spoken; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz from the first picture; motion, points: as in landmarks.Truth, none
+    of a line that is only spoken."""
 
     frames: np.ndarray | None
     mumbled: np.ndarray | None
@@ -111,6 +113,7 @@ class Rendered(Protocol):
     text: str
     caption: str
     motion: dict[str, np.ndarray]
+    points: dict[int, np.ndarray]
 
 
 def tiny(seed: int = 1) -> tuple[Line, ...]:
@@ -157,7 +160,7 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
     said = asdict(manifest)
     for item in said["items"]:
         del item["consent"]  # nobody was asked: heads are rendered
-        for kind in ("voice", "sound"):
+        for kind in ("person", "voice", "sound"):
             if not item[kind]:
                 del item[kind]
     (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -167,7 +170,7 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
 def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
     names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav"}
     Image.fromarray(made.portrait).save(folder / names["portrait"])
-    how = {} if line.spoken else {"voice": line.voice, "sound": line.sound}
+    how = {} if line.spoken else {"person": str(line.identity), "voice": line.voice, "sound": line.sound}
     if line.spoken:
         write_sound(folder / names["audio"], _minutes(made.pcm[: round(line.seconds * SAMPLE_RATE)]))
     else:
@@ -176,7 +179,7 @@ def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
         write_sound(folder / names["audio"], _minutes(pcm))
         write_video(folder / names["gt_video"], made.frames, pcm)
         write_video(folder / names["mumbled_video"], made.mumbled, pcm)
-        write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
+        write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion, made.points))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
     hashes = {name: sha256(folder / name) for name in names.values()}
     return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones,
@@ -197,7 +200,9 @@ def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray) -> None:
 
 def write_truth(path: Path, truth: Truth) -> None:
     """An npz whose bytes are a function of its numbers (numpy's own archives carry no time of writing)."""
-    np.savez(path, times=truth.times, **{name: np.asarray(values, np.float32) for name, values in truth.channels.items()})
+    named = {name: np.asarray(values, np.float32) for name, values in truth.channels.items()}
+    named |= {f"{POINT}{landmark}": np.asarray(values, np.float32) for landmark, values in truth.points.items()}
+    np.savez(path, times=truth.times, **named)
 
 
 def read_truth(path: Path) -> Truth:
@@ -205,7 +210,8 @@ def read_truth(path: Path) -> Truth:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name].astype(float) for name in stored.files}
-        return Truth(arrays.pop("times"), arrays)
+        points = {int(name.removeprefix(POINT)): arrays.pop(name) for name in list(arrays) if name.startswith(POINT)}
+        return Truth(arrays.pop("times"), arrays, points)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: no commanded motion (npz with times and channels): {error}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 from liveavatar.conditioning.visemes import ARKIT_UNITS
 from liveavatar.training.synth import raster, shade
 from liveavatar.training.synth.people import FEATURES, Identity
+from liveavatar.training.synth.tracked import VERTICES
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Picture:
     """One frame and the truth about it.
 
     rgb uint8 [size,size,3]; boxes (x0,y0,x1,y1) in pixels; aperture, width, lid are divided by
-    the distance between the eye centres, measured on the mesh before head pose.
+    the distance between the eye centres, measured on the mesh before head pose; points float32 [n,2]
+    pixels of the landmarks of tracked.VERTICES.
     """
 
     rgb: np.ndarray
@@ -29,6 +31,7 @@ class Picture:
     aperture: float
     width: float
     lid: float
+    points: np.ndarray
 
 
 def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
@@ -106,6 +109,7 @@ class _Marks:
         self.lower_lip = lips[middle & (drop > 0.20)]
         self.lips = lips
         self.corners = [int(lips[np.argmax(s * rest[lips, 0])]) for s in (1, -1)]
+        self.tracked = np.array([np.flatnonzero(mesh.source == vertex)[0] for vertex in VERTICES.values()], int)
         self.lids = []
         for name, s in (("eyeBlinkLeft", 1), ("eyeBlinkRight", -1)):
             fall = np.where(skin & (rest[:, 0] * s > 0), -unit[name][:, 1], 0)
@@ -205,4 +209,5 @@ class HeadRenderer:
             aperture=max(0.0, float(gap)) / body.iod,
             width=float(np.linalg.norm(left - right)) / body.iod,
             lid=float(np.mean(lids)) / body.iod,
+            points=raster.project(points[marks.tracked], translation, n, view).astype(np.float32),
         )  # fmt: skip

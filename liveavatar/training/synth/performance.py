@@ -14,6 +14,7 @@ from liveavatar.training.synth import director, sound, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 from liveavatar.training.synth.raster import CLOSE, View
+from liveavatar.training.synth.tracked import VERTICES
 
 PARTING = ("jawOpen", "mouthClose", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight")
 MUMBLE = 0.5  # share of the lips' parting that is left
@@ -31,7 +32,8 @@ LONG_PAUSE, MOST_PAUSE = 0.3, 0.06  # seconds; share of the time that such pause
 @dataclass(frozen=True)
 class Performance:
     """frames, mumbled uint8 [T, S, S, 3]; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz; motion: gap, width in eye distances,
-    blink, and yaw, pitch, roll in degrees, each float32 [T]. What is only spoken has neither frames nor motion."""
+    blink, and yaw, pitch, roll in degrees, each float32 [T]; points: landmark -> float32 [T, 2] pixels. What is only spoken has no
+    frames, motion and points."""
 
     frames: np.ndarray | None
     mumbled: np.ndarray | None
@@ -41,6 +43,7 @@ class Performance:
     text: str
     caption: str
     motion: dict[str, np.ndarray]
+    points: dict[int, np.ndarray]
 
 
 def dense_speech(seed: int, seconds: float, voice: str, pace: float = 1.0) -> speech.Utterance:
@@ -68,6 +71,7 @@ def perform(renderer: HeadRenderer, identity: int, said: speech.Utterance, secon
         frames=np.stack([p.rgb for p in clear]), mumbled=np.stack([p.rgb for p in mumbled]),
         portrait=renderer.neutral(who, yaw, view), pcm=said.pcm, phones=said.phones, text=said.text,
         caption=who.caption, motion={name: np.asarray(values, np.float32) for name, values in motion.items()},
+        points=dict(zip(VERTICES, np.stack([p.points for p in clear], axis=1), strict=True)),
     )  # fmt: skip
 
 
@@ -102,7 +106,7 @@ class Stage:
         if line.spoken:
             who, said = Identity.sample(line.identity), spoken_stream(line.seed, line.seconds, line.voice)
             portrait = self._renderer.neutral(who, *FRAMINGS[line.framing])
-            return Performance(None, None, portrait, said.pcm, said.phones, said.text, who.caption, {})
+            return Performance(None, None, portrait, said.pcm, said.phones, said.text, who.caption, {}, {})
         seconds = line.seconds + speech.LOOKAHEAD_SECONDS
         if line.voice == speech.READER:
             assert line.sound != "fast", "a recording has its own pace"
