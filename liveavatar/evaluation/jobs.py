@@ -23,7 +23,8 @@ from liveavatar.evaluation.backends import Backends, Given
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
-HEADLINES = ("sync_index", "r0", "closure_minus_false", "response_gap_r", "response_gap_slope", "lmd_gt", "id_dlib", "sharpness", "face_share")
+HEADLINES = ("sync_index", "r0", "closure_minus_false", "response_gap_r", "response_gap_slope", "lmd_gt", "lmd_gt_floor", "id_dlib", "sharpness",
+             "face_share")  # fmt: skip
 SUITES = ("tiny", "short", "long")  # of suite.NAMED
 
 
