@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -134,6 +134,7 @@ class Scene:
     text: str
     caption: str
     motion: dict
+    points: dict = field(default_factory=dict)
 
 
 def painted(line) -> Scene:
@@ -258,7 +259,7 @@ def test_another_suite_than_the_one_asked_for_and_people_without_consent_are_ref
     people.write_text(people.read_text().replace('"synthetic": true', '"synthetic": false'))
     assert "i0 shows a person: say licence and consent" in error_of("evaluate", order(tmp_path, small_suite))
     people.write_text(people.read_text().replace('"synthetic": false', '"synthetic": true'))
-    assert "holds suite_small 1, not suite_short 1, seed 2" in error_of("evaluate", order(tmp_path, small_suite), "suite.build=short", "suite.seed=2")
+    assert "holds suite_small 1, not suite_short 2, seed 2" in error_of("evaluate", order(tmp_path, small_suite), "suite.build=short", "suite.seed=2")
 
 
 def test_one_video_of_any_system(tmp_path):

@@ -9,7 +9,7 @@ import yaml
 
 from liveavatar.core import ConfigError, InputError
 from liveavatar.evaluation.report import (
-    Check, Item, Measure, Origin, Report, System, absent, aggregate, bootstrap, compare, judge_gates, read_report, rejected, write_json,
+    Check, Item, Measure, Origin, Report, System, absent, aggregate, bootstrap, compare, grouped, judge_gates, read_report, rejected, write_json,
 )  # fmt: skip
 from liveavatar.evaluation.tables import PUBLISHED, comparison, markdown
 
@@ -56,6 +56,21 @@ def test_items_become_one_row_each_with_what_is_missing_counted():
     assert (psnr.value, psnr.n, psnr.interval) == (2.0, 2, (1.0, 3.0)) and psnr.reason == "1 of 3 items failed: no face"
     assert (r0.value, r0.interval, r0.reason) == (0.5, (0.4, 0.6), "2 of 3 items not measured: too short")
     assert lost.status == "not_measured"
+
+
+def test_kinds_of_items_are_told_apart_by_what_was_measured_of_all():
+    def item(framing, value, **more):
+        return Item(id=framing, kinds={"framing": framing, "voice": "machine"}, measures=(measure(value=value), measure("lmd", **more)))
+
+    items = [item("close", 3.0), item("close", 1.0), item("small", 0.5)]
+    metrics = rejected(aggregate(items), [Check(metric="lmd", needs="A < B", ok=False)])
+    groups = grouped(items, metrics, ("lmd", "psnr", "FID"))
+    assert groups == {"framing": {"close": {"items": 2, "psnr": 2.0}, "small": {"items": 1, "psnr": 0.5}}}
+    lost = [*items, Item(id="wide", kinds={"framing": "wide"}, measures=(absent("psnr", "no face"),))]
+    text = markdown(report(details={"groups": grouped(lost, metrics, ("psnr",))}))
+    assert "## By kind of item (synthetic suite)" in text and "| framing | items | psnr |" in text
+    assert "| close | 2 | 2 |" in text and "| wide | 1 | - |" in text
+    assert "By kind" not in markdown(report(details={"groups": {}}))
 
 
 # ---------------------------------------------------------------- gates and sanity

@@ -69,7 +69,7 @@ def test_the_same_recipe_gives_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (10, 64, 64, 3), dtype=np.uint8)
     made = SimpleNamespace(frames=frames, mumbled=frames, portrait=frames[0], pcm=rng.normal(0, 0.1, 6400).astype(np.float32), phones=(),
-                           text="t", caption="c", motion={"gap": np.ones(10)})
+                           text="t", caption="c", motion={"gap": np.ones(10)}, points={61: np.ones((10, 2))})
     built = [suite.build(tmp_path / name, "s", "1", suite.tiny()[:1], lambda line: made) for name in "ab"]
     assert built[0].sha256 == built[1].sha256
     assert suite.tiny(1) == suite.tiny(1) != suite.tiny(2)
@@ -79,6 +79,7 @@ def test_truth_survives_its_file(rendered_suite):
     item = rendered_suite.manifest.items[0]
     truth = read_truth(rendered_suite.path(item, "gt_motion"))
     assert len(truth.times) == 150 and set(truth.channels) == {"gap", "width", "blink", "yaw", "pitch", "roll"}
+    assert len(truth.points) == 48 and all(path.shape == (150, 2) and (path > 0).all() and (path < 128).all() for path in truth.points.values())
     assert truth.channels["gap"].min() < 0.02 < 0.15 < truth.channels["gap"].max()
     with pytest.raises(InputError, match="commanded motion"):
         read_truth(rendered_suite.path(item, "audio"))
@@ -103,6 +104,7 @@ def judged(rendered_suite, tmp_path_factory):
 def test_one_file_gets_every_measure(judged):
     for name in ("r0", "closure", "lmd", "response_gap_slope", "warp_error", "jerk", "motion_speech", "psnr_mouth", "ssim_face", "sharpness"):
         assert judged[name].measured or judged[name].reason, name
+    assert judged["lmd_gt"].value < 0.04 and abs(judged["lmd_gt"].value - judged["lmd_gt_floor"].value) < 0.005
     assert judged["lmd"].value < 0.01 and judged["psnr_full"].value > 35
     assert judged["response_gap_slope"].value == pytest.approx(1, abs=0.15)
     assert judged["face_share"].value == 1

@@ -70,6 +70,15 @@ def test_sync_of_a_still_face_is_zero():
     assert not found["lag_ms"].measured
 
 
+def test_a_small_face_must_move_more_to_count_as_moving():
+    """A third of a pixel is nothing, at however few pixels between the eyes."""
+    jitter = np.random.default_rng(1).normal(0, 0.014, len(TIMES))
+    track = made_up(TIMES, gap=0.05 + jitter)
+    small = landmarks.Track(TIMES, track.points / 5, track.faces)  # 20 pixels between the eyes
+    assert track.gap_floor == landmarks.GAP_FLOOR and small.gap_floor == pytest.approx(0.0175)
+    assert fields(sync.av_corr(small, utterance()))["r0"].reason == "no motion" != fields(sync.av_corr(track, utterance()))["r0"].reason
+
+
 def test_sync_needs_speech_and_a_face():
     short = utterance(4.0)
     assert all(not m.measured and "too short" in m.reason for m in sync.av_corr(follows(short), short))
@@ -161,6 +170,22 @@ def test_lip_distance_is_the_mean_over_lips():
     found = fields(distances(made_up(TIMES, gap=wobble() + 0.1), made_up(TIMES, gap=wobble())))
     assert found["lmd"].value == pytest.approx(2 * 0.05 / 40, rel=1e-3)
     assert found["f_lmd"].value == pytest.approx(2 * 0.05 / 468, rel=1e-3) and found["lvd"].value == pytest.approx(0, abs=1e-4)
+
+
+def test_lips_are_as_far_from_the_mesh_as_they_truly_are():
+    """What the tracker is off by everywhere does not count, nor do points whose truth is unknown; inner lips .1 IOD farther apart do."""
+    exact, judged = made_up(TIMES, gap=wobble()), made_up(TIMES, gap=wobble() + 0.1, at=(90, 50))
+    mesh = exact.points[..., :2].copy()
+    mesh[:, landmarks.LIPS] += (3, -2)
+    truth = Truth(TIMES, {}, {k: mesh[:, k] for k in (*landmarks.LIPS, *landmarks.STABLE)})
+    found = fields(landmarks.true_distances(judged, truth, exact))
+    assert found["lmd_gt"].value == pytest.approx(2 * 0.05 / 40, rel=1e-3) and found["lvd_gt"].value == pytest.approx(0, abs=1e-4)
+    assert found["lmd_gt_floor"].value == pytest.approx(0, abs=1e-6) and found["lvd_gt_floor"].unit == "IOD/s"
+    slower = fields(landmarks.true_distances(made_up(TIMES, gap=wobble(0.05)), truth, exact))
+    speed = np.abs(np.diff(wobble(0.05)[::3])).mean() / 0.12
+    assert slower["lvd_gt"].value == pytest.approx(speed / 40, rel=0.1)
+    alone = fields(landmarks.true_distances(judged, truth, None))
+    assert set(alone) == {"lmd_gt", "lvd_gt"} and all("needs the reference" in m.reason for m in alone.values())
 
 
 def test_pictures_are_paired_by_time():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from liveavatar.conditioning.phones import LIPS_MEET, WIDE_OPEN, Utterance
-from liveavatar.evaluation.landmarks import GAP_FLOOR, Track
+from liveavatar.evaluation.landmarks import Track
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 
 BACKEND = "pocketsphinx phones; tracked gap"
@@ -30,7 +30,7 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
         return _absent(f"no phone map for language {language}")
     if not track.seen.any():
         return _absent("no face")
-    gap = track.gap if np.nanstd(track.gap) >= GAP_FLOOR else np.full_like(track.gap, np.nanmean(track.gap))  # jitter shuts no mouth
+    gap = track.gap if np.nanstd(track.gap) >= track.gap_floor else np.full_like(track.gap, np.nanmean(track.gap))  # jitter shuts no mouth
     limit = min(float(np.nanpercentile(gap, REST_QUANTILE)), MAX_REST) + OPENED
     shut, lags = _events(track, gap, utterance, LIPS_MEET, limit)
     falsely, _ = _events(track, gap, utterance, WIDE_OPEN, limit)

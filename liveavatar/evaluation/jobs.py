@@ -23,6 +23,8 @@ from liveavatar.evaluation.backends import Backends, Given
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
+HEADLINES = ("sync_index", "r0", "closure_minus_false", "response_gap_r", "response_gap_slope", "lmd_gt", "lmd_gt_floor", "id_dlib", "sharpness",
+             "face_share")  # fmt: skip
 SUITES = ("tiny", "short", "long")  # of suite.NAMED
 
 
@@ -178,6 +180,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         "suite", system, origin, items=items, metrics=metrics, sanity=checks,
         gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
         exclusions=tuple(f"{item.id}: {m.reason}" for item in items for m in item.measures if m.name == "judged"),
+        details={"groups": report.grouped(items, metrics, HEADLINES)},
         limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def open_suite(what: SuiteSettings, setting: Setting):
     """The suite's folder, built first where it is missing and the settings say how. Raises InputError where another suite is there."""
     from liveavatar.evaluation import suite as suites
 
-    folder, name, version = Path(what.folder), f"suite_{what.build}", f"1, seed {what.seed}"
+    folder, name, version = Path(what.folder), f"suite_{what.build}", f"{suites.VERSIONS.get(what.build)}, seed {what.seed}"
     if what.build is not None and not (folder / suites.MANIFEST).exists():
         setting.say(f"building {name} in {folder}")
         return suites.build(folder, name, version, suites.NAMED[what.build](what.seed), setting.ours.stage())

@@ -58,6 +58,7 @@ def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, 
     return [
         *landmarks.tracking(watched.track), *_speech(watched.track, utterance, source, language),
         *([] if model is None else landmarks.distances(watched.track, model.track)),
+        *(landmarks.true_distances(watched.track, truth, None if model is None else model.track) if truth is not None and truth.points else []),
         *([] if truth is None else landmarks.response(watched.track, truth, None if model is None else model.track)),
         *watched.steady.measures(None if model is None else model.steady), *watched.still.measures(), steadiness.jerk(watched.track),
         *steadiness.motion_energy(watched.track, _silence(utterance, watched.track.times)),

@@ -127,12 +127,14 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One judged video. picture: width, height, fps, codec, seconds, crop of the file as it was (EVA-6)."""
+    """One judged video. picture: width, height, fps, codec, seconds, crop of the file as it was (EVA-6); kinds: what sort of item it
+    is, e.g. framing -> small."""
 
     id: str
     video: str = ""
     sha256: str = ""
     picture: dict = field(default_factory=dict)
+    kinds: dict = field(default_factory=dict)
     measures: tuple[Measure, ...] = ()
 
 
@@ -238,6 +240,23 @@ def _over(measures: Sequence[Measure]) -> Measure:
         return replace(first, reason=missing)
     values = [m.value for m in done]
     return replace(first, value=float(np.mean(values)), n=len(done), interval=bootstrap(values), reason=missing)
+
+
+def grouped(items: Sequence[Item], metrics: Sequence[Measure], names: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """sort -> kind -> {"items": how many, measure: mean or None}, so that it shows where a system is bad. Sorts with one kind are left
+    out, and so are those of `names` that `metrics`, of all items, have no value of."""
+    names = [m.name for m in metrics if m.name in names and m.measured]
+    groups = {}
+    for sort in dict.fromkeys(sort for item in items for sort in item.kinds):
+        kinds = dict.fromkeys(item.kinds[sort] for item in items if sort in item.kinds)
+        if len(kinds) > 1:
+            groups[sort] = {kind: _means([item for item in items if item.kinds.get(sort) == kind], names) for kind in kinds}
+    return groups
+
+
+def _means(items: Sequence[Item], names: Sequence[str]) -> dict:
+    values = {name: [m.value for item in items for m in item.measures if m.name == name and m.measured] for name in names}
+    return {"items": len(items), **{name: float(np.mean(found)) if found else None for name, found in values.items()}}
 
 
 def rejected(metrics: Sequence[Measure], checks: Sequence[Check]) -> tuple[Measure, ...]:

@@ -28,8 +28,12 @@ from liveavatar.evaluation.report import Item, absent
 
 SCHEMA = "suite/1"
 LONGEST = 10_000.0  # seconds
-MANIFEST = "suite.json"
-LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: CMU flite (BSD-style); text: this project"
+MANIFEST, POINT = "suite.json", "point_"
+LICENCE = "CC0-1.0 head (MPFB2 data), rendered; voice: {}"
+MACHINE, READ = "CMU flite (BSD-style); text: this project", "LibriVox reading of Jane Austen, Sense and Sensibility (public domain)"
+READING = "reading"  # the voice that is a person's
+FRAMINGS = ("close", "shoulders", "turned", "small", "wide")  # turned: the head 15 degrees to one side; wide: small and left of the middle
+SOUNDS = ("clean", "noise", "reverb", "quiet", "fast")  # how the voice is heard: quiet as a whisper, or talking half as fast again
 FILES = ("portrait", "audio", "gt_video", "mumbled_video", "gt_motion")
 
 
@@ -39,19 +43,20 @@ class Line:
 
     id: str
     identity: int
-    voice: str
+    voice: str  # of flite, or READING
     seed: int
     seconds: float
     size: int  # pixels, both sides
-    framing: str = "close"  # close | turned: the head 15 degrees to one side
-    noisy: bool = False  # the sound through another room and channel
+    framing: str = "close"  # one of FRAMINGS
+    sound: str = "clean"  # one of SOUNDS
     spoken: bool = False  # sound and portrait alone, with pauses up to long silences: streams too long to be rendered
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteItem:
     """One item as it lies in the folder. Files are names relative to it; sha256: file -> hash; consent: how the person shown
-    agreed, required where it is one."""
+    agreed, required where it is one. person: who is shown, the same in every item of theirs. voice, sound: as in Line. All three are said of
+    what is rendered."""
 
     id: str
     portrait: str
@@ -62,6 +67,9 @@ class SuiteItem:
     framing: str
     phones: tuple[Phone, ...]
     licence: str
+    person: str = ""
+    voice: str = ""
+    sound: str = ""
     gt_video: str = ""
     mumbled_video: str = ""  # the same with the lips half as far apart: for the sanity ranking
     gt_motion: str = ""
@@ -94,8 +102,8 @@ class Suite:
 
 class Rendered(Protocol):
     """What a renderer makes of a Line. frames, mumbled uint8 [T, S, S, 3] at 25 pictures a second, None of a line that is only
-    spoken; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz from the first picture; motion: channels of landmarks.Truth, each
-    [T], none of a line that is only spoken."""
+    spoken; portrait uint8 [S, S, 3]; pcm float32 [n] 16 kHz from the first picture; motion, points: as in landmarks.Truth, none
+    of a line that is only spoken."""
 
     frames: np.ndarray | None
     mumbled: np.ndarray | None
@@ -105,6 +113,7 @@ class Rendered(Protocol):
     text: str
     caption: str
     motion: dict[str, np.ndarray]
+    points: dict[int, np.ndarray]
 
 
 def tiny(seed: int = 1) -> tuple[Line, ...]:
@@ -114,12 +123,20 @@ def tiny(seed: int = 1) -> tuple[Line, ...]:
 
 
 def short(seed: int = 1) -> tuple[Line, ...]:
-    """suite_short: 20 heads x 5 items of 8 to 12 s at 128 pixels, one in five turned, one in ten noisy. Half an hour of rendering on a core."""
+    """suite_short: 20 heads x 5 framings, 8 to 12 s at 128 pixels. In each framing every voice speaks four times and every
+    sound but the clean one is heard twice. Half an hour of rendering on a core."""
     rng = np.random.default_rng([seed, 100])
-    voices, seconds = rng.permuted(np.resize(["awb", "slt", "rms", "kal16"], 100)), np.round(rng.uniform(8, 12, 100) * FPS) / FPS
-    return tuple(Line(id=f"short_{k:03d}", identity=1_001_000 + 100 * seed + k // 5, voice=str(voices[k]), seed=100_000 * seed + k,
-                      seconds=float(seconds[k]), size=128, framing="turned" if k % 5 == 4 else "close", noisy=k % 10 == 7)
-                 for k in range(100))  # fmt: skip
+    seconds, dealt = np.round(rng.uniform(8, 12, 100) * FPS) / FPS, [_dealt(rng) for _ in FRAMINGS]
+    return tuple(Line(id=f"short_{k:03d}", identity=1_001_000 + 100 * seed + k // 5, seed=100_000 * seed + k, seconds=float(seconds[k]), size=128,
+                      framing=FRAMINGS[k % 5], **dealt[k % 5][k // 5]) for k in range(100))  # fmt: skip
+
+
+def _dealt(rng: np.random.Generator) -> list[dict[str, str]]:
+    """Voice and sound of 20 lines; a reading is never fast."""
+    while True:
+        voices, sounds = rng.permutation(4 * ["awb", "slt", "rms", "kal16", READING]), rng.permutation([*2 * SOUNDS[1:], *12 * SOUNDS[:1]])
+        if not ((voices == READING) & (sounds == "fast")).any():
+            return [{"voice": str(voice), "sound": str(sound)} for voice, sound in zip(voices, sounds, strict=True)]
 
 
 def long(seed: int = 1) -> tuple[Line, ...]:
@@ -131,6 +148,7 @@ def long(seed: int = 1) -> tuple[Line, ...]:
 
 
 NAMED = {"tiny": tiny, "short": short, "long": long}
+VERSIONS = {"tiny": 2, "short": 2, "long": 1}  # what a name stands for; another number wherever another byte is built
 
 
 def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], render: Callable[[Line], Rendered]) -> Suite:
@@ -142,6 +160,9 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
     said = asdict(manifest)
     for item in said["items"]:
         del item["consent"]  # nobody was asked: heads are rendered
+        for kind in ("person", "voice", "sound"):
+            if not item[kind]:
+                del item[kind]
     (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return read_suite(folder)
 
@@ -149,6 +170,7 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
 def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
     names = {"portrait": f"{line.id}.png", "audio": f"{line.id}.wav"}
     Image.fromarray(made.portrait).save(folder / names["portrait"])
+    how = {} if line.spoken else {"person": str(line.identity), "voice": line.voice, "sound": line.sound}
     if line.spoken:
         write_sound(folder / names["audio"], _minutes(made.pcm[: round(line.seconds * SAMPLE_RATE)]))
     else:
@@ -157,11 +179,11 @@ def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
         write_sound(folder / names["audio"], _minutes(pcm))
         write_video(folder / names["gt_video"], made.frames, pcm)
         write_video(folder / names["mumbled_video"], made.mumbled, pcm)
-        write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion))
+        write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion, made.points))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
     hashes = {name: sha256(folder / name) for name in names.values()}
-    return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones, licence=LICENCE,
-                     sha256=hashes, **names)  # fmt: skip
+    return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones,
+                     licence=LICENCE.format(READ if line.voice == READING else MACHINE), sha256=hashes, **how, **names)  # fmt: skip
 
 
 def _minutes(pcm: np.ndarray) -> Iterator[np.ndarray]:
@@ -178,7 +200,9 @@ def write_video(path: Path, frames: np.ndarray, pcm: np.ndarray) -> None:
 
 def write_truth(path: Path, truth: Truth) -> None:
     """An npz whose bytes are a function of its numbers (numpy's own archives carry no time of writing)."""
-    np.savez(path, times=truth.times, **{name: np.asarray(values, np.float32) for name, values in truth.channels.items()})
+    named = {name: np.asarray(values, np.float32) for name, values in truth.channels.items()}
+    named |= {f"{POINT}{landmark}": np.asarray(values, np.float32) for landmark, values in truth.points.items()}
+    np.savez(path, times=truth.times, **named)
 
 
 def read_truth(path: Path) -> Truth:
@@ -186,7 +210,8 @@ def read_truth(path: Path) -> Truth:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name].astype(float) for name in stored.files}
-        return Truth(arrays.pop("times"), arrays)
+        points = {int(name.removeprefix(POINT)): arrays.pop(name) for name in list(arrays) if name.startswith(POINT)}
+        return Truth(arrays.pop("times"), arrays, points)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: no commanded motion (npz with times and channels): {error}") from None
 
@@ -227,11 +252,13 @@ def judge_suite(suite: Suite, videos: str | Path, **settings) -> tuple[Item, ...
 def _judged(suite: Suite, item: SuiteItem, video: Path, settings: dict) -> Item:
     """A mute video is judged with the suite's sound."""
     motion = suite.path(item, "gt_motion")
+    kinds = {"framing": item.framing, "voice": item.voice and (item.voice if item.voice == READING else "machine"), "sound": item.sound}
+    named = {"id": item.id, "video": str(video), "kinds": {sort: kind for sort, kind in kinds.items() if kind}}
     try:
         file = VideoFile(video)
         sound = None if file.has_sound else suite.path(item, "audio")
         measures = judge_video(file, sound, reference=suite.path(item, "gt_video"), text=item.text,
                                truth=None if motion is None else read_truth(motion), portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
-        return Item(id=item.id, video=str(video), sha256=file.sha256, picture=file.card, measures=tuple(measures))
+        return Item(**named, sha256=file.sha256, picture=file.card, measures=tuple(measures))
     except InputError as error:
-        return Item(id=item.id, video=str(video), measures=(absent("judged", str(error), status="failed"),))
+        return Item(**named, measures=(absent("judged", str(error), status="failed"),))

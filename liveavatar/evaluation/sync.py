@@ -12,7 +12,7 @@ from liveavatar.conditioning.phones import PAUSE, AlignmentError, Phone, Utteran
 from liveavatar.conditioning.visemes import expected_mouth
 from liveavatar.core import SAMPLE_RATE
 from liveavatar.evaluation import series
-from liveavatar.evaluation.landmarks import GAP_FLOOR, Track
+from liveavatar.evaluation.landmarks import Track
 from liveavatar.evaluation.report import Measure, absent
 
 BACKEND = "AVCorr: pocketsphinx phones, visemes.yaml; tracked gap and width"
@@ -77,7 +77,7 @@ def av_corr(track: Track, utterance: Utterance, source: str = "") -> list[Measur
         return _absent(f"too short: {spoken:.1f} s of speech, {MIN_SPEECH:.0f} needed")
     if track.seen.sum() < MIN_SPEECH * 5:
         return _absent(f"a face in {track.seen.sum()} pictures only")
-    if np.nanstd(track.gap) < GAP_FLOOR:
+    if np.nanstd(track.gap) < track.gap_floor:
         return _still(int(track.seen.sum()))
     curves = _moments(track, utterance)  # [2, B, L, 6]
     values = fields(curve(curves.sum(1)))

@@ -23,6 +23,7 @@ def markdown(report: Report) -> str:
     parts = [
         [f"# {report.system.name} on {report.origin.name}{label}", "", *_summary(report)],
         [f"## Measures{label}", "", *_measures(report), *_plots(report)],
+        [f"## By kind of item{label}", *_groups(report.details.get("groups", {}))] if report.details.get("groups") else [],
         ["## Gates", "", *_gates(report.gates)] if report.gates else [],
         ["## Sanity ranking of the measures", "", *sanity_table(report.sanity)] if report.sanity else [],
         [f"## Items{label}", "", *_items(report.items)] if report.items else [],
@@ -134,6 +135,16 @@ def _by(measure: Measure, report: Report) -> str:
 
 def _plots(report: Report) -> list[str]:
     return ["", *(f"![{Path(name).stem}]({name})" for name in report.plots)] if report.plots else []
+
+
+def _groups(groups: dict[str, dict[str, dict]]) -> list[str]:
+    """A table for every sort of item: means, no intervals: groups are small."""
+    lines = []
+    for sort, kinds in groups.items():
+        names = list(next(iter(kinds.values())))
+        rows = [[kind, *("-" if found[name] is None else number(found[name]) for name in names)] for kind, found in kinds.items()]
+        lines += ["", *table([sort, *names], rows)]
+    return lines
 
 
 def _gates(gates: Sequence[Gate]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from liveavatar.conditioning.visemes import ARKIT_UNITS
 from liveavatar.training.synth import raster, shade
 from liveavatar.training.synth.people import FEATURES, Identity
+from liveavatar.training.synth.tracked import VERTICES
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Picture:
     """One frame and the truth about it.
 
     rgb uint8 [size,size,3]; boxes (x0,y0,x1,y1) in pixels; aperture, width, lid are divided by
-    the distance between the eye centres, measured on the mesh before head pose.
+    the distance between the eye centres, measured on the mesh before head pose; points float32 [n,2]
+    pixels of the landmarks of tracked.VERTICES.
     """
 
     rgb: np.ndarray
@@ -29,6 +31,7 @@ class Picture:
     aperture: float
     width: float
     lid: float
+    points: np.ndarray
 
 
 def rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
@@ -106,6 +109,7 @@ class _Marks:
         self.lower_lip = lips[middle & (drop > 0.20)]
         self.lips = lips
         self.corners = [int(lips[np.argmax(s * rest[lips, 0])]) for s in (1, -1)]
+        self.tracked = np.array([np.flatnonzero(mesh.source == vertex)[0] for vertex in VERTICES.values()], int)
         self.lids = []
         for name, s in (("eyeBlinkLeft", 1), ("eyeBlinkRight", -1)):
             fall = np.where(skin & (rest[:, 0] * s > 0), -unit[name][:, 1], 0)
@@ -137,17 +141,17 @@ class HeadRenderer:
         return self._body[1]
 
     def render(self, identity: Identity, units: np.ndarray, pose: tuple = (0, 0, 0),
-               translation: tuple = (0, 0), gaze: tuple = (0, 0)) -> Picture:
+               translation: tuple = (0, 0), gaze: tuple = (0, 0), view: raster.View = raster.CLOSE) -> Picture:
         """One picture: units [52] in 0..1, pose and gaze in degrees, translation in pictures."""
         row = [np.asarray(x, np.float32)[None] for x in (units, pose, translation, gaze)]
-        return self.render_clip(identity, *row)[0]
+        return self.render_clip(identity, *row, view)[0]
 
-    def neutral(self, identity: Identity, yaw: float = 0.0) -> np.ndarray:
+    def neutral(self, identity: Identity, yaw: float = 0.0, view: raster.View = raster.CLOSE) -> np.ndarray:
         """uint8 [size,size,3]: closed mouth, open eyes, looking ahead; the head turned by yaw degrees."""
-        return self.render(identity, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0)).rgb
+        return self.render(identity, np.zeros(len(ARKIT_UNITS), np.float32), (yaw, 0, 0), view=view).rgb
 
-    def render_clip(self, identity: Identity, units: np.ndarray, pose: np.ndarray,
-                    translation: np.ndarray, gaze: np.ndarray) -> list[Picture]:
+    def render_clip(self, identity: Identity, units: np.ndarray, pose: np.ndarray, translation: np.ndarray,
+                    gaze: np.ndarray, view: raster.View = raster.CLOSE) -> list[Picture]:
         """Pictures of units [T,52], pose [T,3], translation [T,2], gaze [T,2]."""
         body = self._person(identity)
         units = np.clip(np.array(units, np.float32), 0, 1)
@@ -165,11 +169,11 @@ class HeadRenderer:
                 offset += body.points
                 k = start + i
                 pictures.append(self._frame(body, identity, offset, np.asarray(pose[k]),
-                                            np.asarray(translation[k]), gaze[k]))  # fmt: skip
+                                            np.asarray(translation[k]), gaze[k], view))  # fmt: skip
         return pictures
 
     def _frame(self, body: _Body, identity: Identity, points: np.ndarray, pose: np.ndarray,
-               translation: np.ndarray, gaze: np.ndarray) -> Picture:
+               translation: np.ndarray, gaze: np.ndarray, view: raster.View) -> Picture:
         marks = self.marks
         turn = rotation(float(gaze[0]), float(gaze[1]), 0.0).T
         for where, centre in zip(marks.eyeballs, body.eyes, strict=True):
@@ -183,7 +187,7 @@ class HeadRenderer:
         points = points + marks.head_weight * (centred @ spin - centred)
         turned = normal + marks.head_weight * (normal @ spin - normal)
         hanging = identity.style in ("long", "bob")
-        big = self.raster.draw(points, turned, translation, hanging)
+        big = self.raster.draw(points, turned, translation, hanging, view)
         s, n = self.supersample, self.size
         # Box filter in linear light would be truer; the shader's output is already gamma coded
         # and the difference at 2x is below one grey level except on hard rims.
@@ -192,12 +196,12 @@ class HeadRenderer:
             for column in range(s):
                 rgb += big[row::s, column::s]
         rgb = (rgb + s * s // 2) // (s * s)
-        flat = raster.project(points[marks.lips], translation, n)
+        flat = raster.project(points[marks.lips], translation, n, view)
         pad = 0.02 * n
         mouth = (*(flat.min(0) - pad), *(flat.max(0) + pad))
         eyes = []
         for where in marks.eyeballs:
-            flat = raster.project(points[where], translation, n)
+            flat = raster.project(points[where], translation, n, view)
             eyes.append(tuple(float(v) for v in (*flat.min(0), *flat.max(0))))
         return Picture(
             rgb=rgb.astype(np.uint8),
@@ -205,4 +209,5 @@ class HeadRenderer:
             aperture=max(0.0, float(gap)) / body.iod,
             width=float(np.linalg.norm(left - right)) / body.iod,
             lid=float(np.mean(lids)) / body.iod,
+            points=raster.project(points[marks.tracked], translation, n, view).astype(np.float32),
         )  # fmt: skip

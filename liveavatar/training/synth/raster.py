@@ -27,6 +27,23 @@ CAMERA_DISTANCE = 12.0  # dm from the origin plane; long lens, as in a video cal
 VIEW_HEIGHT = 2.55  # dm seen at the depth of the face
 VIEW_CENTRE = 7.12  # dm, height of the optical axis
 FACE_DEPTH = 1.2  # dm, where VIEW_HEIGHT is measured
+FOCAL = 2.0 * (CAMERA_DISTANCE - FACE_DEPTH) / VIEW_HEIGHT
+
+
+@dataclass(frozen=True)
+class View:
+    """How the picture is framed. zoom: of the head, 1 shows VIEW_HEIGHT; right, down: where it then is, in pictures."""
+
+    zoom: float = 1.0
+    right: float = 0.0
+    down: float = 0.0
+
+    def place(self, translation: np.ndarray) -> tuple[float, float]:
+        """Where the optical axis is in the picture, from its centre, when the head has moved by so much of a close picture."""
+        return self.zoom * float(translation[0]) + self.right, self.zoom * float(translation[1]) + self.down
+
+
+CLOSE = View()
 
 
 def data_folder() -> Path:
@@ -251,12 +268,12 @@ def normals(points: np.ndarray, mesh: Mesh) -> np.ndarray:
     return out / np.maximum(np.sqrt((out * out).sum(1, keepdims=True)), 1e-12)
 
 
-def project(points: np.ndarray, translation: np.ndarray, size: int) -> np.ndarray:
+def project(points: np.ndarray, translation: np.ndarray, size: int, view: View = CLOSE) -> np.ndarray:
     """Points [...,3] dm -> pixels [...,2] (x right, y down) of a size x size picture."""
-    focal = 2.0 * (CAMERA_DISTANCE - FACE_DEPTH) / VIEW_HEIGHT
+    (right, down), focal = view.place(translation), FOCAL * view.zoom
     w = CAMERA_DISTANCE - points[..., 2]
-    x = points[..., 0] * focal / w / 2.0 + 0.5 + translation[0]
-    y = 0.5 - (points[..., 1] - VIEW_CENTRE) * focal / w / 2.0 + translation[1]
+    x = points[..., 0] * focal / w / 2.0 + 0.5 + right
+    y = 0.5 - (points[..., 1] - VIEW_CENTRE) * focal / w / 2.0 + down
     return np.stack([x, y], -1) * size
 
 
@@ -314,7 +331,6 @@ class Raster:
         self.target = self.gl.framebuffer(
             [self.gl.renderbuffer((side, side), 4)], self.gl.depth_renderbuffer((side, side))
         )
-        self._set("focal", 2.0 * (CAMERA_DISTANCE - FACE_DEPTH) / VIEW_HEIGHT)
         self._set("camera", (0.0, VIEW_CENTRE, CAMERA_DISTANCE))
 
     def _set(self, name: str, value: object) -> None:
@@ -332,10 +348,12 @@ class Raster:
             self._set(name, value)
 
     def draw(self, points: np.ndarray, normal: np.ndarray, translation: np.ndarray,
-             has_curtain: bool) -> np.ndarray:
+             has_curtain: bool, view: View = CLOSE) -> np.ndarray:
         """Draw points and normals [V,3]; returns uint8 [side,side,3], row 0 at the top."""
         self.dynamic.write(np.concatenate([points, normal], 1).astype("f4", copy=False).tobytes())
-        self._set("shift", (2.0 * float(translation[0]), -2.0 * float(translation[1])))
+        right, down = view.place(translation)
+        self._set("focal", FOCAL * view.zoom)
+        self._set("shift", (2.0 * right, -2.0 * down))
         self._set("has_curtain", float(has_curtain))
         self.target.use()
         self.gl.clear(depth=1.0)

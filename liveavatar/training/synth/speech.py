@@ -1,12 +1,13 @@
 """Speech whose phones are known in time.
 
 Two sources: `synthesize` (the `flite` program, which prints every phone with its end time under
-`-psdur`) and recordings with their text (conditioning/phones.py).
+`-psdur`) and recordings with their text (conditioning/phones.py): `read_aloud`, of the one that ships.
 All audio is 16 kHz mono float32 in -1..1; times are seconds from the first sample.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from liveavatar.conditioning.phones import PHONES, Phone, SpeechError, Utterance, merge_pauses
+from liveavatar.conditioning.phones import PHONES, Phone, SpeechError, Utterance, align, merge_pauses
 from liveavatar.core import SAMPLE_RATE
 
 RATE = SAMPLE_RATE
@@ -25,6 +26,9 @@ LOOKAHEAD_SECONDS = 0.16  # of sound kept beyond the last picture: the front end
 TRAIN_VOICES = ("slt", "rms", "kal16")
 HELD_OUT_VOICE = "awb"
 TEXTS = Path("/usr/share/pocketsphinx/test/data/librivox")
+RECORDING, READER = Path(__file__).parents[2] / "assets" / "speech.wav", "reading"
+READ = ((47_840, "he was not an ill disposed young man"),  # samples of it, and the words
+        (84_800, "unless to be rather cold hearted and rather selfish is to be ill disposed"))  # fmt: skip
 
 
 class FliteMissing(SpeechError):
@@ -132,21 +136,17 @@ def silence(seconds: float, seed: int = 0) -> Utterance:
     return Utterance(pcm, (Phone("pau", 0.0, n / RATE),), "", "silence")
 
 
-def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES) -> Utterance:
-    """Grammar sentences, joined by pauses, exactly `seconds` long. The same seed, the same bytes."""
+def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES, pace: float = 1.0) -> Utterance:
+    """Grammar sentences, joined by pauses, exactly `seconds` long. The same seed, the same bytes. pace: of every phone's duration."""
     rng = np.random.default_rng([int(seed), 5])
     voice = str(voices[int(rng.integers(len(voices)))])
     pitch = _PITCH.get(voice, 120.0) * float(rng.uniform(0.82, 1.22))
-    stretch = float(rng.uniform(0.88, 1.22))
+    stretch = pace * float(rng.uniform(0.88, 1.22))
     n = round(seconds * RATE)
     parts: list[Utterance] = []
     left, tries = seconds, 0
     while left > 0.7 and tries < 5:
-        u = _flite(sentence(rng, (left - 0.1) / stretch), voice, pitch, stretch)
-        first, last = u.phones[0], u.phones[-1]
-        a = max(0.0, first.end - 0.10) if first.name == "pau" else 0.0
-        b = min(u.seconds, last.start + 0.12) if last.name == "pau" else u.seconds
-        u = _cut(u, a, b)
+        u = _trimmed(_flite(sentence(rng, (left - 0.1) / stretch), voice, pitch, stretch))
         if u.seconds <= left:
             parts.append(u)
             left -= u.seconds + 0.05
@@ -155,6 +155,19 @@ def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES) -> Utterance:
     if not parts:  # shorter than any sentence: the beginning of one
         u = _flite(sentence(rng, 0.0), voice, pitch, stretch)
         parts = [_cut(u, 0.0, min(u.seconds, n / RATE))]
+    return _joined(parts, n, rng, voice)
+
+
+def _trimmed(u: Utterance) -> Utterance:
+    """With a tenth of a second of silence around."""
+    first, last = u.phones[0], u.phones[-1]
+    a = max(0.0, first.end - 0.10) if first.name == "pau" else 0.0
+    b = min(u.seconds, last.start + 0.12) if last.name == "pau" else u.seconds
+    return _cut(u, a, b)
+
+
+def _joined(parts: list[Utterance], n: int, rng: np.random.Generator, voice: str) -> Utterance:
+    """n samples: the parts in order, what is left of the time between and around them."""
     spare = n - sum(len(p.pcm) for p in parts)
     share = rng.dirichlet(np.full(len(parts) + 1, 2.0))
     gaps = np.floor(share * spare).astype(int)
@@ -171,6 +184,28 @@ def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES) -> Utterance:
             phones += [Phone(p.name, p.start + at / RATE, p.end + at / RATE) for p in parts[k].phones]
             at += len(parts[k].pcm)
     return Utterance(np.concatenate(pcm)[:n], merge_pauses(phones), " ".join(p.text for p in parts), voice)
+
+
+# --------------------------------------------------------------------------- read by a person
+
+
+@functools.cache
+def readings() -> tuple[Utterance, ...]:
+    """The sentences of the recording that ships, which no avatar of ours was trained on."""
+    pcm, at, found = read_wav(RECORDING), 0, []
+    for samples, text in READ:
+        found.append(_trimmed(align(pcm[at : at + samples], text, voice=READER)))
+        at += samples
+    return tuple(found)
+
+
+def read_aloud(seed: int, seconds: float) -> Utterance:
+    """Sentences of `readings` in an order and with pauses drawn from the seed, whole ones, as many as there is time for."""
+    rng, parts = np.random.default_rng([int(seed), 23]), []
+    for k in rng.permutation(len(READ)).tolist() * 3:
+        if sum(p.seconds + 0.05 for p in (*parts, readings()[k])) <= seconds:
+            parts.append(readings()[k])
+    return _joined(parts, round(seconds * RATE), rng, READER)
 
 
 # --------------------------------------------------------------------------- augmentation
