@@ -358,6 +358,13 @@ class Ours:
         main_job.generate(settings, main_job.Job(image=portrait, audio=str(audio), out=out))
 
     @staticmethod
+    def converse(config: Path | None, portrait: Path, audio: Path, events, out: Path, prompt: str | None, seed: int | None, trace: Path) -> None:
+        """An mp4 and the trace of a live session that speaks the recording by the wall clock. events: of taping.Event."""
+        from liveavatar.serving import taping
+
+        taping.tape(_traced(_config(config, None, prompt=prompt, seed=seed), trace), portrait, audio, events, out)
+
+    @staticmethod
     def weights(config: Path | None) -> dict[str, Path]:
         """Name -> file of every tensor file that `generate` reads."""
         from liveavatar.models.folders import resolve

@@ -16,7 +16,7 @@ from forker import forking
 REALTIME = {f"test_{name}.py" for name in (
     "api_media", "bench_serve", "browser", "channels", "console", "drain", "egress", "exported", "failures",
     "hls", "launchers", "live", "livekit", "livekit_doors", "monitor", "pipecat_bot", "pipecat_service", "previews", "puppet", "realtime",
-    "recorder", "routes_talk", "rtmp", "simulation", "stream_socket", "talk", "turn", "webrtc", "whep", "whip")}  # fmt: skip
+    "recorder", "routes_talk", "rtmp", "simulation", "stream_socket", "talk", "taping", "turn", "webrtc", "whep", "whip")}  # fmt: skip
 # What takes 20 s and more, the longest first: begun last, one process would work alone at the end.
 LONG = tuple(f"test_{name}.py" for name in (
     "chain_equality", "launchers", "failures", "generate", "distillation", "training", "engine", "eval_sanity", "parity", "shards", "media", "strategies",

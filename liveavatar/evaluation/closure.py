@@ -30,8 +30,7 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
         return _absent(f"no phone map for language {language}")
     if not track.seen.any():
         return _absent("no face")
-    gap = track.gap if np.nanstd(track.gap) >= track.gap_floor else np.full_like(track.gap, np.nanmean(track.gap))  # jitter shuts no mouth
-    limit = min(float(np.nanpercentile(gap, REST_QUANTILE)), MAX_REST) + OPENED
+    gap, limit = lips(track)
     shut, lags = _events(track, gap, utterance, LIPS_MEET, limit)
     falsely, _ = _events(track, gap, utterance, WIDE_OPEN, limit)
     if len(shut) < MIN_EVENTS or len(falsely) < MIN_EVENTS:
@@ -44,6 +43,12 @@ def closure(track: Track, utterance: Utterance, source: str = "", language: str 
     }
     return [Measure(name=name, value=float(value), unit=NAMES[name][0], better=NAMES[name][1], n=n, backend=BACKEND, reason=source,
                     interval=interval and (float(interval[0]), float(interval[1]))) for name, (value, interval, n) in found.items()]  # fmt: skip
+
+
+def lips(track: Track) -> tuple[np.ndarray, float]:
+    """([T] gap in eye distances, the limit below which lips count as closed) of a video that shows a face."""
+    gap = track.gap if np.nanstd(track.gap) >= track.gap_floor else np.full_like(track.gap, np.nanmean(track.gap))  # jitter shuts no mouth
+    return gap, min(float(np.nanpercentile(gap, REST_QUANTILE)), MAX_REST) + OPENED
 
 
 def _absent(reason: str) -> list[Measure]:

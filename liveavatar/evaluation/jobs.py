@@ -25,7 +25,7 @@ from liveavatar.evaluation.report import Measure, Origin, Report, System
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
 HEADLINES = ("sync_index", "r0", "closure_minus_false", "response_gap_r", "response_gap_slope", "lmd_gt", "lmd_gt_floor", "id_dlib", "sharpness",
              "face_share")  # fmt: skip
-SUITES = ("tiny", "short", "long")  # of suite.NAMED
+SUITES = ("tiny", "short", "long", "turns")  # of suite.NAMED
 
 
 # ---------------------------------------------------------------- what the user says
@@ -43,18 +43,22 @@ class SystemSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteSettings:
-    """folder: where suite.json lies; with `build` it is made there when it is missing. videos: folder of ID.mp4 by any system; None: we make them."""
+    """folder: where suite.json lies; with `build` it is made there when it is missing. videos: folder of ID.mp4 by any system, with
+    ID.trace.jsonl where the suite has events; None: we make them. items: the first so many, or those of these ids; None: all."""
 
     folder: str
     build: str | None = None
     seed: int = 1
     videos: str | None = None
     sanity: bool = True
+    items: int | tuple[str, ...] | None = None
     real: str | None = None  # npz of features of a real set, for FID and FVD
 
     def __post_init__(self):
         if self.build is not None:
             one_of("suite.build", self.build, SUITES)
+        if isinstance(self.items, int) and self.items < 1:
+            raise ConfigError(f"suite.items={self.items}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,9 @@ class Ours(Protocol):
     def generate(self, config: Path | None, portrait: Path, audio: Path, out: Path, prompt: str | None, seed: int | None, trace: Path,
                  first_position: int = 0) -> None: ...
 
+    def converse(self, config: Path | None, portrait: Path, audio: Path, events: Sequence[tuple[float, str, Path | None]], out: Path,
+                 prompt: str | None, seed: int | None, trace: Path) -> None: ...  # by the wall clock; seconds, interrupt | portrait, its file
+
     def weights(self, config: Path | None) -> dict[str, Path]: ...
 
     def stage(self) -> Callable: ...  # renders a suite.Line
@@ -155,8 +162,7 @@ def system_of(settings: SystemSettings, ours: Ours | None, config: Path | None) 
 
 def run_suite(order: Evaluation, setting: Setting) -> Report:
     """Build what is missing, make what nobody gave, judge, rank the measures, write."""
-    from liveavatar.evaluation import closeup, sanity
-    from liveavatar.evaluation.suite import judge_suite
+    from liveavatar.evaluation import sanity
 
     what, out, config = order.suite, Path(order.out), None if order.config is None else Path(order.config)
     suite, backends = open_suite(what, setting), order.given()
@@ -165,8 +171,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     else:
         videos, system = Path(what.videos), system_of(order.system, None, None)
     setting.say(f"judging {len(suite.manifest.items)} videos of {videos}")
-    items = judge_suite(suite, videos, backends=backends, language=order.language)
-    metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, what.real))
+    items, metrics, drawn = _judged(suite, videos, order, backends)
     checks, ranked = (), what.sanity and all(item.gt_video for item in suite.manifest.items)
     if ranked:
         setting.say("ranking the measures")
@@ -174,7 +179,8 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         metrics = report.rejected(metrics, checks)
     synthetic = suite.manifest.synthetic
     limits = () if ranked else ("No sanity ranking: the suite has no true pictures." if what.sanity else "No sanity ranking: not asked for.",)
-    drawn = closeup.draw(suite, videos, items, out / "plots")
+    if what.items is not None:
+        limits = (*limits, f"A part of the suite: {', '.join(item.id for item in suite.manifest.items)}.")
     origin = Origin(name=suite.manifest.name, version=suite.manifest.version, sha256=suite.sha256, synthetic=synthetic)
     return finish(setting.begin(
         "suite", system, origin, items=items, metrics=metrics, sanity=checks,
@@ -184,14 +190,37 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
 
 
+def _judged(suite, videos: Path, order: Evaluation, backends: Backends) -> tuple[tuple[report.Item, ...], tuple[Measure, ...], tuple[str, ...]]:
+    """Items, measures over them, and plots."""
+    from liveavatar.evaluation import closeup, turns
+    from liveavatar.evaluation.suite import judge_suite
+
+    if any(item.events for item in suite.manifest.items):
+        return (*turns.judge_turns(suite, videos), ())
+    items = judge_suite(suite, videos, backends=backends, language=order.language)
+    metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, order.suite.real))
+    return items, metrics, closeup.draw(suite, videos, items, Path(order.out) / "plots")
+
+
 def open_suite(what: SuiteSettings, setting: Setting):
+    """The suite of the settings, or what they name of it. Raises InputError."""
+    found, items = _whole_suite(what, setting), what.items
+    known = {item.id: item for item in found.manifest.items}
+    if isinstance(items, tuple) and (strange := [name for name in items if name not in known]):
+        raise InputError(f"suite.items: {found.manifest.name} has no {', '.join(strange)}")
+    kept = tuple(map(known.get, items)) if isinstance(items, tuple) else found.manifest.items[:items]
+    return replace(found, manifest=replace(found.manifest, items=kept))
+
+
+def _whole_suite(what: SuiteSettings, setting: Setting):
     """The suite's folder, built first where it is missing and the settings say how. Raises InputError where another suite is there."""
     from liveavatar.evaluation import suite as suites
+    from liveavatar.evaluation import turns
 
     folder, name, version = Path(what.folder), f"suite_{what.build}", f"{suites.VERSIONS.get(what.build)}, seed {what.seed}"
     if what.build is not None and not (folder / suites.MANIFEST).exists():
         setting.say(f"building {name} in {folder}")
-        return suites.build(folder, name, version, suites.NAMED[what.build](what.seed), setting.ours.stage())
+        return suites.build(folder, name, version, suites.NAMED[what.build](what.seed), turns.staged(setting.ours.stage()))
     found = suites.read_suite(folder)
     if what.build is not None and (found.manifest.name, found.manifest.version) != (name, version):
         raise InputError(f"{folder}: holds {found.manifest.name} {found.manifest.version}, not {name} {version}: name another folder")
@@ -216,7 +245,12 @@ def _make_videos(suite, folder: Path, config: Path | None, setting: Setting, sys
     for item in missing:
         part, trace = folder / "part" / f"{item.id}.mp4", folder / f"{item.id}.trace.jsonl"  # one that was broken off would play too
         setting.say(f"making {folder / part.name}")
-        setting.ours.generate(config, suite.path(item, "portrait"), suite.path(item, "audio"), part, item.prompt, item.seed, trace)
+        given = config, suite.path(item, "portrait"), suite.path(item, "audio")
+        if item.events:
+            events = [(e.time, e.kind, suite.folder / e.portrait if e.portrait else None) for e in item.events]
+            setting.ours.converse(*given, events, part, item.prompt, item.seed, trace)
+        else:
+            setting.ours.generate(*given, part, item.prompt, item.seed, trace)
         part.replace(folder / part.name)
     return folder, replace(system, commit=", ".join(made["commits"]))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +50,16 @@ class Line:
     framing: str = "close"  # one of FRAMINGS
     sound: str = "clean"  # one of SOUNDS
     spoken: bool = False  # sound and portrait alone, with pauses up to long silences: streams too long to be rendered
+    eventful: bool = False  # spoken, interrupted, and given another portrait: see turns.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What is done to a stream besides speaking. time: seconds from the first sample; kind: interrupt | portrait, a file then."""
+
+    time: float
+    kind: str
+    portrait: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +84,7 @@ class SuiteItem:
     mumbled_video: str = ""  # the same with the lips half as far apart: for the sanity ranking
     gt_motion: str = ""
     consent: str = ""
+    events: tuple[Event, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
 
 
@@ -147,8 +158,14 @@ def long(seed: int = 1) -> tuple[Line, ...]:
                       seconds=float(seconds[k]), size=128, spoken=True) for k in range(15))  # fmt: skip
 
 
-NAMED = {"tiny": tiny, "short": short, "long": long}
-VERSIONS = {"tiny": 2, "short": 2, "long": 1}  # what a name stands for; another number wherever another byte is built
+def turns(seed: int = 1) -> tuple[Line, ...]:
+    """suite_turns: 20 streams of 60 s, everybody interrupted and then somebody else; sound and portraits, no true pictures."""
+    return tuple(Line(id=f"turns_{k:02d}", identity=1_003_000 + 100 * seed + k, voice=("awb", "slt", "rms", "kal16")[k % 4], seed=20_000 * seed + k,
+                      seconds=60.0, size=128, spoken=True, eventful=True) for k in range(20))  # fmt: skip
+
+
+NAMED = {"tiny": tiny, "short": short, "long": long, "turns": turns}
+VERSIONS = {"tiny": 2, "short": 2, "long": 1, "turns": 1}  # what a name stands for; another number wherever another byte is built
 
 
 def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], render: Callable[[Line], Rendered]) -> Suite:
@@ -160,7 +177,7 @@ def build(folder: str | Path, name: str, version: str, lines: Sequence[Line], re
     said = asdict(manifest)
     for item in said["items"]:
         del item["consent"]  # nobody was asked: heads are rendered
-        for kind in ("person", "voice", "sound"):
+        for kind in ("person", "voice", "sound", "events"):
             if not item[kind]:
                 del item[kind]
     (folder / MANIFEST).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -181,9 +198,17 @@ def _write(folder: Path, line: Line, made: Rendered) -> SuiteItem:
         write_video(folder / names["mumbled_video"], made.mumbled, pcm)
         write_truth(folder / names["gt_motion"], Truth(np.arange(len(made.frames)) / FPS, made.motion, made.points))
     phones = tuple(Phone(p.name, round(p.start, 4), round(p.end, 4)) for p in made.phones)
-    hashes = {name: sha256(folder / name) for name in names.values()}
+    events = _write_events(folder, line, made) if line.eventful else ()
+    hashes = {name: sha256(folder / name) for name in (*names.values(), *(event.portrait for event in events)) if name}
     return SuiteItem(id=line.id, text=made.text, prompt=made.caption, seed=line.seed, framing=line.framing, phones=phones,
-                     licence=LICENCE.format(READ if line.voice == READING else MACHINE), sha256=hashes, **how, **names)  # fmt: skip
+                     licence=LICENCE.format(READ if line.voice == READING else MACHINE), events=events, sha256=hashes, **how, **names)  # fmt: skip
+
+
+def _write_events(folder: Path, line: Line, made) -> tuple[Event, ...]:
+    """The events of a turns.Scene, whose other portrait gets a file."""
+    name = f"{line.id}.other.png"
+    Image.fromarray(made.other).save(folder / name)
+    return tuple(replace(event, portrait=name if event.kind == "portrait" else "") for event in made.events)
 
 
 def _minutes(pcm: np.ndarray) -> Iterator[np.ndarray]:

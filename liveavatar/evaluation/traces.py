@@ -133,9 +133,13 @@ def _record(text: str, where: str) -> dict:
 
 def judge_trace(run: Recording, *, warmup: int = WARMUP, price: float | None = None, again: Recording | None = None) -> list[Measure]:
     """All figures of section 6. price: per hour of the machine, in any currency. again: a second run of the same."""
+    return [*flow(run, warmup), *_offsets(run), *_memory(run), _determinism(run, again), _cost(run, price, warmup)]
+
+
+def flow(run: Recording, warmup: int = WARMUP) -> list[Measure]:
+    """What several runs can be judged by together: waits, turns, latencies, rates, underruns, floor."""
     waits = [*_waits(run), *_turns(run)]
-    steady = [*_latency(run, warmup), *_rates(run, warmup), *_underruns(run), *_offsets(run)]
-    return [*waits, *steady, *_memory(run), _determinism(run, again), _floor(run, warmup), _cost(run, price, warmup)]
+    return [*waits, *_latency(run, warmup), *_rates(run, warmup), *_underruns(run), _floor(run, warmup)]
 
 
 def _wait(name: str, seconds: Sequence[float], missing: str) -> Measure:

@@ -308,7 +308,7 @@ class LiveSession:
             self._rest()
             picture = self._mark(slot.picture) if self.broadcast.sinks else slot.picture
             self._count(slot.kind, late)
-            tick = Tick(index, slot.epoch, slot.kind, picture, slot.sound, late, marks)
+            tick = Tick(index, slot.epoch, slot.kind, picture, slot.sound, late, marks, slot.block)
             await self.broadcast.send(tick)
             self._count_silence(slot)
 

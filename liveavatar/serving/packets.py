@@ -42,7 +42,7 @@ class Tick:
     index: ticks since the session began. epoch: raised by every interruption. kind: "speech", "idle" (the engine
     made it of silence) or "filler" (the engine gave nothing: an old picture). picture: uint8 [H, W, 3] RGB, marked.
     sound: int16 [1920], 48 kHz mono. late: seconds after its deadline. marks: segments that began with this tick's
-    sound, or ended with it.
+    sound, or ended with it. block: the engine's that it comes from; -1: none.
     """
 
     index: int
@@ -52,6 +52,7 @@ class Tick:
     sound: np.ndarray
     late: float = 0.0
     marks: tuple[Mark, ...] = ()
+    block: int = -1
 
 
 @dataclass(frozen=True, slots=True)

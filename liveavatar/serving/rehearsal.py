@@ -168,7 +168,7 @@ async def rehearse(avatar: LiveSession, talk: Talk, user: User | Typist, path: P
             if text:
                 await talk.read(text)
             done.count(tick, talk.conversation.exchange)
-            await loop.run_in_executor(None, _write, writer, tick, said if both else np.zeros_like(said))
+            await loop.run_in_executor(None, write, writer, tick, said if both else np.zeros_like(said))
     finally:
         avatar.remove_sink(sink)
         await loop.run_in_executor(None, writer.close)
@@ -176,7 +176,8 @@ async def rehearse(avatar: LiveSession, talk: Talk, user: User | Typist, path: P
     return done
 
 
-def _write(writer: VideoWriter, tick: Tick, said: np.ndarray) -> None:
+def write(writer: VideoWriter, tick: Tick, said: np.ndarray) -> None:
+    """A tick into a file; said: float32 [1920] that is heard beside it."""
     scale = writer.height // tick.picture.shape[0]
     picture = tick.picture.repeat(scale, 0).repeat(scale, 1)
     writer.write(picture[None], np.clip(tick.sound.astype(np.float32) / 32768 + said, -1, 1))
