@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from liveavatar.core import Audio, ConfigError
 from liveavatar.evaluation import closeup, jobs, plots, sanity, suite
 from liveavatar.evaluation.backends import fingerprint
 from liveavatar.evaluation.commands import _gates
-from liveavatar.evaluation.report import Check, Item, Measure, absent, read_report
+from liveavatar.evaluation.report import Check, Item, Measure, System, absent, read_report
 from liveavatar.telemetry import Trace
 
 pytest.importorskip("matplotlib", reason="the extra [eval]")
@@ -169,7 +170,7 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
     (tmp_path / "videos").mkdir()
     for item in small_suite.manifest.items:
         shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
-    path = order(tmp_path, small_suite, gates={"brightness": {"min": 50}}, system={"name": "theirs", "engine": "unknown"})
+    path = order(tmp_path, small_suite, gates={"brightness": {"min": 50}})
     documents = []
     for _ in range(2):
         result = run("evaluate", path)
@@ -179,12 +180,14 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
         assert document.pop("date") and document.pop("host")
     assert documents[0] == documents[1]
     found = read_report(tmp_path / "out/report.json")
-    assert found.origin.synthetic and found.system.name == "theirs" and found.system.commit == "unknown" and len(found.items) == 2
+    assert found.origin.synthetic and len(found.items) == 2
+    assert found.system == System(name="videos"), "nobody said who made them: nothing of ours is said of them"
     assert found.measure("brightness").n == 2 and found.measure("brightness").interval is not None
     assert "syncnet_v2.model" in found.measure("Sync-C").reason and found.measure("FID").status == "not_measured"
     text = (tmp_path / "out/report.md").read_text()
-    assert text.startswith("# theirs on suite_small (synthetic suite)") and "No sanity ranking" in text
-    assert run("evaluate", path, "gates={brightness: {max: 50}}").exit_code == 1
+    assert text.startswith("# videos on suite_small (synthetic suite)") and "No sanity ranking" in text
+    assert run("evaluate", path, "gates={brightness: {max: 50}}", "system.name=theirs", f"system.driver_sha256={'d' * 64}").exit_code == 1
+    assert read_report(tmp_path / "out/report.json").system == System(name="theirs", driver_sha256="d" * 64)
 
 
 def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity(tmp_path, small_suite, monkeypatch):
@@ -227,7 +230,12 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
         assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
     assert made == ["i0.mp4", "i1.mp4"]
     system = read_report(tmp_path / "out/report.json").system
-    assert "transformer.safetensors" in system.weights and system.name == "liveavatar"
+    assert "transformer.safetensors" in system.weights and system.name == "embedded avatar"
+    assert (system.engine, system.driver, system.driver_sha256) == ("diffusion", "log-mel front end", None)
+    (tmp_path / "ears").write_bytes(b"wav2vec2")
+    heard = Ours.weights(None) | {"wav2vec2/model.safetensors": tmp_path / "ears"}
+    theirs = jobs.system_of(jobs.SystemSettings(engine="x"), SimpleNamespace(weights=lambda config: heard), None)
+    assert (theirs.engine, theirs.driver, theirs.driver_sha256) == ("x", "wav2vec2", fingerprint(tmp_path / "ears"))
     (tmp_path / "other.safetensors").write_bytes(b"other weights")
     monkeypatch.setattr(Ours, "weights", staticmethod(lambda config: {"transformer.safetensors": tmp_path / "other.safetensors"}))
     assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
@@ -267,6 +275,7 @@ def test_one_video_of_any_system(tmp_path):
     result = run("evaluate", "video", tmp_path / "v.mp4", "--out", tmp_path / "out", "--system", "theirs", "--gate", "width<=0")
     assert result.exit_code == 0, result.output + str(result.exception)
     found = read_report(tmp_path / "out/report.json")
+    assert found.system == System(name="theirs")
     assert found.kind == "video" and found.items[0].picture["width"] == 64 and found.items[0].sha256 and not found.origin.synthetic
 
 

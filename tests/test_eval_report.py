@@ -124,7 +124,9 @@ def test_stability_and_sync_never_stand_alone():
 def test_a_judge_that_is_the_driver_is_called_circular():
     system = System(name="ours", driver="whisper", driver_sha256="d" * 64)
     assert "circular" in markdown(report(system=system, metrics=(measure(weights_sha256="d" * 64),)))
+    assert "circular" in markdown(report(system=system, metrics=(measure(weights_sha256=f"{'e' * 64}+{'d' * 64}"),)))
     assert "circular" not in markdown(report(system=system, metrics=(measure(weights_sha256="e" * 64), measure("plain"))))
+    assert "circular" not in markdown(report(metrics=(measure(weights_sha256="e" * 64), measure("plain"))))
 
 
 # ---------------------------------------------------------------- comparison

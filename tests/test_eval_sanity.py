@@ -11,6 +11,8 @@ pytest.importorskip("dlib", reason="likeness")
 pytest.importorskip("pocketsphinx", reason="phones")
 pytest.importorskip("skimage", reason="SSIM")
 
+from liveavatar.conditioning import phones
+from liveavatar.conditioning.face import TRACKER_SHA256
 from liveavatar.conditioning.media import VideoWriter, read_audio
 from liveavatar.core import InputError
 from liveavatar.evaluation import jobs, likeness, sanity, suite
@@ -87,6 +89,16 @@ def test_truth_survives_its_file(rendered_suite):
 # ---------------------------------------------------------------- one file
 
 
+def test_the_judge_of_sync_is_known_by_its_models(rendered_suite):
+    """So that a driver that is the same model can be found out (EVA-7)."""
+    item = rendered_suite.manifest.items[0]
+    for said, models in (({"text": item.text}, [phones.model_sha256(), TRACKER_SHA256]), ({"phones": item.phones}, [TRACKER_SHA256])):
+        made = {m.name: m for m in judge_video(rendered_suite.path(item, "gt_video"), **said)}
+        for name in ("r0", "closure"):
+            assert made[name].weights_sha256 == "+".join(models)
+            assert made[name].backend.startswith(("AVCorr: " if name == "r0" else "") + ("given phones" if "phones" in said else "pocketsphinx"))
+
+
 @pytest.fixture(scope="module")
 def judged(rendered_suite, tmp_path_factory):
     """Two seconds of an item, mute, as another system might hand them in with its sound apart: judged with all there is."""
@@ -106,6 +118,7 @@ def test_one_file_gets_every_measure(judged):
     assert judged["lmd"].value < 0.01 and judged["psnr_full"].value > 35
     assert judged["response_gap_slope"].value == pytest.approx(1, abs=0.15)
     assert judged["face_share"].value == 1
+    assert judged["lmd"].weights_sha256 == TRACKER_SHA256 and judged["jerk"].weights_sha256 == TRACKER_SHA256
     assert 50 < judged["face_x"].value < 78 and 40 < judged["face_y"].value < 90 and 20 < judged["face_iod"].value < 50, "pixels of 128"
 
 

@@ -80,9 +80,8 @@ class Backends:
         return "needs " + " and ".join(f"{KNOWN[name].file} (backends.{name})" for name in names if name not in self.given)
 
     def sha256(self, *names: str) -> str:
-        """Of one file as it is; of several, of their hashes joined."""
-        found = [self.given[name].sha256 for name in names]
-        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
+        """Of several files, joined by +."""
+        return "+".join(self.given[name].sha256 for name in names)
 
     def path(self, name: str) -> Path:
         """The verified path. Raises WeightsError when it is absent or not the file that was expected."""

@@ -129,13 +129,15 @@ def _files(command: Callable, ours: Ours) -> None:
         portrait: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Who it should be.")] = None,
         text: Annotated[Optional[str], typer.Option(help="What is said; else phones are recognised, which is less exact.")] = None,
         language: Annotated[str, typer.Option(help="Of the speech; only en has a phone map.")] = "en",
-        system: Annotated[str, typer.Option(help="Who made it, for the report.")] = "unknown",
+        system: Annotated[Optional[str], typer.Option(help="Who made it, for the report. Default: the file's name.")] = None,
+        driver_sha256: Annotated[Optional[str], typer.Option(metavar="HASH", help="SHA-256 of the audio model that drove it, if you know it: a "
+                                                                                  "judge that is that model is called circular.")] = None,
         out: Out = Path("evaluation"), config: Weights = None, gate: Gates = None,
     ) -> None:  # fmt: skip
         """Judge one video of any system."""
         from liveavatar.evaluation import jobs
 
-        made = jobs.run_video(file, out, _setting(ours), system=jobs.SystemSettings(name=system, engine="unknown", driver="unknown"),
+        made = jobs.run_video(file, out, _setting(ours), system=jobs.SystemSettings(name=system, driver_sha256=driver_sha256),
                               gates=_gates(gate), backends=_backends(config), audio=audio, reference=reference, portrait=portrait, text=text,
                               language=language)  # fmt: skip
         _answer((made, out))

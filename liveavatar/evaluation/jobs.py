@@ -31,11 +31,12 @@ SUITES = ("tiny", "short", "long")  # of suite.NAMED
 
 @dataclass(frozen=True, kw_only=True)
 class SystemSettings:
-    """Who made the videos, as the report names it. driver: the audio model behind the pictures (EVA-7)."""
+    """Who made the videos, as the report names it. driver: the audio model behind the pictures (EVA-7), whose hash a judge's is compared
+    with. What is not said is known of our own videos, and "unknown" of others', which are named after their file or folder."""
 
-    name: str = "liveavatar"
-    engine: str = "diffusion"
-    driver: str = "log-mel front end"
+    name: str | None = None
+    engine: str | None = None
+    driver: str | None = None
     driver_sha256: str | None = None
 
 
@@ -139,13 +140,23 @@ def finish(made: Report, out: Path) -> Report:
     return made
 
 
-def system_of(settings: SystemSettings, ours: Ours | None, config: Path | None) -> System:
-    """The System of a report. ours: None when the videos were made by somebody else."""
-    named = System(name=settings.name, engine=settings.engine, driver=settings.driver, driver_sha256=settings.driver_sha256)
-    if ours is None:
-        return named
+def system_of(settings: SystemSettings, ours: Ours, config: Path | None) -> System:
+    """The System of a report on videos that we made."""
     weights = {name: provenance.sha256(path) for name, path in ours.weights(config).items()}
-    return replace(named, commit=provenance.commit(), weights=weights, config_sha256=None if config is None else provenance.sha256(config))
+    ears = "+".join(sha for name, sha in weights.items() if "wav2vec" in name)
+    known = System(name="embedded avatar" if config is None else "liveavatar", engine="diffusion", commit=provenance.commit(), weights=weights,
+                   config_sha256=None if config is None else provenance.sha256(config),
+                   driver="wav2vec2" if ears else "log-mel front end", driver_sha256=ears or None)  # fmt: skip
+    return _as_said(settings, known)
+
+
+def stranger(settings: SystemSettings, path: Path) -> System:
+    """The System of a report on videos that somebody else made, in this file or folder."""
+    return _as_said(settings, System(name=path.resolve().name))
+
+
+def _as_said(settings: SystemSettings, known: System) -> System:
+    return replace(known, **{name: value for name, value in vars(settings).items() if value is not None})
 
 
 # ---------------------------------------------------------------- a suite
@@ -161,7 +172,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     if what.videos is None:
         videos, system = _make_videos(suite, out / "videos", config, setting, system_of(order.system, setting.ours, config))
     else:
-        videos, system = Path(what.videos), system_of(order.system, None, None)
+        videos, system = Path(what.videos), stranger(order.system, Path(what.videos))
     setting.say(f"judging {len(suite.manifest.items)} videos of {videos}")
     items = judge_suite(suite, videos, backends=backends, language=order.language)
     metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, what.real))
@@ -242,7 +253,7 @@ def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSetting
     item = report.Item(id=video.stem, video=str(video), sha256=file.sha256, picture=file.card, measures=measures)
     origin = Origin(name=video.name, sha256=_asked(file.sha256, options))
     limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.",)
-    return finish(setting.begin("video", system_of(system, None, None), origin, items=(item,), metrics=measures,
+    return finish(setting.begin("video", stranger(system, video), origin, items=(item,), metrics=measures,
                                 gates=report.judge_gates(measures, gates), limits=limits), out)
 
 
@@ -277,10 +288,11 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
     slopes = [*drift.trends(found), *_seams(video, marks, trace)]
     synthetic = what.portrait is None  # the embedded portrait is a render
     measures = (*found[0].measures.values(), *slopes)
-    made_by = None if what.video is not None else setting.ours
+    config = None if order.config is None else Path(order.config)
+    system = system_of(order.system, setting.ours, config) if what.video is None else stranger(order.system, target)
     windows = [{"start": p.start, **{m.name: m.value if m.measured else str(m) for m in p.measures.values()}} for p in found]
     return finish(setting.begin(
-        "drift", system_of(order.system, made_by, None if order.config is None else Path(order.config)),
+        "drift", system,
         Origin(name=f"drift {plan.seconds:g} s", version=f"seed {plan.seed}", sha256=plan.sha256, synthetic=synthetic), metrics=measures,
         items=(report.Item(id="stream", video=str(target), sha256=video.sha256, picture=video.card),), seeds={"plan": plan.seed},
         gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), limits=_drift_limits(what, plan, found),

@@ -6,16 +6,16 @@ The pictures are read once, one at a time; what is kept of them are landmarks, s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from liveavatar.conditioning.face import Face, FaceTracker
+from liveavatar.conditioning.face import TRACKER_SHA256, Face, FaceTracker
 from liveavatar.conditioning.faceprint import embedding
 from liveavatar.conditioning.identity import load_picture
 from liveavatar.conditioning.media import read_audio
-from liveavatar.conditioning.phones import Phone, SpeechError, Utterance
+from liveavatar.conditioning.phones import Phone, SpeechError, Utterance, model_sha256
 from liveavatar.core import InputError
 from liveavatar.evaluation import closure, landmarks, likeness, sync
 from liveavatar.evaluation import stability as steadiness
@@ -55,7 +55,7 @@ def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, 
     utterance, source = _heard(pcm, text, phones, language)
     who = None if portrait is None else read_portrait(portrait)
     watched, model = watch(file, other, utterance, keep=bool(backends and backends.given))
-    return [
+    return _signed([
         *landmarks.tracking(watched.track), *_speech(watched.track, utterance, source, language),
         *([] if model is None else landmarks.distances(watched.track, model.track)),
         *([] if truth is None else landmarks.response(watched.track, truth, None if model is None else model.track)),
@@ -63,7 +63,20 @@ def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, 
         *steadiness.motion_energy(watched.track, _silence(utterance, watched.track.times)),
         *watched.likeness.measures(None if who is None else who.embedding, start), *watched.quality.measures(other is not None),
         *_by_weights(watched, model, pcm, who, backends or Backends()),
-    ]  # fmt: skip
+    ], source)  # fmt: skip
+
+
+def _signed(measures: list[Measure], source: str) -> list[Measure]:
+    """Those of the tracker and of the phones with the hashes of their models; phones that were given are nobody's."""
+    def signed(m: Measure) -> Measure:
+        heard = m.backend in (sync.BACKEND, closure.BACKEND)
+        if not m.measured or not (heard or m.backend == landmarks.BACKEND):
+            return m
+        if heard and source == sync.GIVEN:
+            return replace(m, backend=m.backend.replace("pocketsphinx", "given"), weights_sha256=TRACKER_SHA256)
+        return replace(m, weights_sha256=f"{model_sha256()}+{TRACKER_SHA256}" if heard else TRACKER_SHA256)
+
+    return [signed(m) for m in measures]
 
 
 # ---------------------------------------------------------------- the sound

@@ -34,7 +34,7 @@ class Measure:
 
     better: which way is good; "target": neither, a gate says what is wanted. n: what was averaged or counted
     (pictures, events, windows). interval: 95 %, or None where it cannot be known. backend: the procedure or
-    package; weights_sha256: of the weights behind it, None for none. reason: required unless measured.
+    package; weights_sha256: of the weights behind it, several joined by +, None for none. reason: required unless measured.
     """
 
     name: str

@@ -22,6 +22,7 @@ LAG_SCALE = 0.2  # seconds off NATURAL_LAG at which the index is halved; never t
 BESIDE_PEAK = 0.2  # seconds: a second peak farther away than this makes the first one doubtful
 GRID_RATE = 100  # Hz of the expected motion
 PADDING = 0.2  # seconds
+GIVEN = "phones given"
 MIN_SPEECH = 5.0  # seconds
 PAUSE_IS_SILENCE = 0.3  # seconds; a shorter pause belongs to the speech around it
 FIELDS = {"sync_index": ("", "higher"), "r0": ("", "higher"), "peak": ("", "higher"), "conf": ("", "higher"), "margin": ("", "higher"),
@@ -35,7 +36,7 @@ def heard(pcm: np.ndarray, text: str | None = None, phones: tuple[Phone, ...] | 
     without pocketsphinx.
     """
     if phones is not None:
-        return Utterance(pcm, tuple(phones), text or "", "given"), "phones given"
+        return Utterance(pcm, tuple(phones), text or "", "given"), GIVEN
     if text:
         try:
             return _aligned(pcm, text), "phones aligned to the words"

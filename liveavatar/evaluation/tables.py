@@ -127,8 +127,9 @@ def _value(measure: Measure) -> tuple[str, str]:
 
 
 def _by(measure: Measure, report: Report) -> str:
-    weights = f" ({measure.weights_sha256[:12]})" if measure.weights_sha256 else ""
-    circular = measure.weights_sha256 is not None and measure.weights_sha256 == report.system.driver_sha256
+    judges, drivers = ((sha or "").split("+") for sha in (measure.weights_sha256, report.system.driver_sha256))
+    weights = f" ({'+'.join(sha[:12] for sha in judges)})" if measure.weights_sha256 else ""
+    circular = measure.weights_sha256 and not set(judges).isdisjoint(drivers)
     return f"{measure.backend or '-'}{weights}{', circular: the judge is the driver' if circular else ''}"
 
 
