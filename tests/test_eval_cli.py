@@ -209,9 +209,17 @@ def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity
 def test_a_missing_video_fails_its_item_and_is_named(tmp_path, small_suite):
     (tmp_path / "videos").mkdir()
     shutil.copy(small_suite.path(small_suite.manifest.items[0], "gt_video"), tmp_path / "videos" / "i0.mp4")
-    assert run("evaluate", "suite", order(tmp_path, small_suite)).exit_code == 0
+    result = run("evaluate", "suite", order(tmp_path, small_suite))
+    assert result.exit_code == 0 and "left out: i1: " in result.output
     found = read_report(tmp_path / "out/report.json")
     assert any("i1" in line and "no such file" in line for line in found.exclusions)
+
+
+def test_a_suite_without_one_usable_video_is_no_result(tmp_path, small_suite):
+    result = run("evaluate", "suite", order(tmp_path, small_suite))
+    progress, error = result.stderr.splitlines()
+    assert result.exit_code == 2 and progress.startswith("judging") and error.startswith("error: ") and "none of the suite's 2 videos" in error
+    assert not (tmp_path / "out/report.json").exists()
 
 
 def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):

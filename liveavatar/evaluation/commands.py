@@ -236,6 +236,8 @@ def _answer(*made: tuple[Report, Path]) -> None:
     for report, out in made:
         measured = [m for m in report.metrics if m.measured]
         typer.echo(f"{report.kind}: {len(measured)} measures taken, {len(report.metrics) - len(measured)} not; see {out / 'report.md'}")
+        for line in report.exclusions:
+            typer.echo(f"left out: {line}")
         for gate in report.gates:
             verdict = {True: "met", False: "FAILED", None: "not judged"}[gate.ok]
             typer.echo(f"gate {gate.name} {gate.demand}: {verdict} ({gate.reason if gate.value is None else f'{gate.value:.4g}'})")

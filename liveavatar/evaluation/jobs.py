@@ -175,6 +175,9 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         videos, system = Path(what.videos), stranger(order.system, Path(what.videos))
     setting.say(f"judging {len(suite.manifest.items)} videos of {videos}")
     items = judge_suite(suite, videos, backends=backends, language=order.language)
+    unusable = [(item.id, m.reason) for item in items for m in item.measures if m.name == "judged"]
+    if len(unusable) == len(items):
+        raise InputError(f"{videos}: none of the suite's {len(items)} videos can be judged: {unusable[0][1]}")
     metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, what.real))
     checks, ranked = (), what.sanity and all(item.gt_video for item in suite.manifest.items)
     if ranked:
@@ -188,7 +191,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     return finish(setting.begin(
         "suite", system, origin, items=items, metrics=metrics, sanity=checks,
         gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
-        exclusions=tuple(f"{item.id}: {m.reason}" for item in items for m in item.measures if m.name == "judged"),
+        exclusions=tuple(f"{name}: {reason}" for name, reason in unusable),
         limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
 
 
