@@ -25,6 +25,9 @@ def saved(path, module: nn.Module) -> Given:
     return given(path)
 
 
+AUTHORS = "961e8696" + "0" * 52 + "5442"  # begins and ends as SyncNet's
+
+
 def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
 
@@ -227,7 +230,8 @@ def test_lpips_needs_a_pair(tmp_path):
     frames = [(k / 25, p) for k, p in enumerate(a)]
     alone, pair = ({m.name: m for m in weighted.judge(frames, np.zeros(0, np.float32), backends, paired=p)} for p in (None, a))
     assert alone["LPIPS"].reason == "needs a reference video"
-    assert pair["LPIPS"].value == pytest.approx(0) and pair["LPIPS"].weights_sha256 == backends.sha256("lpips_backbone", "lpips_heads")
+    other = pair["LPIPS (other weights)"]
+    assert other.value == pytest.approx(0) and other.weights_sha256 == backends.sha256("lpips_backbone", "lpips_heads")
 
 
 # ---------------------------------------------------------------- vectors
@@ -366,7 +370,7 @@ def test_qalign_runs_its_own_code_only_when_allowed(tmp_path):
 
 def test_sync_c_through_tracks_and_crop(monkeypatch):
     """Random networks find no face and know no speech: boxes and towers are given, all between them is real."""
-    backends = Backends({name: Given(path=name, sha256=name[0] * 64) for name in ("syncnet", "s3fd")})
+    backends = Backends({name: Given(path=name, sha256=AUTHORS) for name in ("syncnet", "s3fd")})
     backends.__dict__.update(syncnet=Towers(), s3fd=None)
     frames = [(k / 25, p) for k, p in enumerate(pictures(30, 160))]
     pcm = np.random.default_rng(2).normal(size=19200).astype(np.float32) * 0.1
@@ -381,6 +385,22 @@ def test_sync_c_through_tracks_and_crop(monkeypatch):
     mesh.__dict__.update(syncnet=Towers())
     other = {m.name: m for m in weighted.judge(frames, pcm, mesh, boxes=np.repeat([[20.0, 20, 140, 140]], 30, 0))}
     assert other["Sync-C"].status == "not_measured" and other["Sync-C (mesh crop)"].value == pytest.approx(found["Sync-C"].value)
+
+
+def test_a_name_belongs_to_its_authors_weights(tmp_path):
+    """SyncNet's published hash is known at both ends, AlexNet's at one; of others no hash is known."""
+    for sha, own in ((AUTHORS, True), (AUTHORS.upper(), True), ("961e8696" + "0" * 56, False), ("0" * 60 + "5442", False)):
+        backends = Backends({name: Given(path=name, sha256=sha) for name in ("syncnet", "s3fd")})
+        assert backends.title("Sync-C", "syncnet", "s3fd") == ("Sync-C" if own else "Sync-C (other weights)")
+    found = {f.known.name: f.note for f in examine(Backends(lpips_files(tmp_path)))}
+    assert "authors' is 7be5be79" in found["lpips_backbone"] and "no hash that we know" in found["lpips_heads"]
+    backends = Backends({name: Given(path=name, sha256="0" * 64) for name in ("syncnet", "s3fd")})
+    backends.__dict__.update(syncnet=Towers(), s3fd=None)
+    frames = [(k / 25, p) for k, p in enumerate(pictures(30, 160))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3fd, "detect", lambda net, picture: np.array([[20.0, 20, 140, 140]]))
+        names = {m.name for m in weighted.judge(frames, np.ones(19200, np.float32), backends)}
+    assert "Sync-C (other weights)" in names and not names & {"Sync-C", "Sync-D"}
 
 
 def test_pictures_at_25_per_second_are_those_on_screen():

@@ -20,7 +20,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A file that exists in public. pinned: how its SHA-256 begins, where its authors say so."""
+    """A file that exists in public. pinned: how its SHA-256 begins, and ends after "...", where its authors say so."""
 
     name: str
     file: str
@@ -29,10 +29,15 @@ class Known:
     published: str
     pinned: str = ""
 
+    def is_published(self, sha256: str) -> bool:
+        """It is the authors' own file, as far as can be known."""
+        begins, _, ends = self.pinned.partition("...")
+        return sha256.lower().startswith(begins) and sha256.lower().endswith(ends)
+
 
 KNOWN = {k.name: k for k in (
     Known(name="syncnet", file="syncnet_v2.model", measures="Sync-C, Sync-D", licence="research terms, re-read before use",
-          published="robots.ox.ac.uk/~vgg/software/lipsync", pinned="961e8696"),
+          published="robots.ox.ac.uk/~vgg/software/lipsync", pinned="961e8696...5442"),
     Known(name="s3fd", file="sfd_face.pth", measures="Sync-C, Sync-D (the crop)", licence="research terms, re-read before use",
           published="robots.ox.ac.uk/~vgg/software/lipsync"),
     Known(name="lpips_backbone", file="alexnet-owt-7be5be79.pth", measures="LPIPS, tLPIPS", licence="BSD-3-Clause (code); weights from ImageNet",
@@ -78,6 +83,11 @@ class Backends:
     def needs(self, *names: str) -> str:
         """Why a measure behind these is missing, e.g. "needs sfd_face.pth (backends.s3fd)"."""
         return "needs " + " and ".join(f"{KNOWN[name].file} (backends.{name})" for name in names if name not in self.given)
+
+    def title(self, measure: str, *names: str) -> str:
+        """What a measure behind these files may be called: a name belongs to its authors' weights (EVA-1)."""
+        own = all(KNOWN[name].is_published(self.given[name].sha256) for name in names if name in self.given)
+        return measure if own else f"{measure} (other weights)"
 
     def sha256(self, *names: str) -> str:
         """Of several files, joined by +."""
@@ -229,5 +239,7 @@ def _examined(known: Known, backends: Backends) -> Finding:
     except (WeightsError, ConfigError) as error:
         return Finding(known=known, state="does not load", note=str(error))
     found = backends.given[known.name].sha256
-    odd = known.pinned and not found.startswith(known.pinned)
-    return Finding(known=known, state="ready", note=f"SHA-256 {found[:12]}" + (f", but its authors' begins {known.pinned}" if odd else ""))
+    remark = "whose authors say no hash that we know" if not known.pinned else "the published file"
+    if not known.is_published(found):
+        remark = f"but its authors' is {known.pinned}: its measures are called `(other weights)`"
+    return Finding(known=known, state="ready", note=f"SHA-256 {found[:12]}, {remark}")

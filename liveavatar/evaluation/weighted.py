@@ -93,7 +93,7 @@ def _compared(tracks, shown, start, pictures, pcm, backends: Backends, suffix: s
         faces = syncnet.crop_face(pictures[shown[numbers]], boxes)
         results.append(syncnet.compare(backends.syncnet, faces, pcm[max(0, begin):]))
     results = [r for r in results if r is not None]
-    names = [(f"{name}{suffix}", unit, better) for name, unit, better in SYNC]
+    names = [(backends.title(f"{name}{suffix}", "syncnet", "s3fd"), unit, better) for name, unit, better in SYNC]
     if not results:
         reason = left_out or "no face was followed for 25 pictures"
         return [absent(name, reason, unit=unit, better=better, backend="syncnet_v2", status="failed") for name, unit, better in names]
@@ -113,11 +113,11 @@ def _lpips(pictures, paired, backends: Backends) -> list[Measure]:
         return [absent(name, reason, better="lower", backend="lpips alex 0.1") for name in ("LPIPS", "tLPIPS")]
     from liveavatar.evaluation import perceptual
 
-    count = min(len(pictures), len(paired))
+    count, names = min(len(pictures), len(paired)), [backends.title(name, *files) for name in ("LPIPS", "tLPIPS")]
     distances = perceptual.lpips(backends.lpips, pictures[:count], paired[:count])
     changes = perceptual.tlpips(backends.lpips, pictures[:count], paired[:count])
-    return [_mean("LPIPS", distances, backends, files, better="lower", backend="lpips alex 0.1"),
-            _mean("tLPIPS", changes, backends, files, better="lower", backend="lpips alex 0.1")]
+    return [_mean(name, values, backends, files, better="lower", backend="lpips alex 0.1")
+            for name, values in zip(names, (distances, changes), strict=True)]
 
 
 def _dino(every, portrait, backends: Backends) -> Measure:
