@@ -24,9 +24,10 @@ from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.landmarks import Track, Truth
 from liveavatar.evaluation.quality import Quality
 from liveavatar.evaluation.report import Measure, absent
+from liveavatar.evaluation.weighted import Sample
 from liveavatar.evaluation.weighted import judge as judge_by_weights
 
-KEPT_SECONDS = 30.0  # of pictures held for networks that the user gives
+KEPT_SECONDS = 30.0  # of pictures held for those networks of the user's that look at every picture
 FIVE = ((33, 133), (362, 263), (4,), (61,), (291,))  # eyes, tip of the nose, corners of the mouth: mesh points averaged
 
 
@@ -62,7 +63,7 @@ def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, 
         *watched.steady.measures(None if model is None else model.steady), *watched.still.measures(), steadiness.jerk(watched.track),
         *steadiness.motion_energy(watched.track, _silence(utterance, watched.track.times)),
         *watched.likeness.measures(None if who is None else who.embedding, start), *watched.quality.measures(other is not None),
-        *_by_weights(watched, model, pcm, who, backends or Backends()),
+        *_by_weights(watched, model, pcm, who, backends or Backends(), start is not None),
     ], source)  # fmt: skip
 
 
@@ -140,6 +141,7 @@ class Watched:
         self.times: list[float] = []
         self.faces: list[list[Face]] = []
         self.kept: list[tuple[float, np.ndarray]] = []
+        self.sample = Sample()
         self.last: np.ndarray | None = None
 
     def see(self, at: float, frame: np.ndarray, model: Watched | None = None) -> None:
@@ -156,6 +158,8 @@ class Watched:
             self.quality.see(at, frame, faces, *((None, None) if model is None else (model.last, model.faces[-1])))
         if self._keep and at - self.times[0] < KEPT_SECONDS:
             self.kept.append((at, frame))
+        if self._keep:
+            self.sample.see(at, frame, five_points(faces[0].landmarks) if faces else np.full((len(FIVE), 2), np.nan))
 
     @property
     def track(self) -> Track:
@@ -194,11 +198,13 @@ class _Beside:
 # ---------------------------------------------------------------- networks that the user gives
 
 
-def _by_weights(watched: Watched, model: Watched | None, pcm: np.ndarray, who: Portrait | None, backends: Backends) -> list[Measure]:
+def _by_weights(watched: Watched, model: Watched | None, pcm: np.ndarray, who: Portrait | None, backends: Backends,
+                part: bool) -> list[Measure]:
+    """part: the video is a later part of a stream, so that its own beginning says nothing."""
     frames = watched.kept or [(watched.times[0], watched.last)]
     found = watched.track.points[: len(frames)]
-    points = np.stack([five_points(p) for p in found])
     boxes = np.concatenate([found[..., :2].min(1), found[..., :2].max(1)], axis=1)
-    paired = None if model is None or not model.kept else np.stack([frame for _, frame in model.kept])
-    return judge_by_weights(frames, pcm, backends, portrait=None if who is None else who.picture, points=points, boxes=boxes, paired=paired,
-                            portrait_points=None if who is None else who.points)  # fmt: skip
+    cut = f"first {KEPT_SECONDS:.0f} s of {watched.times[-1] - watched.times[0]:.0f}" if len(frames) < len(watched.times) else ""
+    return judge_by_weights(frames, pcm, backends, watched.sample, portrait=None if who is None else who.picture, boxes=boxes, cut=cut,
+                            portrait_points=None if who is None else who.points, paired=None if model is None else model.kept or None,
+                            own="a part of a stream: see how the measure itself changes" if part else "")  # fmt: skip

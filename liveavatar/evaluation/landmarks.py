@@ -118,13 +118,9 @@ def _complex(points: np.ndarray) -> np.ndarray:
 
 def paired(track: Track, reference: Track) -> tuple[np.ndarray, np.ndarray]:
     """Indices of pictures of both shown at the same time (within half a picture), with a face in both."""
-    if not len(track.times) or len(reference.times) < 2:
-        return np.zeros(0, int), np.zeros(0, int)
-    near = np.clip(np.searchsorted(reference.times, track.times), 1, len(reference.times) - 1)
-    near -= track.times - reference.times[near - 1] < reference.times[near] - track.times
-    half = np.median(np.diff(reference.times)) / 2
-    ok = (np.abs(reference.times[near] - track.times) <= half + 1e-6) & track.seen & reference.seen[near]
-    return np.flatnonzero(ok), near[ok]
+    mine, theirs = series.together(track.times, reference.times)
+    ok = track.seen[mine] & reference.seen[theirs]
+    return mine[ok], theirs[ok]
 
 
 def distances(track: Track, reference: Track) -> list[Measure]:

@@ -40,6 +40,16 @@ def _centred(m: np.ndarray) -> tuple[np.ndarray, ...]:
     return xx / n - (x / n) ** 2, yy / n - (y / n) ** 2, xy / n - x * y / n**2
 
 
+def together(times: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into both of what is shown at the same time: at most half a step of `others` apart."""
+    if not len(times) or len(others) < 2:
+        return np.zeros(0, int), np.zeros(0, int)
+    near = np.clip(np.searchsorted(others, times), 1, len(others) - 1)
+    near -= times - others[near - 1] < others[near] - times
+    ok = np.abs(others[near] - times) <= np.median(np.diff(others)) / 2 + 1e-6
+    return np.flatnonzero(ok), near[ok]
+
+
 def block_of(times: np.ndarray) -> tuple[np.ndarray, int]:
     """Which block of a second each time [T] falls into, and how many blocks there are."""
     index = ((times - times[0]) / BLOCK_SECONDS).astype(int) if len(times) else np.zeros(0, int)

@@ -6,6 +6,7 @@ A name stands for one procedure with one set of weights; nothing here ever takes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,34 +14,63 @@ from liveavatar.core import FPS, SAMPLE_RATE, InputError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.backends import Backends
 from liveavatar.evaluation.distribution import kernel_distance
+from liveavatar.evaluation.likeness import OWN_SECONDS
 from liveavatar.evaluation.report import Measure, absent, bootstrap
+from liveavatar.evaluation.series import together
 from liveavatar.models.probe import frechet
 
-SECOND = 1.0  # identity and quality are judged on one picture a second
+SECOND = 1.0  # identity and quality are judged on one picture a second,
+MOST = 120  # of so many pictures at most
 SMALL = {"FID": 2000, "FVD": 256}  # pictures or clips below which the value is unsteady
 
 
-def judge(frames: Sequence[tuple[float, np.ndarray]], pcm: np.ndarray, backends: Backends, *, portrait: np.ndarray | None = None,
-          portrait_points: np.ndarray | None = None, paired: np.ndarray | None = None, points: np.ndarray | None = None,
-          boxes: np.ndarray | None = None) -> list[Measure]:
+Frames = Sequence[tuple[float, np.ndarray]]  # (seconds, uint8 [H, W, 3]) in order
+
+
+class Sample:
+    """One picture a second of a video of any length; of a longer one than MOST seconds every second of those, and so on."""
+
+    def __init__(self):
+        self.every, self.frames, self.points = SECOND, [], []
+        self.start: list[tuple[np.ndarray, np.ndarray]] = []  # picture and points of the first OWN_SECONDS
+        self._next: float | None = None
+
+    def see(self, at: float, frame: np.ndarray, five: np.ndarray) -> None:
+        """five [5, 2]: eyes, tip of the nose, corners of the mouth; NaN without a face."""
+        if self._next is not None and at < self._next - 1e-6:
+            return
+        self._next = (at if self._next is None else self._next) + self.every
+        self.frames.append((at, frame))
+        self.points.append(five)
+        if at < self.frames[0][0] + OWN_SECONDS:
+            self.start.append((frame, five))
+        if len(self.frames) > MOST:
+            self.every, self.frames, self.points = 2 * self.every, self.frames[::2], self.points[::2]
+            self._next = self.frames[-1][0] + self.every
+
+    @property
+    def remark(self) -> str:
+        return f"one picture every {self.every:g} s" if self.every > SECOND else ""
+
+
+def judge(frames: Frames, pcm: np.ndarray, backends: Backends, sample: Sample, *, portrait: np.ndarray | None = None,
+          portrait_points: np.ndarray | None = None, paired: Frames | None = None, boxes: np.ndarray | None = None, cut: str = "",
+          own: str = "") -> list[Measure]:
     """One video by all networks there are.
 
-    frames: (seconds, uint8 [H, W, 3]) in order, as many as fit into memory; pcm: float32 [n] 16 kHz from second 0;
-    portrait uint8 [H, W, 3] with portrait_points [5, 2]; paired uint8 [T, H, W, 3]: what the video should be, picture by
-    picture; points [T, 5, 2]: eyes, nose tip, mouth corners of each picture, NaN where there is no face; boxes [T, 4]: the
-    mesh's faces, for the named variant of Sync-C without S3FD. Raises WeightsError on a file that is not what it should be.
+    frames: every picture of as much as fits into memory, cut: how much that is of a longer video, for Sync-C and LPIPS; sample: of
+    all of it, for the others; pcm: float32 [n] 16 kHz from second 0; portrait uint8 [H, W, 3] with portrait_points [5, 2]; paired:
+    what the video should be at the same times; boxes [T, 4]: the mesh's faces, for the named variant of Sync-C without S3FD;
+    own: why likeness to the video's own beginning is not asked for. Raises WeightsError on a file that is not what it should be.
     """
     times, pictures = np.array([t for t, _ in frames]), np.stack([p for _, p in frames])
-    second = _seconds(times)
-    every, seen = pictures[second], None if points is None else points[second]
-    return [*_sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends),
-            *_lpips(pictures, paired, backends), _dino(every, portrait, backends),
-            _arcface(every, seen, portrait, portrait_points, backends), *_qalign(every, backends)]
+    of_part = [*_sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends), *_lpips(times, pictures, paired, backends)]
+    of_all = [*_dino(sample, portrait, backends, own), *_arcface(sample, portrait, portrait_points, backends, own), *_qalign(sample, backends)]
+    return [*_remarked(of_part, cut), *_remarked(of_all, sample.remark)]
 
 
-def _seconds(times: np.ndarray) -> np.ndarray:
-    """Indices of one picture a second."""
-    return np.unique(np.searchsorted(times, np.arange(times[0], times[-1] + 1e-6, SECOND)))
+def _remarked(measures: Sequence[Measure], remark: str) -> list[Measure]:
+    return [replace(m, reason="; ".join(filter(None, (remark, m.reason)))) if m.measured else m for m in measures]
 
 
 def at_rate(times: np.ndarray, rate: float = FPS) -> np.ndarray:
@@ -106,49 +136,76 @@ def _compared(tracks, shown, start, pictures, pcm, backends: Backends, suffix: s
 # ---------------------------------------------------------------- likeness and quality
 
 
-def _lpips(pictures, paired, backends: Backends) -> list[Measure]:
+def _lpips(times, pictures, paired: Frames | None, backends: Backends) -> list[Measure]:
+    """Pictures of both videos at the same times; changes from picture to picture where the one before has its pair too."""
     files = ("lpips_backbone", "lpips_heads")
     reason = backends.needs(*files) if not backends.has(*files) else "needs a reference video" if paired is None else None
+    if paired is not None and not reason:
+        mine, theirs = together(times, np.array([t for t, _ in paired]))
+        sizes = [f"{p.shape[1]}x{p.shape[0]}" for p in (pictures[0], paired[0][1])]
+        reason = "" if len(mine) > 1 else "no pictures at the same times"
+        reason = f"{sizes[0]} pixels, the reference video {sizes[1]}" if sizes[0] != sizes[1] else reason
+    names = [backends.title(name, *files) for name in ("LPIPS", "tLPIPS")]
     if reason:
-        return [absent(name, reason, better="lower", backend="lpips alex 0.1") for name in ("LPIPS", "tLPIPS")]
+        return [absent(name, reason, better="lower", backend="lpips alex 0.1") for name in names]
     from liveavatar.evaluation import perceptual
 
-    count, names = min(len(pictures), len(paired)), [backends.title(name, *files) for name in ("LPIPS", "tLPIPS")]
-    distances = perceptual.lpips(backends.lpips, pictures[:count], paired[:count])
-    changes = perceptual.tlpips(backends.lpips, pictures[:count], paired[:count])
+    there, reference = pictures[mine], np.stack([paired[k][1] for k in theirs])
+    distances = perceptual.lpips(backends.lpips, there, reference)
+    changes = perceptual.tlpips(backends.lpips, there, reference)[np.diff(mine) == 1]
     return [_mean(name, values, backends, files, better="lower", backend="lpips alex 0.1")
             for name, values in zip(names, (distances, changes), strict=True)]
 
 
-def _dino(every, portrait, backends: Backends) -> Measure:
-    """Cosine of the portrait with one picture a second."""
-    if not backends.has("dinov2") or portrait is None:
-        return absent("Dino-S", "needs the reference portrait" if backends.has("dinov2") else backends.needs("dinov2"), backend="dinov2")
+def _dino(sample: Sample, portrait, backends: Backends, own: str) -> list[Measure]:
+    """Cosine with the portrait, and with the video's own beginning."""
+    if not backends.has("dinov2"):
+        return [absent(name, backends.needs("dinov2"), backend="dinov2") for name in ("Dino-S", "Dino-S_own")]
     model = backends.dinov2
-    vectors = embeddings.dino(model, [portrait, *every])
-    size = f"dinov2, {model.config.num_hidden_layers} layers of {model.config.hidden_size}"
-    return _mean("Dino-S", embeddings.cosine(vectors[1:], vectors[0]), backends, ["dinov2"], backend=size)
+    label = {"backends": backends, "files": ["dinov2"],
+             "backend": f"dinov2, {model.config.num_hidden_layers} layers of {model.config.hidden_size}"}
+    vectors = embeddings.dino(model, [p for _, p in sample.frames])
+    goal = None if portrait is None else embeddings.dino(model, [portrait])[0]
+    start = embeddings.dino(model, [p for p, _ in sample.start])
+    return [_alike("Dino-S", vectors, goal, "needs the reference portrait", **label), _alike("Dino-S_own", vectors, _mean_way(start), own, **label)]
 
 
-def _arcface(every, points, portrait, portrait_points, backends: Backends) -> Measure:
-    """Cosine of the portrait's face with one a second."""
+def _arcface(sample: Sample, portrait, portrait_points, backends: Backends, own: str) -> list[Measure]:
+    """Cosine of the face with the portrait's, and with that of the video's own beginning."""
+    names, label = ("ArcFace", "ArcFace_own"), {"backends": backends, "files": ["arcface"], "backend": "arcface"}
     if not backends.has("arcface"):
-        return absent("ArcFace", backends.needs("arcface"), backend="arcface")
-    if portrait_points is None or points is None:
-        return absent("ArcFace", "needs the reference portrait and a tracked face", backend="arcface")
-    seen = np.flatnonzero(np.isfinite(points).all((1, 2)))
-    if not len(seen):
-        return absent("ArcFace", "no face", backend="arcface", status="failed")
-    own = embeddings.arcface(backends.arcface, [portrait], portrait_points[None])[0]
-    values = embeddings.cosine(embeddings.arcface(backends.arcface, every[seen], points[seen]), own)
-    lost = f"{len(every) - len(seen)} pictures without a face" if len(seen) < len(every) else ""
-    return _mean("ArcFace", values, backends, ["arcface"], backend="arcface", reason=lost)
+        return [absent(name, backends.needs("arcface"), backend="arcface") for name in names]
+    vectors, start = (_faces(backends, pairs) for pairs in (zip((p for _, p in sample.frames), sample.points, strict=True), sample.start))
+    if not len(vectors):
+        return [absent(name, "no face", backend="arcface", status="failed") for name in names]
+    goal = None if portrait_points is None else embeddings.arcface(backends.arcface, [portrait], portrait_points[None])[0]
+    lost = len(sample.frames) - len(vectors)
+    label["reason"] = f"{lost} pictures without a face" if lost else ""
+    return [_alike("ArcFace", vectors, goal, "needs the reference portrait", **label), _alike("ArcFace_own", vectors, _mean_way(start), own, **label)]
 
 
-def _qalign(every, backends: Backends) -> list[Measure]:
+def _faces(backends: Backends, pairs) -> np.ndarray:
+    """Embeddings [n, d] of the pictures of (picture, five points) that show a face."""
+    seen = [(p, five) for p, five in pairs if np.isfinite(five).all()]
+    return embeddings.arcface(backends.arcface, [p for p, _ in seen], np.stack([five for _, five in seen])) if seen else np.zeros((0, 1))
+
+
+def _mean_way(vectors: np.ndarray) -> np.ndarray | None:
+    """The mean direction [d] of vectors [n, d]; None of none."""
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(0) if len(vectors) else None
+
+
+def _alike(name: str, vectors: np.ndarray, goal: np.ndarray | None, missing: str, backend: str, **label) -> Measure:
+    if goal is None or (name.endswith("_own") and missing):
+        return absent(name, missing or "no face at the beginning", backend=backend)
+    return _mean(name, embeddings.cosine(vectors, goal), backend=backend, **label)
+
+
+def _qalign(sample: Sample, backends: Backends) -> list[Measure]:
     names = (("ASE", "aesthetics"), ("IQA", "quality"))
     if not backends.has("qalign"):
         return [absent(name, backends.needs("qalign"), backend="q-align") for name, _ in names]
+    every = [p for _, p in sample.frames]
     return [_mean(name, embeddings.qalign(backends.qalign, every, task), backends, ["qalign"], backend="q-align") for name, task in names]
 
 
