@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from test_cli import error_of, run
 from torch import nn
 
 from liveavatar.conditioning.media import VideoWriter
@@ -360,23 +362,71 @@ class Clips(nn.Module):
         return x.mean((3, 4))[:, 0] if rescale and resize and return_features else x
 
 
+class Clip:
+    """A video whose pictures are given; held: most of them alive at once."""
+
+    def __init__(self, path, frames):
+        self.path, self.held, self._frames = path, 0, frames
+        self.height, self.width = frames.shape[1:3]
+
+    def frames(self):
+        alive = weakref.WeakSet()
+        for k, frame in enumerate(self._frames):
+            picture = frame.copy().view(Weak)
+            alive.add(picture)
+            self.held = max(self.held, len(alive))
+            yield k / 25, picture
+            del picture
+
+
+class Weak(np.ndarray):
+    """One that a set can hold weakly."""
+
+    __hash__ = object.__hash__
+
+
+def test_statistics_from_the_command_line(tmp_path):
+    torch.jit.script(Images()).save(tmp_path / "inception.pt")
+    said = given(tmp_path / "inception.pt")
+    (tmp_path / "w.yaml").write_text(json.dumps({"backends": {"inception": {"path": said.path, "sha256": said.sha256}}}))
+    (tmp_path / "real").mkdir()
+    for k in range(2):
+        with VideoWriter(tmp_path / f"real/{k}.mp4", 32, 32) as writer:
+            writer.write(pictures(20, seed=k), np.zeros(0, np.float32))
+    made = run("evaluate", "statistics", tmp_path / "real", "--out", tmp_path / "r.npz", "--config", tmp_path / "w.yaml", "--crop", "face")
+    assert made.exit_code == 0 and f"SHA-256 {fingerprint(tmp_path / 'r.npz')}" in made.output
+    found = weighted.Real(tmp_path / "r.npz", "face")
+    assert found.resolution == "32x32" and len(found.features("inception", said.sha256)) == 40
+    assert "inception-2015-12-05.pt (backends.inception) or" in error_of("evaluate", "statistics", tmp_path / "real", "--out", tmp_path / "r.npz")
+    absent = error_of("evaluate", "statistics", tmp_path, "--out", tmp_path / "r.npz", "--config", tmp_path / "w.yaml")
+    assert "no mp4 in it" in absent
+
+
 def test_fid_and_fvd_through_torchscript(tmp_path):
     for name, module in (("inception", Images()), ("i3d", Clips())):
         torch.jit.script(module).save(tmp_path / f"{name}.pt")
     backends = Backends({name: given(tmp_path / f"{name}.pt") for name in ("inception", "i3d")})
-    real = [pictures(40, 8, seed) for seed in (1, 2)]
-    weighted.write_real(tmp_path / "real.npz", backends, real, resolution="8x8", crop="none")
-    same, other = weighted.Distribution(backends, tmp_path / "real.npz"), weighted.Distribution(backends, tmp_path / "real.npz")
-    for video in real:
-        same.add(video)
-        other.add(video // 2)
+    real, dark = ([Clip(tmp_path / "x.mp4", pictures(40, 8, seed) // by) for seed in (1, 2)] for by in (1, 2))
+    hashes = {weighted.write_real(tmp_path / "real.npz", backends, real, crop="none") for _ in range(2)}
+    assert hashes == {fingerprint(tmp_path / "real.npz")}
+    same, other = (weighted.Distribution(backends, weighted.Real(tmp_path / "real.npz", "none")) for _ in range(2))
+    for mine, theirs in zip(real, dark, strict=True):
+        same.add(mine)
+        other.add(theirs)
     fid, kid, fvd, kvd = same.measures()
     assert [m.name for m in (fid, kid, fvd, kvd)] == ["FID", "KID", "FVD", "KVD"]
     assert fid.value == pytest.approx(0, abs=1e-3) and fid.n == 80 and "small n: 80 of 2000" in fid.reason
+    assert f"real set {hashes.pop()[:12]}, 8x8, crop none" in fid.reason
     assert fvd.value == pytest.approx(0, abs=1e-3) and fvd.n == 4 and all(m.value > 100 for m in other.measures()[::2])
-    third = Backends({"inception": Given(path=backends.given["inception"].path, sha256="0" * 64)})
+    assert max(clip.held for clip in real) <= 2 * embeddings.CLIP < 40, "no video is held whole"
+    with pytest.raises(InputError, match="pictures of 8x8, .* has 6x6"):
+        same.add(Clip(tmp_path / "y.mp4", pictures(40, 6)))
+    with pytest.raises(InputError, match="a set is of one size"):
+        weighted.write_real(tmp_path / "two.npz", backends, [real[0], Clip(tmp_path / "y.mp4", pictures(40, 6))], crop="none")
+    with pytest.raises(InputError, match="crop 'none', suite.crop says 'face'"):
+        weighted.Real(tmp_path / "real.npz", "face")
     with pytest.raises(InputError, match="very weights"):
-        weighted.real_features(tmp_path / "real.npz", "inception", third.sha256("inception"))
+        weighted.Real(tmp_path / "real.npz", "none").features("inception", "0" * 64)
     with pytest.raises(WeightsError, match="no TorchScript"):
         (tmp_path / "bad.pt").write_bytes(b"junk")
         embeddings.load_script(tmp_path / "bad.pt")

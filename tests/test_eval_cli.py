@@ -31,7 +31,7 @@ def test_the_short_form_is_the_suite_command(tmp_path):
         assert "absent.yaml: cannot read config" in error_of(*words, tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("verb", ["suite", "drift", "sanity", "video", "trace", "compare", "doctor", "human build", "human score"])
+@pytest.mark.parametrize("verb", ["suite", "drift", "sanity", "video", "statistics", "trace", "compare", "doctor", "human build", "human score"])
 def test_every_command_explains_itself_with_examples(verb):
     result = run("evaluate", *verb.split(), "--help")
     assert result.exit_code == 0 and "Examples" in result.output and f"liveavatar evaluate {verb}" in result.output

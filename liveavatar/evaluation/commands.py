@@ -142,6 +142,19 @@ def _files(command: Callable, ours: Ours) -> None:
                               language=language)  # fmt: skip
         _answer((made, out))
 
+    @command("liveavatar evaluate statistics real/ --out real.npz --config configs/eval_short.yaml   [dim]then suite.real=real.npz[/dim]")
+    def statistics(
+        videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS...", help="Real ones, all of one size: files, or folders of mp4.")],
+        out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The npz to write.")] = Path("real.npz"),
+        crop: Annotated[str, typer.Option(help="How they were cropped before; suite.crop must say the same of the judged videos.")] = "none",
+        config: Weights = None,
+    ) -> None:  # fmt: skip
+        """What Inception and I3D see in a real set, for FID and FVD of a suite."""
+        from liveavatar.evaluation import jobs
+
+        sha = jobs.write_statistics(videos, out, _backends(config), crop)
+        typer.echo(f"wrote {out}, SHA-256 {sha}")
+
     @command("liveavatar generate runtime.trace=run.jsonl --out run.mp4", "liveavatar evaluate trace run.jsonl --gate 'rtf_unpaced>=1.15'")
     def trace(
         file: Annotated[Path, typer.Argument(metavar="TRACE", help="JSON lines, as runtime.trace writes them (telemetry.py has the format).")],

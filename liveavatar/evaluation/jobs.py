@@ -49,7 +49,8 @@ class SuiteSettings:
     seed: int = 1
     videos: str | None = None
     sanity: bool = True
-    real: str | None = None  # npz of features of a real set, for FID and FVD
+    real: str | None = None  # statistics of a real set, for FID and FVD: `evaluate statistics` writes them
+    crop: str = "none"  # how the judged videos were cropped before; those of the real set must have been in the same way
 
     def __post_init__(self):
         if self.build is not None:
@@ -178,7 +179,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     unusable = [(item.id, m.reason) for item in items for m in item.measures if m.name == "judged"]
     if len(unusable) == len(items):
         raise InputError(f"{videos}: none of the suite's {len(items)} videos can be judged: {unusable[0][1]}")
-    metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, what.real))
+    metrics = (*report.aggregate(items), *_distribution(items, backends, what))
     checks, ranked = (), what.sanity and all(item.gt_video for item in suite.manifest.items)
     if ranked:
         setting.say("ranking the measures")
@@ -232,15 +233,31 @@ def _make_videos(suite, folder: Path, config: Path | None, setting: Setting, sys
     return folder, replace(system, commit=", ".join(made["commits"]))
 
 
-def _distribution(suite, videos: Path, backends: Backends, real: str | None) -> list[Measure]:
+def _distribution(items: Sequence[report.Item], backends: Backends, what: SuiteSettings) -> list[Measure]:
+    """FID and FVD over the videos that could be judged."""
     from liveavatar.evaluation.clips import VideoFile
-    from liveavatar.evaluation.weighted import Distribution
+    from liveavatar.evaluation.weighted import Distribution, Real
 
-    both = Distribution(backends, None if real is None else Path(real))
-    if real is not None and (backends.has("inception") or backends.has("i3d")):
-        for item in suite.manifest.items:
-            both.add(np.stack([picture for _, picture in VideoFile(videos / f"{item.id}.mp4").frames()]))
+    both = Distribution(backends, None if what.real is None else Real(Path(what.real), what.crop))
+    for item in items:
+        if item.sha256:
+            both.add(VideoFile(item.video))
     return both.measures()
+
+
+def write_statistics(videos: Sequence[Path], out: Path, backends: Backends, crop: str) -> str:
+    """Statistics of a real set, of files or folders of mp4; returns the SHA-256 of the file. Raises ConfigError, InputError."""
+    from liveavatar.evaluation.clips import VideoFile
+    from liveavatar.evaluation.weighted import EXTRACTORS, write_real
+
+    if not any(map(backends.has, EXTRACTORS)):
+        raise ConfigError(f"statistics need {backends.needs('inception').removeprefix('needs ')} or "
+                          f"{backends.needs('i3d').removeprefix('needs ')}: name their file with --config")  # fmt: skip
+    files = [file for path in videos for file in (sorted(path.glob("*.mp4")) if path.is_dir() else [path])]
+    if not files:
+        raise InputError(f"{', '.join(map(str, videos))}: no mp4 in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return write_real(out, backends, map(VideoFile, files), crop)
 
 
 # ---------------------------------------------------------------- one video

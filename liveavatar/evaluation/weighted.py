@@ -5,16 +5,20 @@ A name stands for one procedure with one set of weights; nothing here ever takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from liveavatar.core import FPS, SAMPLE_RATE, InputError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.backends import Backends
+from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.distribution import kernel_distance
 from liveavatar.evaluation.likeness import OWN_SECONDS
+from liveavatar.evaluation.provenance import sha256
 from liveavatar.evaluation.report import Measure, absent, bootstrap
 from liveavatar.evaluation.series import together
 from liveavatar.models.probe import frechet
@@ -212,21 +216,81 @@ def _qalign(sample: Sample, backends: Backends) -> list[Measure]:
 # ---------------------------------------------------------------- distributions
 
 
+EXTRACTORS = {"inception": embeddings.inception, "i3d": embeddings.i3d}
+
+
+class Features:
+    """What Inception and I3D see in a set of videos of one size, fed one after another and read clip by clip."""
+
+    def __init__(self, backends: Backends):
+        self.backends, self.resolution = backends, ""
+        self._found: dict[str, list[np.ndarray]] = {name: [] for name in EXTRACTORS if backends.has(name)}
+
+    def add(self, video: VideoFile) -> None:
+        """Raises InputError where its pictures are of another size than those before."""
+        size = f"{video.width}x{video.height}"
+        if size != (self.resolution or size):
+            raise InputError(f"{video.path}: {size} pixels, the videos before it {self.resolution}: a set is of one size")
+        self.resolution = size
+        pictures = (picture for _, picture in video.frames())
+        while clip := list(islice(pictures, embeddings.CLIP)):
+            for name, rows in self._found.items():
+                found = EXTRACTORS[name](getattr(self.backends, name), np.stack(clip))
+                rows += [found] if len(found) else []  # the last pictures may be too few for a clip of FVD
+
+    def of(self, name: str) -> np.ndarray:
+        """[n, d]; n is 0 where nothing was fed."""
+        return np.concatenate(self._found[name]) if self._found[name] else np.zeros((0, 1))
+
+
+def write_real(path: Path, backends: Backends, videos: Iterable[VideoFile], crop: str) -> str:
+    """Statistics of a real set into an npz: features, what made them, size and crop of the pictures. Returns its SHA-256."""
+    found = Features(backends)
+    for video in videos:
+        found.add(video)
+    arrays = {key: value for name in EXTRACTORS if backends.has(name) for key, value in (
+        (name, found.of(name)), (f"{name}_sha256", backends.sha256(name)))}  # fmt: skip
+    with open(path, "wb") as file:  # under the very name: numpy adds .npz to a path
+        np.savez(file, resolution=found.resolution, crop=crop, **arrays)
+    return sha256(path)
+
+
+class Real:
+    """A file of write_real. Raises InputError where it cannot be read, or its pictures were cropped in another way."""
+
+    def __init__(self, path: Path, crop: str):
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self._arrays = dict(file)
+            found = str(self._arrays["crop"])
+            self.resolution = str(self._arrays["resolution"])
+        except (OSError, ValueError, KeyError):
+            raise InputError(f"{path}: cannot be read as statistics of a real set (`liveavatar evaluate statistics` writes them)") from None
+        if found != crop:
+            raise InputError(f"{path}: pictures of crop {found!r}, suite.crop says {crop!r}: other crops are other distances")
+        self.remark = f"real set {sha256(path)[:12]}, {self.resolution}, crop {crop}"
+
+    def features(self, name: str, expected: str) -> np.ndarray:
+        """[m, d]. Raises InputError when they were made by other weights or are not there."""
+        if name not in self._arrays or str(self._arrays[f"{name}_sha256"]) != expected:
+            raise InputError(f"{self.path}: no features of the very weights of backends.{name}")
+        return self._arrays[name]
+
+
 class Distribution:
-    """FID and FVD over a whole suite: feed it every video, then ask. real: file of features of the real set (write_real)."""
+    """FID and FVD over a whole suite: feed it every video, then ask."""
 
-    def __init__(self, backends: Backends, real=None):
-        self.backends, self.real = backends, real
-        self.found: dict[str, list[np.ndarray]] = {"inception": [], "i3d": []}
+    def __init__(self, backends: Backends, real: Real | None = None):
+        self.backends, self.real, self._mine = backends, real, Features(backends)
 
-    def add(self, pictures: np.ndarray) -> None:
-        """pictures uint8 [T, H, W, 3] of one video."""
-        for name, extract in self._extractors():
-            self.found[name].append(extract(getattr(self.backends, name), pictures))
-
-    def _extractors(self) -> list[tuple[str, Callable]]:
-        both = (("inception", embeddings.inception), ("i3d", embeddings.i3d))
-        return [(name, extract) for name, extract in both if self.backends.has(name) and self.real is not None]
+    def add(self, video: VideoFile) -> None:
+        """Raises InputError where its pictures are not of the real set's size."""
+        if self.real is None or not any(map(self.backends.has, EXTRACTORS)):
+            return
+        if f"{video.width}x{video.height}" != self.real.resolution:
+            raise InputError(f"{self.real.path}: pictures of {self.real.resolution}, {video.path} has {video.width}x{video.height}")
+        self._mine.add(video)
 
     def measures(self) -> list[Measure]:
         """FID and FVD, and beside each the kernel distance of the same features, which few samples do not bias."""
@@ -238,32 +302,10 @@ class Distribution:
             missing += [] if self.real is not None else ["features of a real set (suite.real)"]
             return [absent(label, f"needs {' and '.join(missing)}", better="lower", backend=backend) for label in (name, kernel)]
         sha = self.backends.sha256(backend)
-        mine, theirs = np.concatenate(self.found[backend]), real_features(self.real, backend, sha)
+        mine, theirs = self._mine.of(backend), self.real.features(backend, sha)
         n = min(len(mine), len(theirs))
         if n < 2:
             return [absent(label, f"too short: {n} samples", better="lower", backend=backend) for label in (name, kernel)]
-        small = f"small n: {n} of {SMALL[name]}" if n < SMALL[name] else ""
-        return [Measure(name=label, value=distance(mine, theirs), unit="", better="lower", n=n, backend=backend, weights_sha256=sha, reason=small)
+        reason = self.real.remark + (f"; small n: {n} of {SMALL[name]}" if n < SMALL[name] else "")
+        return [Measure(name=label, value=distance(mine, theirs), unit="", better="lower", n=n, backend=backend, weights_sha256=sha, reason=reason)
                 for label, distance in ((name, frechet), (kernel, kernel_distance))]
-
-
-def write_real(path, backends: Backends, videos: Sequence[np.ndarray], resolution: str, crop: str) -> None:
-    """Features of a real set into an npz, with what made them."""
-    arrays = {}
-    for name, extract in (("inception", embeddings.inception), ("i3d", embeddings.i3d)):
-        if backends.has(name):
-            arrays[name] = np.concatenate([extract(getattr(backends, name), pictures) for pictures in videos])
-            arrays[f"{name}_sha256"] = backends.sha256(name)
-    np.savez(path, resolution=resolution, crop=crop, **arrays)
-
-
-def real_features(path, name: str, expected: str) -> np.ndarray:
-    """Features [m, d] of the real set. Raises InputError when they were made by other weights or are not there."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found, features = str(file.get(f"{name}_sha256")), file.get(name)
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read as features of a real set (npz)") from None
-    if features is None or found != expected:
-        raise InputError(f"{path}: no features of the very weights of backends.{name}")
-    return features
