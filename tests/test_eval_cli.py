@@ -284,6 +284,7 @@ def test_one_video_of_any_system(tmp_path):
     assert result.exit_code == 0, result.output + str(result.exception)
     found = read_report(tmp_path / "out/report.json")
     assert found.system == System(name="theirs")
+    assert found.measure("tracker_noise_gap") is None and any("noise floor" in line and "0.006 IOD of the gap" in line for line in found.limits)
     assert found.kind == "video" and found.items[0].picture["width"] == 64 and found.items[0].sha256 and not found.origin.synthetic
 
 

@@ -115,6 +115,9 @@ def judged(rendered_suite, tmp_path_factory):
 def test_one_file_gets_every_measure(judged):
     for name in ("r0", "closure", "lmd", "response_gap_slope", "warp_error", "jerk", "motion_speech", "psnr_mouth", "ssim_face", "sharpness"):
         assert judged[name].measured or judged[name].reason, name
+    for name, most in (("gap", 0.03), ("width", 0.03), ("lids", 0.03)):
+        found = judged[f"tracker_noise_{name}"]
+        assert found.n == 50 and 0 < found.value < most and found.interval[0] < found.value, "measured on the exact render, not stated"
     assert judged["lmd"].value < 0.01 and judged["psnr_full"].value > 35
     assert judged["response_gap_slope"].value == pytest.approx(1, abs=0.15)
     assert judged["face_share"].value == 1

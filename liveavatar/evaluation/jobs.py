@@ -20,6 +20,7 @@ from liveavatar.config import build, load, one_of
 from liveavatar.core import ConfigError, InputError
 from liveavatar.evaluation import provenance, report, tables
 from liveavatar.evaluation.backends import Backends, Given
+from liveavatar.evaluation.landmarks import FLOOR
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
@@ -193,7 +194,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
         "suite", system, origin, items=items, metrics=metrics, sanity=checks,
         gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
         exclusions=tuple(f"{name}: {reason}" for name, reason in unusable),
-        limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
+        limits=(*limits, FLOOR, SYNTHETIC_LIMIT) if synthetic else (*limits, FLOOR)), out)  # fmt: skip
 
 
 def open_suite(what: SuiteSettings, setting: Setting):
@@ -272,7 +273,7 @@ def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSetting
     measures = tuple(judge_video(file, backends=backends, **options))
     item = report.Item(id=video.stem, video=str(video), sha256=file.sha256, picture=file.card, measures=measures)
     origin = Origin(name=video.name, sha256=_asked(file.sha256, options))
-    limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.",)
+    limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.", FLOOR)
     return finish(setting.begin("video", stranger(system, video), origin, items=(item,), metrics=measures,
                                 gates=report.judge_gates(measures, gates), limits=limits), out)
 
@@ -362,7 +363,7 @@ def _drift_limits(what: DriftSettings, plan, found) -> tuple[str, ...]:
     from liveavatar.evaluation import drift
 
     limits = (f"Worst window: {drift.worst(found).start:g} s.",
-              "The same words are spoken in every window; intervals are within a window.")  # fmt: skip
+              "The same words are spoken in every window; intervals are within a window.", FLOOR)  # fmt: skip
     if what.first_position:
         warp = f"Counter warp: time positions start at {what.first_position}. That tests arithmetic, not drift: nothing has gone before."
         limits = (*limits, warp)

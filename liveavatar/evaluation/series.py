@@ -34,6 +34,12 @@ def slope(m: np.ndarray) -> np.ndarray:
     return np.where(xx > TINY, xy / np.where(xx > TINY, xx, 1.0), np.nan)
 
 
+def residual(m: np.ndarray) -> np.ndarray:
+    """Standard deviation of y about its line on x, from summed moments [..., 6]; NaN where either stands still."""
+    _, yy, _ = _centred(m)
+    return np.sqrt(yy * np.maximum(0.0, 1 - correlation(m) ** 2))
+
+
 def _centred(m: np.ndarray) -> tuple[np.ndarray, ...]:
     n, x, y, xx, yy, xy = np.moveaxis(m, -1, 0)
     n = np.maximum(n, 1)
