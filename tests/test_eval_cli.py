@@ -11,11 +11,13 @@ from conftest import speech
 from PIL import Image
 from test_cli import error_of, run
 
+from liveavatar.conditioning.face import TRACKER_SHA256
+from liveavatar.conditioning.faceprint import NETWORK_SHA256
 from liveavatar.conditioning.media import VideoWriter
-from liveavatar.conditioning.phones import Phone, Utterance
+from liveavatar.conditioning.phones import Phone, Utterance, model_sha256
 from liveavatar.core import Audio, ConfigError
 from liveavatar.evaluation import closeup, jobs, plots, sanity, suite
-from liveavatar.evaluation.backends import fingerprint
+from liveavatar.evaluation.backends import fingerprint, offline
 from liveavatar.evaluation.commands import _gates
 from liveavatar.evaluation.report import Check, Item, Measure, System, absent, read_report
 from liveavatar.telemetry import Trace
@@ -110,10 +112,24 @@ def test_a_trace_becomes_a_report_and_a_failed_gate_is_status_1(tmp_path, trace)
 # ---------------------------------------------------------------- doctor
 
 
-def test_doctor_lists_everything_and_fails_on_what_was_named_wrongly(tmp_path):
+def test_doctor_lists_everything():
     plain = run("evaluate", "doctor")
     assert plain.exit_code == 0
     assert all(word in plain.output for word in ("syncnet: not given", "research terms", "huggingface.co/facebook/dinov2-base"))
+    for words in (f"face tracker: found, SHA-256 {TRACKER_SHA256}", "0.10.21, for all landmarks; Apache-2.0",
+                  f"pocketsphinx: found, SHA-256 {model_sha256()}", f"dlib: found, SHA-256 {NETWORK_SHA256}", "flite: "):
+        assert words in plain.output
+
+
+def test_doctor_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = {judge.name: judge for judge in offline()}
+    assert "apt install flite" in found["flite"].note and "liveavatar[eval]" in found["face tracker"].note
+    assert not found["face tracker"].sha256 and found["pocketsphinx"].sha256
+
+
+def test_doctor_fails_on_what_was_named_wrongly(tmp_path):
     (tmp_path / "i.pt").write_bytes(b"junk")
     (tmp_path / "d.yaml").write_text(f"backends: {{i3d: {{path: {tmp_path}/i.pt, sha256: {fingerprint(tmp_path / 'i.pt')}}}}}\n")
     named = run("evaluate", "doctor", "--config", tmp_path / "d.yaml")

