@@ -11,6 +11,7 @@ from conftest import speech
 from PIL import Image
 from test_cli import error_of, run
 
+from liveavatar.__main__ import Ours
 from liveavatar.conditioning.face import TRACKER_SHA256
 from liveavatar.conditioning.faceprint import NETWORK_SHA256
 from liveavatar.conditioning.media import VideoWriter
@@ -239,8 +240,6 @@ def test_a_suite_without_one_usable_video_is_no_result(tmp_path, small_suite):
 
 
 def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
-    from liveavatar.__main__ import Ours
-
     made = []
 
     def generate(config, portrait, audio, out, prompt, seed, trace):
@@ -268,8 +267,6 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
 
 def test_a_video_that_was_broken_off_is_made_again(tmp_path, small_suite, monkeypatch):
     """What is half written plays, as a shorter video would."""
-    from liveavatar.__main__ import Ours
-
     made = []
 
     def generate(config, portrait, audio, out, prompt, seed, trace):
@@ -302,6 +299,20 @@ def test_one_video_of_any_system(tmp_path):
     assert found.system == System(name="theirs")
     assert found.measure("tracker_noise_gap") is None and any("noise floor" in line and "0.006 IOD of the gap" in line for line in found.limits)
     assert found.kind == "video" and found.items[0].picture["width"] == 64 and found.items[0].sha256 and not found.origin.synthetic
+
+
+def test_a_video_of_a_rendered_head_is_labelled(tmp_path, monkeypatch):
+    """By the flag, and without it where the portrait is the embedded one (EVA-5)."""
+    monkeypatch.setattr("liveavatar.evaluation.judge.judge_video", lambda file, **options: [])
+    Image.new("RGB", (64, 64)).save(tmp_path / "me.png")
+    shutil.copy(Ours.portrait, tmp_path / "renamed.png")
+    with VideoWriter(tmp_path / "v.mp4", 64, 64) as writer:
+        writer.write(np.zeros((5, 64, 64, 3), np.uint8), speech(0.2))
+    for words, synthetic in (((), False), (("--synthetic",), True), (("--portrait", tmp_path / "renamed.png"), True),
+                             (("--portrait", tmp_path / "me.png"), False)):
+        assert run("evaluate", "video", tmp_path / "v.mp4", "--out", tmp_path / "out", *words).exit_code == 0
+        assert read_report(tmp_path / "out/report.json").origin.synthetic is synthetic
+        assert ("(synthetic suite)" in (tmp_path / "out/report.md").read_text()) is synthetic
 
 
 def test_worst_items_are_drawn_even_without_a_face(tmp_path, monkeypatch):

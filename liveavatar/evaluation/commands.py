@@ -132,6 +132,8 @@ def _files(command: Callable, ours: Ours) -> None:
         system: Annotated[Optional[str], typer.Option(help="Who made it, for the report. Default: the file's name.")] = None,
         driver_sha256: Annotated[Optional[str], typer.Option(metavar="HASH", help="SHA-256 of the audio model that drove it, if you know it: a "
                                                                                   "judge that is that model is called circular.")] = None,
+        synthetic: Annotated[bool, typer.Option("--synthetic", help="It shows a rendered head, as every video of the embedded avatar: label every "
+                                                                    "number so. Known without asking where --portrait is the embedded one.")] = False,
         out: Out = Path("evaluation"), config: Weights = None, gate: Gates = None,
     ) -> None:  # fmt: skip
         """Judge one video of any system."""
@@ -139,7 +141,7 @@ def _files(command: Callable, ours: Ours) -> None:
 
         made = jobs.run_video(file, out, _setting(ours), system=jobs.SystemSettings(name=system, driver_sha256=driver_sha256),
                               gates=_gates(gate), backends=_backends(config), audio=audio, reference=reference, portrait=portrait, text=text,
-                              language=language)  # fmt: skip
+                              language=language, synthetic=synthetic)  # fmt: skip
         _answer((made, out))
 
     @command("liveavatar evaluate statistics real/ --out real.npz --config configs/eval_short.yaml   [dim]then suite.real=real.npz[/dim]")

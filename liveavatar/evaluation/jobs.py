@@ -73,6 +73,7 @@ class DriftSettings:
     video: str | None = None
     trace: str | None = None
     first_position: int = 0
+    synthetic: bool = False  # the portrait is a rendered head, as the embedded one is known to be
 
     def __post_init__(self):
         if self.first_position < 0 or (self.first_position and self.video is not None):
@@ -264,18 +265,26 @@ def write_statistics(videos: Sequence[Path], out: Path, backends: Backends, crop
 # ---------------------------------------------------------------- one video
 
 
-def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSettings, gates: dict, backends: Backends, **options) -> Report:
-    """One file of any system. options: audio, reference, portrait, text, language of judge.judge_video."""
+def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSettings, gates: dict, backends: Backends, synthetic: bool = False,
+              **options) -> Report:
+    """One file of any system. synthetic: it shows a rendered head, as it does where the portrait is the embedded one. options: audio,
+    reference, portrait, text, language of judge.judge_video."""
     from liveavatar.evaluation.clips import VideoFile
     from liveavatar.evaluation.judge import judge_video
 
     file = VideoFile(video)
     measures = tuple(judge_video(file, backends=backends, **options))
     item = report.Item(id=video.stem, video=str(video), sha256=file.sha256, picture=file.card, measures=measures)
-    origin = Origin(name=video.name, sha256=_asked(file.sha256, options))
+    synthetic = synthetic or _is_ours(options.get("portrait"), setting)
+    origin = Origin(name=video.name, sha256=_asked(file.sha256, options), synthetic=synthetic)
     limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.", FLOOR)
     return finish(setting.begin("video", stranger(system, video), origin, items=(item,), metrics=measures,
                                 gates=report.judge_gates(measures, gates), limits=limits), out)
+
+
+def _is_ours(portrait: Path | None, setting: Setting) -> bool:
+    """It is the embedded portrait, which is a render."""
+    return portrait is not None and provenance.sha256(portrait) == provenance.sha256(setting.ours.portrait)
 
 
 def _asked(own: str, options: dict) -> str:
@@ -307,7 +316,7 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
 
     found, marks = drift.probes(video, plan, judge), _marks(trace)
     slopes = [*drift.trends(found), *_seams(video, marks, trace)]
-    synthetic = what.portrait is None  # the embedded portrait is a render
+    synthetic = what.synthetic or _is_ours(portrait, setting)
     measures = (*found[0].measures.values(), *slopes)
     config = None if order.config is None else Path(order.config)
     system = system_of(order.system, setting.ours, config) if what.video is None else stranger(order.system, target)
