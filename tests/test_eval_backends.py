@@ -49,7 +49,8 @@ def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
 def test_nothing_given_is_not_measured_and_says_which_file():
     frames = [(k / 25, p) for k, p in enumerate(pictures(5))]
     found = {m.name: m for m in judged(frames, np.zeros(3200, np.float32), Backends())}
-    assert set(found) == {"Sync-C", "Sync-D", "sync_offset", "LPIPS", "tLPIPS", "Dino-S", "Dino-S_own", "ArcFace", "ArcFace_own", "ASE", "IQA"}
+    assert set(found) == {"Sync-C", "Sync-D", "sync_offset", "LPIPS", "tLPIPS", "Dino-S", "Dino-S_worst", "Dino-S_own", "ArcFace", "ArcFace_worst",
+                          "ArcFace_own", "ASE", "IQA"}
     assert all(m.status == "not_measured" and m.value is None for m in found.values())
     assert "syncnet_v2.model (backends.syncnet) and sfd_face.pth" in found["Sync-C"].reason and "onnx" in found["ArcFace"].reason
     both = {m.name: m for m in weighted.Distribution(Backends()).measures()}

@@ -210,7 +210,7 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
 def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity(tmp_path, small_suite, monkeypatch):
     """The ranking itself has its own tests."""
     wrong = Check(metric="brightness", needs="A > H", ok=False, detail="margins -1 over 2 items")
-    monkeypatch.setattr(sanity, "ranking", lambda asked: (wrong,) if asked == small_suite else ())
+    monkeypatch.setattr(sanity, "ranking", lambda asked, backends: (wrong,) if asked == small_suite else ())
     (tmp_path / "videos").mkdir()
     for item in small_suite.manifest.items:
         shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")

@@ -81,6 +81,13 @@ def test_a_measure_that_fails_its_order_is_printed_as_rejected():
     assert "**rejected** (sanity ranking: A > H does not hold)" in text and "32" not in text.split("## Items")[0].split("## Sanity")[0]
 
 
+def test_what_no_order_exists_for_is_marked_where_there_was_a_ranking():
+    checks = (Check(metric="psnr", needs="A > H", ok=True), Check(metric="lost", needs="A > B", ok=None))
+    lines = markdown(report(metrics=(measure(), measure("lost"), measure("lab_L")), sanity=checks)).splitlines()
+    marked = {line.split(" | ")[0].removeprefix("| ") for line in lines if line.endswith("not ranked |")}
+    assert marked == {"lost", "lab_L"} and "not ranked" not in markdown(report())
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -112,7 +112,7 @@ def _suites(command: Callable, ours: Ours) -> None:
         order, setting = jobs.read_evaluation(file, overrides or ()), _setting(ours)
         if order.suite is None:
             raise ConfigError(f"{file}: has no section suite")
-        checks = ranking.ranking(jobs.open_suite(order.suite, setting))
+        checks = ranking.ranking(jobs.open_suite(order.suite, setting), order.given())
         typer.echo("\n".join(sanity_table(checks)))
         raise typer.Exit(GATE_FAILED if any(check.ok is False for check in checks) else 0)
 

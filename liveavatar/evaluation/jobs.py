@@ -185,7 +185,7 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     checks, ranked = (), what.sanity and all(item.gt_video for item in suite.manifest.items)
     if ranked:
         setting.say("ranking the measures")
-        checks = sanity.ranking(suite)
+        checks = sanity.ranking(suite, backends)
         metrics = report.rejected(metrics, checks)
     synthetic = suite.manifest.synthetic
     limits = () if ranked else ("No sanity ranking: the suite has no true pictures." if what.sanity else "No sanity ranking: not asked for.",)

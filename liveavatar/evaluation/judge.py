@@ -132,6 +132,11 @@ def five_points(points: np.ndarray) -> np.ndarray:
     return np.stack([points[list(indices), :2].mean(0) for indices in FIVE])
 
 
+def five_of(faces: list[Face]) -> np.ndarray:
+    """[5, 2] of the largest face; NaN without one."""
+    return five_points(faces[0].landmarks) if faces else np.full((len(FIVE), 2), np.nan)
+
+
 class Watched:
     """Everything that is measured on the pictures of one video. brief: no likeness and quality, as of a reference."""
 
@@ -160,7 +165,7 @@ class Watched:
         if self._keep and at - self.times[0] < KEPT_SECONDS:
             self.kept.append((at, frame))
         if self._keep:
-            self.sample.see(at, frame, five_points(faces[0].landmarks) if faces else np.full((len(FIVE), 2), np.nan))
+            self.sample.see(at, frame, five_of(faces))
 
     @property
     def track(self) -> Track:

@@ -130,7 +130,9 @@ def _by(measure: Measure, report: Report) -> str:
     judges, drivers = ((sha or "").split("+") for sha in (measure.weights_sha256, report.system.driver_sha256))
     weights = f" ({'+'.join(sha[:12] for sha in judges)})" if measure.weights_sha256 else ""
     circular = measure.weights_sha256 and not set(judges).isdisjoint(drivers)
-    return f"{measure.backend or '-'}{weights}{', circular: the judge is the driver' if circular else ''}"
+    unranked = report.sanity and measure.name not in {check.metric for check in report.sanity if check.ok is not None}
+    remarks = f"{', circular: the judge is the driver' if circular else ''}{', not ranked' if unranked else ''}"
+    return f"{measure.backend or '-'}{weights}{remarks}"
 
 
 def _plots(report: Report) -> list[str]:

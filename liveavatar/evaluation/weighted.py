@@ -68,8 +68,8 @@ def judge(frames: Frames, pcm: np.ndarray, backends: Backends, sample: Sample, *
     own: why likeness to the video's own beginning is not asked for. Raises WeightsError on a file that is not what it should be.
     """
     times, pictures = np.array([t for t, _ in frames]), np.stack([p for _, p in frames])
-    of_part = [*_sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends), *_lpips(times, pictures, paired, backends)]
-    of_all = [*_dino(sample, portrait, backends, own), *_arcface(sample, portrait, portrait_points, backends, own), *_qalign(sample, backends)]
+    of_part = [*sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends), *lpips(times, pictures, paired, backends)]
+    of_all = [*dino(sample, portrait, backends, own), *arcface(sample, portrait, portrait_points, backends, own), *_qalign(sample, backends)]
     return [*_remarked(of_part, cut), *_remarked(of_all, sample.remark)]
 
 
@@ -95,7 +95,7 @@ def _mean(name: str, values, backends: Backends, files: Sequence[str], unit: str
 SYNC = (("Sync-C", "", "higher"), ("Sync-D", "", "lower"), ("sync_offset", "ms", "target"))
 
 
-def _sync(times, pictures, pcm, backends: Backends) -> list[Measure]:
+def sync(times, pictures, pcm, backends: Backends) -> list[Measure]:
     """Faces by S3FD, followed, cropped and compared: mean over tracks."""
     if not backends.has("syncnet", "s3fd"):
         return [absent(name, backends.needs("syncnet", "s3fd"), unit=unit, better=better, backend="syncnet_v2") for name, unit, better in SYNC]
@@ -140,7 +140,7 @@ def _compared(tracks, shown, start, pictures, pcm, backends: Backends, suffix: s
 # ---------------------------------------------------------------- likeness and quality
 
 
-def _lpips(times, pictures, paired: Frames | None, backends: Backends) -> list[Measure]:
+def lpips(times, pictures, paired: Frames | None, backends: Backends) -> list[Measure]:
     """Pictures of both videos at the same times; changes from picture to picture where the one before has its pair too."""
     files = ("lpips_backbone", "lpips_heads")
     reason = backends.needs(*files) if not backends.has(*files) else "needs a reference video" if paired is None else None
@@ -161,22 +161,22 @@ def _lpips(times, pictures, paired: Frames | None, backends: Backends) -> list[M
             for name, values in zip(names, (distances, changes), strict=True)]
 
 
-def _dino(sample: Sample, portrait, backends: Backends, own: str) -> list[Measure]:
+def dino(sample: Sample, portrait, backends: Backends, own: str = "") -> list[Measure]:
     """Cosine with the portrait, and with the video's own beginning."""
     if not backends.has("dinov2"):
-        return [absent(name, backends.needs("dinov2"), backend="dinov2") for name in ("Dino-S", "Dino-S_own")]
+        return [absent(name, backends.needs("dinov2"), backend="dinov2") for name in ("Dino-S", "Dino-S_worst", "Dino-S_own")]
     model = backends.dinov2
     label = {"backends": backends, "files": ["dinov2"],
              "backend": f"dinov2, {model.config.num_hidden_layers} layers of {model.config.hidden_size}"}
     vectors = embeddings.dino(model, [p for _, p in sample.frames])
     goal = None if portrait is None else embeddings.dino(model, [portrait])[0]
     start = embeddings.dino(model, [p for p, _ in sample.start])
-    return [_alike("Dino-S", vectors, goal, "needs the reference portrait", **label), _alike("Dino-S_own", vectors, _mean_way(start), own, **label)]
+    return [*_likeness("Dino-S", vectors, goal, **label), _alike("Dino-S_own", vectors, _mean_way(start), own, **label)]
 
 
-def _arcface(sample: Sample, portrait, portrait_points, backends: Backends, own: str) -> list[Measure]:
+def arcface(sample: Sample, portrait, portrait_points, backends: Backends, own: str = "") -> list[Measure]:
     """Cosine of the face with the portrait's, and with that of the video's own beginning."""
-    names, label = ("ArcFace", "ArcFace_own"), {"backends": backends, "files": ["arcface"], "backend": "arcface"}
+    names, label = ("ArcFace", "ArcFace_worst", "ArcFace_own"), {"backends": backends, "files": ["arcface"], "backend": "arcface"}
     if not backends.has("arcface"):
         return [absent(name, backends.needs("arcface"), backend="arcface") for name in names]
     vectors, start = (_faces(backends, pairs) for pairs in (zip((p for _, p in sample.frames), sample.points, strict=True), sample.start))
@@ -185,7 +185,7 @@ def _arcface(sample: Sample, portrait, portrait_points, backends: Backends, own:
     goal = None if portrait_points is None else embeddings.arcface(backends.arcface, [portrait], portrait_points[None])[0]
     lost = len(sample.frames) - len(vectors)
     label["reason"] = f"{lost} pictures without a face" if lost else ""
-    return [_alike("ArcFace", vectors, goal, "needs the reference portrait", **label), _alike("ArcFace_own", vectors, _mean_way(start), own, **label)]
+    return [*_likeness("ArcFace", vectors, goal, **label), _alike("ArcFace_own", vectors, _mean_way(start), own, **label)]
 
 
 def _faces(backends: Backends, pairs) -> np.ndarray:
@@ -197,6 +197,13 @@ def _faces(backends: Backends, pairs) -> np.ndarray:
 def _mean_way(vectors: np.ndarray) -> np.ndarray | None:
     """The mean direction [d] of vectors [n, d]; None of none."""
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(0) if len(vectors) else None
+
+
+def _likeness(name: str, vectors: np.ndarray, goal: np.ndarray | None, **label) -> list[Measure]:
+    """To the portrait: the mean, and the worst of twenty."""
+    mean = _alike(name, vectors, goal, "needs the reference portrait", **label)
+    worst = float(np.percentile(embeddings.cosine(vectors, goal), 5)) if mean.measured else None
+    return [mean, replace(mean, name=f"{name}_worst", value=worst, interval=None, reason=mean.reason if worst is None else "5 % quantile")]
 
 
 def _alike(name: str, vectors: np.ndarray, goal: np.ndarray | None, missing: str, backend: str, **label) -> Measure:
