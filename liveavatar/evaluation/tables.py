@@ -38,8 +38,8 @@ def comparison(a: Report, b: Report, differences: Sequence[Difference]) -> str:
     label = f" ({SYNTHETIC})" if a.origin.synthetic else ""
     rows = [[d.name, d.a, d.b, _step(d), str(d.n), d.verdict + (f": {d.reason}" if d.reason else "")] for d in differences]
     head = [f"# B {b.system.name} against A {a.system.name} on {a.origin.name}{label}", "",
-            f"B - A, paired by item, 95 % bootstrap over items. A: {a.date}. B: {b.date}.", ""]
-    return "\n".join([*head, *table(["measure", "A", "B", "B - A", "items", "B is"], rows)]) + "\n"
+            f"B - A with 95 % intervals: over items or windows that both have, else as each row says. A: {a.date}. B: {b.date}.", ""]
+    return "\n".join([*head, *table(["measure", "A", "B", "B - A", "pairs", "B is"], rows)]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
