@@ -1,5 +1,9 @@
 """AVCorr: does the mouth move with the speech, and how late (evaluation.md 2.1).
 
+`sync_index` is conf / (1 + ((lag - 40 ms) / 200 ms)^2). The spec's design value, conf * max(0, 1 - |lag - 40 ms| / 400 ms), is 0 from 440 ms
+on: wrong speech, whose lag is any, then ties with a still face, and their order (section 3) fails. Not the `sync_index` of
+gate_measures, which the probe's own readings give a checkpoint's gates: other inputs, another formula, never in one table.
+
 The judge of the sound is a phone aligner and a table of mouth shapes: no part of it drives any of our engines. On rendered
 heads it is not wholly a stranger, since the same table moved the heads that the engines were trained on.
 """
