@@ -309,7 +309,7 @@ def _difference(name: str, a: Report, b: Report) -> Difference:
     value, interval, reason = float(np.mean(steps)) if steps else two.value - one.value, bootstrap(steps), ""
     if a.kind == "drift" and steps:
         reason = f"mean over {len(steps)} windows"
-    if interval is None:
+    if interval is None and value:
         interval = _independent(value, one.interval, two.interval)
         reason = "no interval: one value each" if interval is None else "interval as if both erred independently"
     return Difference(**shown, value=value, interval=interval, n=len(steps), verdict=_verdict(value, interval, one.better), reason=reason)
