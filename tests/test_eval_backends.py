@@ -3,14 +3,17 @@
 import hashlib
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from test_cli import error_of, run
 from torch import nn
 
+from liveavatar.conditioning.media import VideoWriter
 from liveavatar.core import ConfigError, InputError, WeightsError
-from liveavatar.evaluation import embeddings, perceptual, s3fd, syncnet, weighted
+from liveavatar.evaluation import embeddings, judge, perceptual, s3fd, syncnet, weighted
 from liveavatar.evaluation.backends import KNOWN, Backends, Given, examine, fingerprint
 
 cv2 = pytest.importorskip("cv2", reason="the extra [eval]")
@@ -20,9 +23,20 @@ def given(path, **more) -> Given:
     return Given(path=str(path), sha256=fingerprint(path), **more)
 
 
+def judged(frames, pcm, backends, points=None, **more):
+    """weighted.judge on frames that are the whole video; points [T, 5, 2] of each."""
+    sample = weighted.Sample()
+    for k, (at, picture) in enumerate(frames):
+        sample.see(at, picture, np.full((5, 2), np.nan) if points is None else points[k])
+    return weighted.judge(frames, pcm, backends, sample, **more)
+
+
 def saved(path, module: nn.Module) -> Given:
     torch.save(module.state_dict(), path)
     return given(path)
+
+
+AUTHORS = "961e8696" + "0" * 52 + "5442"  # begins and ends as SyncNet's
 
 
 def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
@@ -34,8 +48,9 @@ def pictures(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
 
 def test_nothing_given_is_not_measured_and_says_which_file():
     frames = [(k / 25, p) for k, p in enumerate(pictures(5))]
-    found = {m.name: m for m in weighted.judge(frames, np.zeros(3200, np.float32), Backends())}
-    assert set(found) == {"Sync-C", "Sync-D", "sync_offset", "LPIPS", "tLPIPS", "Dino-S", "ArcFace", "ASE", "IQA"}
+    found = {m.name: m for m in judged(frames, np.zeros(3200, np.float32), Backends())}
+    assert set(found) == {"Sync-C", "Sync-D", "sync_offset", "LPIPS", "tLPIPS", "Dino-S", "Dino-S_worst", "Dino-S_own", "ArcFace", "ArcFace_worst",
+                          "ArcFace_own", "ASE", "IQA"}
     assert all(m.status == "not_measured" and m.value is None for m in found.values())
     assert "syncnet_v2.model (backends.syncnet) and sfd_face.pth" in found["Sync-C"].reason and "onnx" in found["ArcFace"].reason
     both = {m.name: m for m in weighted.Distribution(Backends()).measures()}
@@ -225,9 +240,48 @@ def test_tlpips_is_zero_for_equal_change(tmp_path):
 def test_lpips_needs_a_pair(tmp_path):
     backends, a = Backends(lpips_files(tmp_path)), pictures(4, 64, 1)
     frames = [(k / 25, p) for k, p in enumerate(a)]
-    alone, pair = ({m.name: m for m in weighted.judge(frames, np.zeros(0, np.float32), backends, paired=p)} for p in (None, a))
-    assert alone["LPIPS"].reason == "needs a reference video"
-    assert pair["LPIPS"].value == pytest.approx(0) and pair["LPIPS"].weights_sha256 == backends.sha256("lpips_backbone", "lpips_heads")
+    alone, pair = ({m.name: m for m in judged(frames, np.zeros(0, np.float32), backends, paired=p)} for p in (None, frames))
+    assert alone["LPIPS (other weights)"].reason == "needs a reference video"
+    other = pair["LPIPS (other weights)"]
+    assert other.value == pytest.approx(0) and other.weights_sha256 == backends.sha256("lpips_backbone", "lpips_heads")
+
+
+def test_lpips_pairs_pictures_by_their_times_and_refuses_other_sizes(tmp_path):
+    """The reference begins 200 ms later in the file: by index every picture would meet another one."""
+    backends, a = Backends(lpips_files(tmp_path)), pictures(10, 64, 1)
+    frames = [(k / 25, p) for k, p in enumerate(a)]
+    found = {m.name: m for m in judged(frames, np.zeros(0, np.float32), backends, paired=frames[5:], cut="first 30 s of 90")}
+    assert found["LPIPS (other weights)"].value == pytest.approx(0) and found["LPIPS (other weights)"].n == 5
+    assert found["LPIPS (other weights)"].reason == "first 30 s of 90"
+    assert found["tLPIPS (other weights)"].n == 4 and found["tLPIPS (other weights)"].value == pytest.approx(0)
+    small = [(at, p[:32]) for at, p in frames]
+    other = {m.name: m for m in judged(frames, np.zeros(0, np.float32), backends, paired=small)}
+    said = str(other["LPIPS (other weights)"])
+    assert said.startswith("not measured") and "64x64 pixels, the reference video 64x32" in said
+
+
+def test_a_file_that_is_seen_in_part_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "KEPT_SECONDS", 1.0)
+    for name, side in (("a", 64), ("b", 48)):
+        with VideoWriter(tmp_path / f"{name}.mp4", side, side) as writer:
+            writer.write(pictures(75, side), np.zeros(0, np.float32))
+    backends = Backends(lpips_files(tmp_path))
+    found = {m.name: m for m in judge.judge_video(tmp_path / "a.mp4", reference=tmp_path / "a.mp4", backends=backends)}
+    assert found["LPIPS (other weights)"].reason == "first 1 s of 3" and found["LPIPS (other weights)"].n == 25
+    other = {m.name: m for m in judge.judge_video(tmp_path / "a.mp4", reference=tmp_path / "b.mp4", backends=backends)}
+    assert "64x64 pixels, the reference video 48x48" in other["LPIPS (other weights)"].reason
+
+
+def test_a_sample_is_of_the_whole_video_however_long():
+    sample, short = weighted.Sample(), weighted.Sample()
+    for k in range(25 * 1000):
+        sample.see(3 + k / 25, k, None)
+    times = [at for at, _ in sample.frames]
+    assert len(times) <= weighted.MOST and np.diff(times) == pytest.approx(sample.every) and (times[0], times[-1]) == (3, pytest.approx(1003, abs=16))
+    assert sample.remark == "one picture every 16 s" and len(sample.start) == 10
+    for k in range(25 * 5):
+        short.see(k / 25, k, None)
+    assert [at for at, _ in short.frames] == [0, 1, 2, 3, 4] and not short.remark
 
 
 # ---------------------------------------------------------------- vectors
@@ -242,7 +296,11 @@ def test_dinov2_through_transformers(tmp_path):
     backends = Backends({"dinov2": given(tmp_path / "dino")})
     one, two = pictures(2, 60)
     frames = [(0.0, one), (1.0, two), (1.04, two)]
-    found = {m.name: m for m in weighted.judge(frames, np.zeros(0, np.float32), backends, portrait=one)}["Dino-S"]
+    by_name = {m.name: m for m in judged(frames, np.zeros(0, np.float32), backends, portrait=one)}
+    found = by_name["Dino-S"]
+    assert by_name["Dino-S_own"].n == 2 and by_name["Dino-S_own"].value > 0.5, "to the mean of both"
+    part = {m.name: m for m in judged(frames, np.zeros(0, np.float32), backends, portrait=one, own="a part")}
+    assert part["Dino-S_own"].reason == "a part" and part["Dino-S"] == found
     a, b = embeddings.dino(backends.dinov2, [one, two])
     cosine = float(a @ b / np.sqrt((a @ a) * (b @ b)))
     assert found.n == 2 and found.value == pytest.approx((1 + cosine) / 2, abs=1e-5) and "32" in found.backend
@@ -285,7 +343,7 @@ def test_arcface_through_onnxruntime(tmp_path):
     assert vectors == pytest.approx(np.array([[1, -1, -1], [63.5 / 127.5] * 3]), abs=1e-5)
     points[2] = np.nan
     frames = [(0.0, red), (1.0, grey), (2.0, grey)]
-    found = {m.name: m for m in weighted.judge(frames, np.zeros(0, np.float32), backends, portrait=red, portrait_points=points[0], points=points)}
+    found = {m.name: m for m in judged(frames, np.zeros(0, np.float32), backends, portrait=red, portrait_points=points[0], points=points)}
     assert found["ArcFace"].value == pytest.approx((1 - 1 / 3) / 2, abs=1e-5) and found["ArcFace"].reason == "1 pictures without a face"
     with pytest.raises(WeightsError, match="no ONNX model"):
         (tmp_path / "bad.onnx").write_bytes(b"junk")
@@ -305,23 +363,71 @@ class Clips(nn.Module):
         return x.mean((3, 4))[:, 0] if rescale and resize and return_features else x
 
 
+class Clip:
+    """A video whose pictures are given; held: most of them alive at once."""
+
+    def __init__(self, path, frames):
+        self.path, self.held, self._frames = path, 0, frames
+        self.height, self.width = frames.shape[1:3]
+
+    def frames(self):
+        alive = weakref.WeakSet()
+        for k, frame in enumerate(self._frames):
+            picture = frame.copy().view(Weak)
+            alive.add(picture)
+            self.held = max(self.held, len(alive))
+            yield k / 25, picture
+            del picture
+
+
+class Weak(np.ndarray):
+    """One that a set can hold weakly."""
+
+    __hash__ = object.__hash__
+
+
+def test_statistics_from_the_command_line(tmp_path):
+    torch.jit.script(Images()).save(tmp_path / "inception.pt")
+    said = given(tmp_path / "inception.pt")
+    (tmp_path / "w.yaml").write_text(json.dumps({"backends": {"inception": {"path": said.path, "sha256": said.sha256}}}))
+    (tmp_path / "real").mkdir()
+    for k in range(2):
+        with VideoWriter(tmp_path / f"real/{k}.mp4", 32, 32) as writer:
+            writer.write(pictures(20, seed=k), np.zeros(0, np.float32))
+    made = run("evaluate", "statistics", tmp_path / "real", "--out", tmp_path / "r.npz", "--config", tmp_path / "w.yaml", "--crop", "face")
+    assert made.exit_code == 0 and f"SHA-256 {fingerprint(tmp_path / 'r.npz')}" in made.output
+    found = weighted.Real(tmp_path / "r.npz", "face")
+    assert found.resolution == "32x32" and len(found.features("inception", said.sha256)) == 40
+    assert "inception-2015-12-05.pt (backends.inception) or" in error_of("evaluate", "statistics", tmp_path / "real", "--out", tmp_path / "r.npz")
+    absent = error_of("evaluate", "statistics", tmp_path, "--out", tmp_path / "r.npz", "--config", tmp_path / "w.yaml")
+    assert "no mp4 in it" in absent
+
+
 def test_fid_and_fvd_through_torchscript(tmp_path):
     for name, module in (("inception", Images()), ("i3d", Clips())):
         torch.jit.script(module).save(tmp_path / f"{name}.pt")
     backends = Backends({name: given(tmp_path / f"{name}.pt") for name in ("inception", "i3d")})
-    real = [pictures(40, 8, seed) for seed in (1, 2)]
-    weighted.write_real(tmp_path / "real.npz", backends, real, resolution="8x8", crop="none")
-    same, other = weighted.Distribution(backends, tmp_path / "real.npz"), weighted.Distribution(backends, tmp_path / "real.npz")
-    for video in real:
-        same.add(video)
-        other.add(video // 2)
+    real, dark = ([Clip(tmp_path / "x.mp4", pictures(40, 8, seed) // by) for seed in (1, 2)] for by in (1, 2))
+    hashes = {weighted.write_real(tmp_path / "real.npz", backends, real, crop="none") for _ in range(2)}
+    assert hashes == {fingerprint(tmp_path / "real.npz")}
+    same, other = (weighted.Distribution(backends, weighted.Real(tmp_path / "real.npz", "none")) for _ in range(2))
+    for mine, theirs in zip(real, dark, strict=True):
+        same.add(mine)
+        other.add(theirs)
     fid, kid, fvd, kvd = same.measures()
     assert [m.name for m in (fid, kid, fvd, kvd)] == ["FID", "KID", "FVD", "KVD"]
     assert fid.value == pytest.approx(0, abs=1e-3) and fid.n == 80 and "small n: 80 of 2000" in fid.reason
+    assert f"real set {hashes.pop()[:12]}, 8x8, crop none" in fid.reason
     assert fvd.value == pytest.approx(0, abs=1e-3) and fvd.n == 4 and all(m.value > 100 for m in other.measures()[::2])
-    third = Backends({"inception": Given(path=backends.given["inception"].path, sha256="0" * 64)})
+    assert max(clip.held for clip in real) <= 2 * embeddings.CLIP < 40, "no video is held whole"
+    with pytest.raises(InputError, match="pictures of 8x8, .* has 6x6"):
+        same.add(Clip(tmp_path / "y.mp4", pictures(40, 6)))
+    with pytest.raises(InputError, match="a set is of one size"):
+        weighted.write_real(tmp_path / "two.npz", backends, [real[0], Clip(tmp_path / "y.mp4", pictures(40, 6))], crop="none")
+    with pytest.raises(InputError, match="crop 'none', suite.crop says 'face'"):
+        weighted.Real(tmp_path / "real.npz", "face")
     with pytest.raises(InputError, match="very weights"):
-        weighted.real_features(tmp_path / "real.npz", "inception", third.sha256("inception"))
+        weighted.Real(tmp_path / "real.npz", "none").features("inception", "0" * 64)
     with pytest.raises(WeightsError, match="no TorchScript"):
         (tmp_path / "bad.pt").write_bytes(b"junk")
         embeddings.load_script(tmp_path / "bad.pt")
@@ -357,7 +463,7 @@ def test_qalign_runs_its_own_code_only_when_allowed(tmp_path):
     with pytest.raises(ConfigError, match="run_code"):
         _ = Backends({"qalign": given(folder)}).qalign
     frames = [(0.0, np.full((8, 8, 3), 255, np.uint8)), (1.0, np.zeros((8, 8, 3), np.uint8))]
-    found = {m.name: m for m in weighted.judge(frames, np.zeros(0, np.float32), Backends({"qalign": given(folder, run_code=True)}))}
+    found = {m.name: m for m in judged(frames, np.zeros(0, np.float32), Backends({"qalign": given(folder, run_code=True)}))}
     assert found["IQA"].value == pytest.approx(4.5) and found["ASE"].value == pytest.approx(2.5) and found["IQA"].n == 2
 
 
@@ -366,21 +472,37 @@ def test_qalign_runs_its_own_code_only_when_allowed(tmp_path):
 
 def test_sync_c_through_tracks_and_crop(monkeypatch):
     """Random networks find no face and know no speech: boxes and towers are given, all between them is real."""
-    backends = Backends({name: Given(path=name, sha256=name[0] * 64) for name in ("syncnet", "s3fd")})
+    backends = Backends({name: Given(path=name, sha256=AUTHORS) for name in ("syncnet", "s3fd")})
     backends.__dict__.update(syncnet=Towers(), s3fd=None)
     frames = [(k / 25, p) for k, p in enumerate(pictures(30, 160))]
     pcm = np.random.default_rng(2).normal(size=19200).astype(np.float32) * 0.1
     monkeypatch.setattr(s3fd, "detect", lambda net, picture: np.array([[20.0, 20, 140, 140]]))
-    found = {m.name: m for m in weighted.judge(frames, pcm, backends)}
+    found = {m.name: m for m in judged(frames, pcm, backends)}
     assert found["Sync-C"].measured and found["Sync-D"].value > 0 and abs(found["sync_offset"].value) <= 600
     assert found["Sync-C"].weights_sha256 == backends.sha256("syncnet", "s3fd") and found["Sync-C"].n == 1
     monkeypatch.setattr(s3fd, "detect", lambda net, picture: np.zeros((0, 4)))
-    lost = {m.name: m for m in weighted.judge(frames, pcm, backends)}
+    lost = {m.name: m for m in judged(frames, pcm, backends)}
     assert lost["Sync-C"].status == "failed" and "no face" in lost["Sync-C"].reason
     mesh = Backends({"syncnet": backends.given["syncnet"]})
     mesh.__dict__.update(syncnet=Towers())
-    other = {m.name: m for m in weighted.judge(frames, pcm, mesh, boxes=np.repeat([[20.0, 20, 140, 140]], 30, 0))}
+    other = {m.name: m for m in judged(frames, pcm, mesh, boxes=np.repeat([[20.0, 20, 140, 140]], 30, 0))}
     assert other["Sync-C"].status == "not_measured" and other["Sync-C (mesh crop)"].value == pytest.approx(found["Sync-C"].value)
+
+
+def test_a_name_belongs_to_its_authors_weights(tmp_path):
+    """SyncNet's published hash is known at both ends, AlexNet's at one; of others no hash is known."""
+    for sha, own in ((AUTHORS, True), (AUTHORS.upper(), True), ("961e8696" + "0" * 56, False), ("0" * 60 + "5442", False)):
+        backends = Backends({name: Given(path=name, sha256=sha) for name in ("syncnet", "s3fd")})
+        assert backends.title("Sync-C", "syncnet", "s3fd") == ("Sync-C" if own else "Sync-C (other weights)")
+    found = {f.known.name: f.note for f in examine(Backends(lpips_files(tmp_path)))}
+    assert "authors' is 7be5be79" in found["lpips_backbone"] and "no hash that we know" in found["lpips_heads"]
+    backends = Backends({name: Given(path=name, sha256="0" * 64) for name in ("syncnet", "s3fd")})
+    backends.__dict__.update(syncnet=Towers(), s3fd=None)
+    frames = [(k / 25, p) for k, p in enumerate(pictures(30, 160))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3fd, "detect", lambda net, picture: np.array([[20.0, 20, 140, 140]]))
+        names = {m.name for m in judged(frames, np.ones(19200, np.float32), backends)}
+    assert "Sync-C (other weights)" in names and not names & {"Sync-C", "Sync-D"}
 
 
 def test_pictures_at_25_per_second_are_those_on_screen():

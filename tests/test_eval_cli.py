@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from conftest import speech
 from PIL import Image
 from test_cli import error_of, run
 
+from liveavatar.__main__ import Ours
+from liveavatar.conditioning.face import TRACKER_SHA256
+from liveavatar.conditioning.faceprint import NETWORK_SHA256
 from liveavatar.conditioning.media import VideoWriter
-from liveavatar.conditioning.phones import Phone, Utterance
+from liveavatar.conditioning.phones import Phone, Utterance, model_sha256
 from liveavatar.core import Audio, ConfigError
 from liveavatar.evaluation import closeup, jobs, plots, sanity, suite
-from liveavatar.evaluation.backends import fingerprint
+from liveavatar.evaluation.backends import fingerprint, offline
 from liveavatar.evaluation.commands import _gates
-from liveavatar.evaluation.report import Check, Item, Measure, absent, read_report
+from liveavatar.evaluation.report import Check, Item, Measure, System, absent, read_report
 from liveavatar.telemetry import Trace
 
 pytest.importorskip("matplotlib", reason="the extra [eval]")
@@ -30,7 +34,7 @@ def test_the_short_form_is_the_suite_command(tmp_path):
         assert "absent.yaml: cannot read config" in error_of(*words, tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("verb", ["suite", "drift", "sanity", "video", "trace", "compare", "doctor", "human build", "human score"])
+@pytest.mark.parametrize("verb", ["suite", "drift", "sanity", "video", "statistics", "trace", "compare", "doctor", "human build", "human score"])
 def test_every_command_explains_itself_with_examples(verb):
     result = run("evaluate", *verb.split(), "--help")
     assert result.exit_code == 0 and "Examples" in result.output and f"liveavatar evaluate {verb}" in result.output
@@ -109,10 +113,24 @@ def test_a_trace_becomes_a_report_and_a_failed_gate_is_status_1(tmp_path, trace)
 # ---------------------------------------------------------------- doctor
 
 
-def test_doctor_lists_everything_and_fails_on_what_was_named_wrongly(tmp_path):
+def test_doctor_lists_everything():
     plain = run("evaluate", "doctor")
     assert plain.exit_code == 0
     assert all(word in plain.output for word in ("syncnet: not given", "research terms", "huggingface.co/facebook/dinov2-base"))
+    for words in (f"face tracker: found, SHA-256 {TRACKER_SHA256}", "0.10.21, for all landmarks; Apache-2.0",
+                  f"pocketsphinx: found, SHA-256 {model_sha256()}", f"dlib: found, SHA-256 {NETWORK_SHA256}", "flite: "):
+        assert words in plain.output
+
+
+def test_doctor_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = {judge.name: judge for judge in offline()}
+    assert "apt install flite" in found["flite"].note and "liveavatar[eval]" in found["face tracker"].note
+    assert not found["face tracker"].sha256 and found["pocketsphinx"].sha256
+
+
+def test_doctor_fails_on_what_was_named_wrongly(tmp_path):
     (tmp_path / "i.pt").write_bytes(b"junk")
     (tmp_path / "d.yaml").write_text(f"backends: {{i3d: {{path: {tmp_path}/i.pt, sha256: {fingerprint(tmp_path / 'i.pt')}}}}}\n")
     named = run("evaluate", "doctor", "--config", tmp_path / "d.yaml")
@@ -170,7 +188,7 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
     (tmp_path / "videos").mkdir()
     for item in small_suite.manifest.items:
         shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
-    path = order(tmp_path, small_suite, gates={"brightness": {"min": 50}}, system={"name": "theirs", "engine": "unknown"})
+    path = order(tmp_path, small_suite, gates={"brightness": {"min": 50}})
     documents = []
     for _ in range(2):
         result = run("evaluate", path)
@@ -180,18 +198,20 @@ def test_a_suite_of_anybodys_videos_is_judged_and_judged_the_same_again(tmp_path
         assert document.pop("date") and document.pop("host")
     assert documents[0] == documents[1]
     found = read_report(tmp_path / "out/report.json")
-    assert found.origin.synthetic and found.system.name == "theirs" and found.system.commit == "unknown" and len(found.items) == 2
+    assert found.origin.synthetic and len(found.items) == 2
+    assert found.system == System(name="videos"), "nobody said who made them: nothing of ours is said of them"
     assert found.measure("brightness").n == 2 and found.measure("brightness").interval is not None
     assert "syncnet_v2.model" in found.measure("Sync-C").reason and found.measure("FID").status == "not_measured"
     text = (tmp_path / "out/report.md").read_text()
-    assert text.startswith("# theirs on suite_small (synthetic suite)") and "No sanity ranking" in text
-    assert run("evaluate", path, "gates={brightness: {max: 50}}").exit_code == 1
+    assert text.startswith("# videos on suite_small (synthetic suite)") and "No sanity ranking" in text
+    assert run("evaluate", path, "gates={brightness: {max: 50}}", "system.name=theirs", f"system.driver_sha256={'d' * 64}").exit_code == 1
+    assert read_report(tmp_path / "out/report.json").system == System(name="theirs", driver_sha256="d" * 64)
 
 
 def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity(tmp_path, small_suite, monkeypatch):
     """The ranking itself has its own tests."""
     wrong = Check(metric="brightness", needs="A > H", ok=False, detail="margins -1 over 2 items")
-    monkeypatch.setattr(sanity, "ranking", lambda asked: (wrong,) if asked == small_suite else ())
+    monkeypatch.setattr(sanity, "ranking", lambda asked, backends: (wrong,) if asked == small_suite else ())
     (tmp_path / "videos").mkdir()
     for item in small_suite.manifest.items:
         shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
@@ -207,14 +227,20 @@ def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity
 def test_a_missing_video_fails_its_item_and_is_named(tmp_path, small_suite):
     (tmp_path / "videos").mkdir()
     shutil.copy(small_suite.path(small_suite.manifest.items[0], "gt_video"), tmp_path / "videos" / "i0.mp4")
-    assert run("evaluate", "suite", order(tmp_path, small_suite)).exit_code == 0
+    result = run("evaluate", "suite", order(tmp_path, small_suite))
+    assert result.exit_code == 0 and "left out: i1: " in result.output
     found = read_report(tmp_path / "out/report.json")
     assert any("i1" in line and "no such file" in line for line in found.exclusions)
 
 
-def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
-    from liveavatar.__main__ import Ours
+def test_a_suite_without_one_usable_video_is_no_result(tmp_path, small_suite):
+    result = run("evaluate", "suite", order(tmp_path, small_suite))
+    progress, error = result.stderr.splitlines()
+    assert result.exit_code == 2 and progress.startswith("judging") and error.startswith("error: ") and "none of the suite's 2 videos" in error
+    assert not (tmp_path / "out/report.json").exists()
 
+
+def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
     made = []
 
     def generate(config, portrait, audio, out, prompt, seed, trace):
@@ -228,7 +254,12 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
         assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
     assert made == ["i0.mp4", "i1.mp4"]
     system = read_report(tmp_path / "out/report.json").system
-    assert "transformer.safetensors" in system.weights and system.name == "liveavatar"
+    assert "transformer.safetensors" in system.weights and system.name == "embedded avatar"
+    assert (system.engine, system.driver, system.driver_sha256) == ("diffusion", "log-mel front end", None)
+    (tmp_path / "ears").write_bytes(b"wav2vec2")
+    heard = Ours.weights(None) | {"wav2vec2/model.safetensors": tmp_path / "ears"}
+    theirs = jobs.system_of(jobs.SystemSettings(engine="x"), SimpleNamespace(weights=lambda config: heard), None)
+    assert (theirs.engine, theirs.driver, theirs.driver_sha256) == ("x", "wav2vec2", fingerprint(tmp_path / "ears"))
     (tmp_path / "other.safetensors").write_bytes(b"other weights")
     monkeypatch.setattr(Ours, "weights", staticmethod(lambda config: {"transformer.safetensors": tmp_path / "other.safetensors"}))
     assert run("evaluate", "suite", path, "suite.videos=null").exit_code == 0
@@ -237,8 +268,6 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
 
 def test_a_video_that_was_broken_off_is_made_again(tmp_path, small_suite, monkeypatch):
     """What is half written plays, as a shorter video would."""
-    from liveavatar.__main__ import Ours
-
     made = []
 
     def generate(config, portrait, audio, out, prompt, seed, trace):
@@ -268,7 +297,23 @@ def test_one_video_of_any_system(tmp_path):
     result = run("evaluate", "video", tmp_path / "v.mp4", "--out", tmp_path / "out", "--system", "theirs", "--gate", "width<=0")
     assert result.exit_code == 0, result.output + str(result.exception)
     found = read_report(tmp_path / "out/report.json")
+    assert found.system == System(name="theirs")
+    assert found.measure("tracker_noise_gap") is None and any("noise floor" in line and "0.006 IOD of the gap" in line for line in found.limits)
     assert found.kind == "video" and found.items[0].picture["width"] == 64 and found.items[0].sha256 and not found.origin.synthetic
+
+
+def test_a_video_of_a_rendered_head_is_labelled(tmp_path, monkeypatch):
+    """By the flag, and without it where the portrait is the embedded one (EVA-5)."""
+    monkeypatch.setattr("liveavatar.evaluation.judge.judge_video", lambda file, **options: [])
+    Image.new("RGB", (64, 64)).save(tmp_path / "me.png")
+    shutil.copy(Ours.portrait, tmp_path / "renamed.png")
+    with VideoWriter(tmp_path / "v.mp4", 64, 64) as writer:
+        writer.write(np.zeros((5, 64, 64, 3), np.uint8), speech(0.2))
+    for words, synthetic in (((), False), (("--synthetic",), True), (("--portrait", tmp_path / "renamed.png"), True),
+                             (("--portrait", tmp_path / "me.png"), False)):
+        assert run("evaluate", "video", tmp_path / "v.mp4", "--out", tmp_path / "out", *words).exit_code == 0
+        assert read_report(tmp_path / "out/report.json").origin.synthetic is synthetic
+        assert ("(synthetic suite)" in (tmp_path / "out/report.md").read_text()) is synthetic
 
 
 def test_worst_items_are_drawn_even_without_a_face(tmp_path, monkeypatch):

@@ -96,6 +96,13 @@ def test_a_measure_that_fails_its_order_is_printed_as_rejected():
     assert "**rejected** (sanity ranking: A > H does not hold)" in text and "32" not in text.split("## Items")[0].split("## Sanity")[0]
 
 
+def test_what_no_order_exists_for_is_marked_where_there_was_a_ranking():
+    checks = (Check(metric="psnr", needs="A > H", ok=True), Check(metric="lost", needs="A > B", ok=None))
+    lines = markdown(report(metrics=(measure(), measure("lost"), measure("lab_L")), sanity=checks)).splitlines()
+    marked = {line.split(" | ")[0].removeprefix("| ") for line in lines if line.endswith("not ranked |")}
+    assert marked == {"lost", "lab_L"} and "not ranked" not in markdown(report())
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -139,7 +146,9 @@ def test_stability_and_sync_never_stand_alone():
 def test_a_judge_that_is_the_driver_is_called_circular():
     system = System(name="ours", driver="whisper", driver_sha256="d" * 64)
     assert "circular" in markdown(report(system=system, metrics=(measure(weights_sha256="d" * 64),)))
+    assert "circular" in markdown(report(system=system, metrics=(measure(weights_sha256=f"{'e' * 64}+{'d' * 64}"),)))
     assert "circular" not in markdown(report(system=system, metrics=(measure(weights_sha256="e" * 64), measure("plain"))))
+    assert "circular" not in markdown(report(metrics=(measure(weights_sha256="e" * 64), measure("plain"))))
 
 
 # ---------------------------------------------------------------- comparison
@@ -153,6 +162,28 @@ def test_comparison_is_paired_by_item():
     assert compare(b, a)[0].verdict == "worse" and compare(a, a)[0].verdict == "same"
     assert compare(a, report((20.0, 45.0, 50.1)))[0].verdict == "same"  # the interval holds 0
     assert "| psnr |" in comparison(a, b, compare(a, b)) and "better" in comparison(a, b, compare(a, b))
+
+
+def test_one_value_each_is_compared_by_its_own_interval_or_says_that_there_is_none():
+    """A trace and a single video have no items to draw from."""
+    one, two = (report((), kind="trace", metrics=(measure("rtf", v, interval=(v - 3, v + 3)), measure("fps", v))) for v in (10.0, 15.0))
+    rtf, fps = compare(one, two)
+    assert rtf.interval == pytest.approx((5 - 18**0.5, 5 + 18**0.5)) and rtf.verdict == "better" and "independently" in rtf.reason
+    assert fps.interval is None and fps.verdict == "differs" and fps.reason == "no interval: one value each"
+    assert compare(one, dataclasses.replace(two, metrics=(measure("rtf", 13.0, interval=(10.0, 16.0)),)))[0].verdict == "same"
+    single = [report((v,), kind="video", metrics=(measure(value=v, interval=(v - 1, v + 1)),)) for v in (30.0, 35.0)]
+    assert compare(*single)[0].verdict == "better" and compare(*single)[0].n == 1
+
+
+def test_streams_are_compared_window_by_window():
+    def stream(shift: float) -> Report:
+        windows = [{"start": 10.0 * k, "id_dlib": 0.3 + 0.1 * k + shift, "r0": "not measured"} for k in range(4)]
+        return report((), kind="drift", details={"windows": windows}, metrics=(measure("id_dlib", windows[0]["id_dlib"], better="lower"),
+                                                                              measure("id_dlib.slope", 1.0, interval=(0.0, 2.0))))  # fmt: skip
+
+    found, slope = compare(stream(0.0), stream(0.05))
+    assert found.value == pytest.approx(0.05) and found.interval == pytest.approx((0.05, 0.05)) and (found.n, found.verdict) == (4, "worse")
+    assert found.reason == "mean over 4 windows" and slope.verdict == "same"
 
 
 def test_lower_is_better_where_it_is_and_a_target_only_differs():

@@ -11,9 +11,14 @@ pytest.importorskip("dlib", reason="likeness")
 pytest.importorskip("pocketsphinx", reason="phones")
 pytest.importorskip("skimage", reason="SSIM")
 
+from test_eval_backends import lpips_files
+
+from liveavatar.conditioning import phones
+from liveavatar.conditioning.face import TRACKER_SHA256
 from liveavatar.conditioning.media import VideoWriter, read_audio
 from liveavatar.core import InputError
-from liveavatar.evaluation import jobs, likeness, sanity, suite
+from liveavatar.evaluation import closure, jobs, judge, landmarks, likeness, sanity, suite, sync
+from liveavatar.evaluation.backends import KNOWN, Backends, Given
 from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.judge import judge_video
 from liveavatar.evaluation.report import Measure, rejected
@@ -47,6 +52,36 @@ def test_a_tie_is_a_failure_and_one_item_no_proof(found):
     tied = [{**v, "B": v["A"]} for v in found]
     assert sanity.examine(order, tied).ok is False
     assert sanity.examine(order, found[:1]).ok is None
+
+
+def test_orders_of_the_users_networks_are_the_specs():
+    """Constructed values: those of a good judge pass, those of one that is blind do not."""
+    backends = Backends({name: Given(path="x", sha256="7be5be79" if name == "lpips_backbone" else f"961e8696{'0' * 52}5442") for name in KNOWN})
+    good = {"A": {"Sync-C": 7.0, "Sync-D": 7, "sync_offset": 40, "LPIPS": 0, "tLPIPS": 0, "Dino-S": 0.9, "Dino-S_worst": 0.8, "ArcFace": 0.8,
+                  "ArcFace_worst": 0.7}, "B": {"Sync-C": 7.1, "Sync-D": 7.1, "sync_offset": 240}, "C": {"Sync-C": 2, "Sync-D": 11},
+            "D": {"Sync-C": 1, "Sync-D": 12}, "G": {"Dino-S": 0.5, "ArcFace": 0.1}, "H": {"LPIPS": 0.3}, "I": {"tLPIPS": 0.1}}  # fmt: skip
+    blind = {variant: dict.fromkeys(row, 1.0) for variant, row in good.items()}
+    orders = sanity.orders_of(backends)
+    assert {o.metric for o in orders} == {"Sync-C", "Sync-D", "sync_offset", "LPIPS", "tLPIPS", "Dino-S", "ArcFace"}
+    assert all(sanity.examine(o, [good] * 2).ok for o in orders) and not any(sanity.examine(o, [blind] * 2).ok for o in orders)
+
+
+def test_the_users_networks_are_ranked_too(rendered_suite, tmp_path, monkeypatch):
+    """Random weights for the wiring: what is ranked with them has their name."""
+    monkeypatch.setattr(sanity, "BRIEF", 6)
+    backends = Backends(lpips_files(tmp_path))
+    item = rendered_suite.manifest.items[0]
+    bench = sanity.Bench(rendered_suite, item, item, rendered_suite.manifest.items[1], tmp_path, backends)
+    exact = VideoFile(rendered_suite.path(item, "gt_video"))
+    frames = np.stack([frame for _, frame in exact.frames(end=1.0)])
+    monkeypatch.setattr(VideoFile, "frames", lambda file, start=0.0, end=1.0, whole=VideoFile.frames: whole(file, start, 1.0))
+    bench._by_weights(exact, frames, bench._said(item))
+    name = "LPIPS (other weights)"
+    assert bench.values["A"][name] == pytest.approx(0, abs=1e-6) and bench.values["H"][name] > 0 and bench.values["I"][f"t{name}"] > 0
+    assert np.isnan(bench.values["G"]["Dino-S"]) and np.isnan(bench.values["B"]["Sync-C"])
+    monkeypatch.setattr(sanity, "values_of", lambda suite, items=None, backends=None: [bench.values] * 2)
+    ranked = {check.metric: check.ok for check in sanity.ranking(rendered_suite, backends)}
+    assert ranked[name] is True and "Sync-C" not in ranked
 
 
 # ---------------------------------------------------------------- suites
@@ -88,6 +123,16 @@ def test_truth_survives_its_file(rendered_suite):
 # ---------------------------------------------------------------- one file
 
 
+def test_the_judge_of_sync_is_known_by_its_models():
+    """So that a driver that is the same model can be found out (EVA-7)."""
+    found = [Measure(name=name, value=0.5, unit="", better="higher", backend=by)
+             for name, by in (("r0", sync.BACKEND), ("closure", closure.BACKEND), ("lmd", landmarks.BACKEND), ("warp_error", "own"))]
+    aligned, given = ({m.name: m for m in judge._signed(found, source)} for source in ("phones aligned to the words", sync.GIVEN))
+    assert [m.weights_sha256 for m in aligned.values()] == [f"{phones.model_sha256()}+{TRACKER_SHA256}"] * 2 + [TRACKER_SHA256, None]
+    assert [m.weights_sha256 for m in given.values()] == [TRACKER_SHA256] * 3 + [None]
+    assert "pocketsphinx" in aligned["r0"].backend and "given phones" in given["r0"].backend and "given phones" in given["closure"].backend
+
+
 @pytest.fixture(scope="module")
 def judged(rendered_suite, tmp_path_factory):
     """Two seconds of an item, mute, as another system might hand them in with its sound apart: judged with all there is."""
@@ -105,9 +150,13 @@ def test_one_file_gets_every_measure(judged):
     for name in ("r0", "closure", "lmd", "response_gap_slope", "warp_error", "jerk", "motion_speech", "psnr_mouth", "ssim_face", "sharpness"):
         assert judged[name].measured or judged[name].reason, name
     assert judged["lmd_gt"].value < 0.04 and abs(judged["lmd_gt"].value - judged["lmd_gt_floor"].value) < 0.005
+    for name, most in (("gap", 0.03), ("width", 0.03), ("lids", 0.03)):
+        found = judged[f"tracker_noise_{name}"]
+        assert found.n == 50 and 0 < found.value < most and found.interval[0] < found.value, "measured on the exact render, not stated"
     assert judged["lmd"].value < 0.01 and judged["psnr_full"].value > 35
     assert judged["response_gap_slope"].value == pytest.approx(1, abs=0.15)
     assert judged["face_share"].value == 1
+    assert judged["lmd"].weights_sha256 == TRACKER_SHA256 and judged["jerk"].weights_sha256 == TRACKER_SHA256
     assert 50 < judged["face_x"].value < 78 and 40 < judged["face_y"].value < 90 and 20 < judged["face_iod"].value < 50, "pixels of 128"
 
 

@@ -48,6 +48,13 @@ def test_sync_finds_the_lag_and_its_sign(late):
     assert (found["r0"].value > 0.95) == (late == 0.0)
 
 
+def test_residual_is_what_a_line_leaves():
+    x = np.tile([0.0, 1, 2, 3], 24)
+    y = 3 * x + np.repeat([0.5, -0.5], 48)
+    rows = series.moments(x, y, np.zeros(96, int), 1)
+    assert series.residual(rows[0]) == pytest.approx(0.5)
+
+
 def test_sync_index_falls_with_the_shift_and_with_wrong_speech():
     said = utterance()
     values = [fields(sync.av_corr(follows(said, -late), said))["sync_index"].value for late in (0.04, 0.12, 0.24)]

@@ -24,6 +24,7 @@ MODEL_SHA256 = {
     MESH: "1055cb9d4a9ca8b8c688902a3a5194311138ba256bcc94e336d8373a5f30c814",
     EYE: "d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
 }
+TRACKER_SHA256 = hashlib.sha256(" ".join(MODEL_SHA256.values()).encode()).hexdigest()  # of all three, for reports
 INSTALL = "pip install 'liveavatar[eval]', then pip install --no-deps mediapipe==0.10.21 (its models alone are used)"
 
 # Points of the mesh, numbered as its authors do; left and right are the person's.

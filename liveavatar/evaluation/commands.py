@@ -112,7 +112,7 @@ def _suites(command: Callable, ours: Ours) -> None:
         order, setting = jobs.read_evaluation(file, overrides or ()), _setting(ours)
         if order.suite is None:
             raise ConfigError(f"{file}: has no section suite")
-        checks = ranking.ranking(jobs.open_suite(order.suite, setting))
+        checks = ranking.ranking(jobs.open_suite(order.suite, setting), order.given())
         typer.echo("\n".join(sanity_table(checks)))
         raise typer.Exit(GATE_FAILED if any(check.ok is False for check in checks) else 0)
 
@@ -129,16 +129,33 @@ def _files(command: Callable, ours: Ours) -> None:
         portrait: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Who it should be.")] = None,
         text: Annotated[Optional[str], typer.Option(help="What is said; else phones are recognised, which is less exact.")] = None,
         language: Annotated[str, typer.Option(help="Of the speech; only en has a phone map.")] = "en",
-        system: Annotated[str, typer.Option(help="Who made it, for the report.")] = "unknown",
+        system: Annotated[Optional[str], typer.Option(help="Who made it, for the report. Default: the file's name.")] = None,
+        driver_sha256: Annotated[Optional[str], typer.Option(metavar="HASH", help="SHA-256 of the audio model that drove it, if you know it: a "
+                                                                                  "judge that is that model is called circular.")] = None,
+        synthetic: Annotated[bool, typer.Option("--synthetic", help="It shows a rendered head, as every video of the embedded avatar: label every "
+                                                                    "number so. Known without asking where --portrait is the embedded one.")] = False,
         out: Out = Path("evaluation"), config: Weights = None, gate: Gates = None,
     ) -> None:  # fmt: skip
         """Judge one video of any system."""
         from liveavatar.evaluation import jobs
 
-        made = jobs.run_video(file, out, _setting(ours), system=jobs.SystemSettings(name=system, engine="unknown", driver="unknown"),
+        made = jobs.run_video(file, out, _setting(ours), system=jobs.SystemSettings(name=system, driver_sha256=driver_sha256),
                               gates=_gates(gate), backends=_backends(config), audio=audio, reference=reference, portrait=portrait, text=text,
-                              language=language)  # fmt: skip
+                              language=language, synthetic=synthetic)  # fmt: skip
         _answer((made, out))
+
+    @command("liveavatar evaluate statistics real/ --out real.npz --config configs/eval_short.yaml   [dim]then suite.real=real.npz[/dim]")
+    def statistics(
+        videos: Annotated[list[Path], typer.Argument(metavar="VIDEOS...", help="Real ones, all of one size: files, or folders of mp4.")],
+        out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The npz to write.")] = Path("real.npz"),
+        crop: Annotated[str, typer.Option(help="How they were cropped before; suite.crop must say the same of the judged videos.")] = "none",
+        config: Weights = None,
+    ) -> None:  # fmt: skip
+        """What Inception and I3D see in a real set, for FID and FVD of a suite."""
+        from liveavatar.evaluation import jobs
+
+        sha = jobs.write_statistics(videos, out, _backends(config), crop)
+        typer.echo(f"wrote {out}, SHA-256 {sha}")
 
     @command("liveavatar generate runtime.trace=run.jsonl --out run.mp4", "liveavatar evaluate trace run.jsonl --gate 'rtf_unpaced>=1.15'")
     def trace(
@@ -170,9 +187,13 @@ def _reports(command: Callable, ours: Ours) -> None:
 
     @command("liveavatar evaluate doctor --config configs/eval_tiny.yaml")
     def doctor(config: Weights = None) -> None:
-        """Every file of weights that only you can supply, its licence, where it is published. Exit status 1 if one that you named is unusable."""
-        from liveavatar.evaluation.backends import examine
+        """Every judge: those that come with packages, and the weights that only you can supply; versions, licences, where they are
+        published. Exit status 1 if a file that you named is unusable."""
+        from liveavatar.evaluation.backends import examine, offline
 
+        for judge in offline():
+            typer.echo(f"{judge.name}: {judge.note and f'missing. {judge.note}' or f'found, SHA-256 {judge.sha256}'}")
+            typer.echo(f"    {judge.version}, for {judge.measures}; {judge.licence}")
         found = examine(_backends(config))
         for f in found:
             typer.echo(f"{f.known.name}: {f.state}. {f.note}")
@@ -234,6 +255,8 @@ def _answer(*made: tuple[Report, Path]) -> None:
     for report, out in made:
         measured = [m for m in report.metrics if m.measured]
         typer.echo(f"{report.kind}: {len(measured)} measures taken, {len(report.metrics) - len(measured)} not; see {out / 'report.md'}")
+        for line in report.exclusions:
+            typer.echo(f"left out: {line}")
         for gate in report.gates:
             verdict = {True: "met", False: "FAILED", None: "not judged"}[gate.ok]
             typer.echo(f"gate {gate.name} {gate.demand}: {verdict} ({gate.reason if gate.value is None else f'{gate.value:.4g}'})")

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
+ROWS = 1024
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Unbiased squared MMD with the kernel (x.y / d + 1)^3, that of KID; near 0 for two samples of one distribution, however small."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     d, n, m = a.shape[1], len(a), len(b)
-    within = [(x @ x.T / d + 1) ** 3 for x in (a, b)]
-    mean_a, mean_b = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within)
-    return float(mean_a + mean_b - 2 * ((a @ b.T / d + 1) ** 3).sum() / (n * m))
+    mean_a, mean_b = ((_total(x, x) - (((x * x).sum(1) / d + 1) ** 3).sum()) / (len(x) * (len(x) - 1)) for x in (a, b))
+    return float(mean_a + mean_b - 2 * _total(a, b) / (n * m))
+
+
+def _total(a: np.ndarray, b: np.ndarray) -> float:
+    """Sum of the kernel over all pairs, some rows at a time: all pairs of a suite's pictures do not fit into memory."""
+    return sum(float(((a[k : k + ROWS] @ b.T / a.shape[1] + 1) ** 3).sum()) for k in range(0, len(a), ROWS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def dino(model, pictures: np.ndarray) -> np.ndarray:
-    """Class tokens [n, d] of pictures uint8 [n, H, W, 3]: short side 256 (bicubic), centre 224, ImageNet statistics."""
+def dino(model, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Class tokens [n, d] of pictures uint8 [H, W, 3]: short side 256 (bicubic), centre 224, ImageNet statistics."""
     return np.concatenate([model(pixel_values=_dino_input(p)).last_hidden_state[:, 0].float().numpy() for p in pictures])
 
 
@@ -56,8 +57,8 @@ def load_dino(folder: Path):
 # ---------------------------------------------------------------- ArcFace
 
 
-def arcface(session, pictures: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Embeddings [n, d] of faces in pictures uint8 [n, H, W, 3]; points [n, 5, 2]: eyes (person's right first), nose tip, mouth corners."""
+def arcface(session, pictures: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:
+    """Embeddings [n, d] of faces in pictures uint8 [H, W, 3]; points [n, 5, 2]: eyes (person's right first), nose tip, mouth corners."""
     import cv2
 
     name, made = session.get_inputs()[0].name, []
@@ -141,8 +142,8 @@ def load_qalign(folder: Path):
 
 
 @torch.inference_mode()
-def qalign(model, pictures: np.ndarray, task: str) -> np.ndarray:
-    """Scores [n] from 1 to 5 of pictures uint8 [n, H, W, 3]; task: "quality" (IQA) or "aesthetics" (ASE)."""
+def qalign(model, pictures: Sequence[np.ndarray], task: str) -> np.ndarray:
+    """Scores [n] from 1 to 5 of pictures uint8 [H, W, 3]; task: "quality" (IQA) or "aesthetics" (ASE)."""
     from PIL import Image
 
     images = [Image.fromarray(p) for p in pictures]

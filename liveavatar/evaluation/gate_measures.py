@@ -77,7 +77,8 @@ def crossed(told: Arrays, truth: Arrays) -> np.ndarray:
 def sync_index(told: Arrays, truth: Arrays) -> float:
     """One number that falls with wrong speech and with an offset: r at the best lag times max(0, 1 - |lag| / 400 ms).
 
-    0 without motion: the correlation of jitter is no synchrony.
+    0 without motion: the correlation of jitter is no synchrony. Inside the gates' own ranking alone: not AVCorr's of sync.py, which judges
+    files and has another formula.
     """
     if np.sqrt(np.mean([t.var() for t in told])) < NO_MOTION:
         return 0.0

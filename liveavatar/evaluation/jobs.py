@@ -20,6 +20,7 @@ from liveavatar.config import build, load, one_of
 from liveavatar.core import ConfigError, InputError
 from liveavatar.evaluation import provenance, report, tables
 from liveavatar.evaluation.backends import Backends, Given
+from liveavatar.evaluation.landmarks import FLOOR
 from liveavatar.evaluation.report import Measure, Origin, Report, System
 
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
@@ -33,11 +34,12 @@ SUITES = ("tiny", "short", "long", "turns")  # of suite.NAMED
 
 @dataclass(frozen=True, kw_only=True)
 class SystemSettings:
-    """Who made the videos, as the report names it. driver: the audio model behind the pictures (EVA-7)."""
+    """Who made the videos, as the report names it. driver: the audio model behind the pictures (EVA-7), whose hash a judge's is compared
+    with. What is not said is known of our own videos, and "unknown" of others', which are named after their file or folder."""
 
-    name: str = "liveavatar"
-    engine: str = "diffusion"
-    driver: str = "log-mel front end"
+    name: str | None = None
+    engine: str | None = None
+    driver: str | None = None
     driver_sha256: str | None = None
 
 
@@ -52,7 +54,8 @@ class SuiteSettings:
     videos: str | None = None
     sanity: bool = True
     items: int | tuple[str, ...] | None = None
-    real: str | None = None  # npz of features of a real set, for FID and FVD
+    real: str | None = None  # statistics of a real set, for FID and FVD: `evaluate statistics` writes them
+    crop: str = "none"  # how the judged videos were cropped before; those of the real set must have been in the same way
 
     def __post_init__(self):
         if self.build is not None:
@@ -76,6 +79,7 @@ class DriftSettings:
     video: str | None = None
     trace: str | None = None
     first_position: int = 0
+    synthetic: bool = False  # the portrait is a rendered head, as the embedded one is known to be
 
     def __post_init__(self):
         if self.first_position < 0 or (self.first_position and self.video is not None):
@@ -148,13 +152,23 @@ def finish(made: Report, out: Path) -> Report:
     return made
 
 
-def system_of(settings: SystemSettings, ours: Ours | None, config: Path | None) -> System:
-    """The System of a report. ours: None when the videos were made by somebody else."""
-    named = System(name=settings.name, engine=settings.engine, driver=settings.driver, driver_sha256=settings.driver_sha256)
-    if ours is None:
-        return named
+def system_of(settings: SystemSettings, ours: Ours, config: Path | None) -> System:
+    """The System of a report on videos that we made."""
     weights = {name: provenance.sha256(path) for name, path in ours.weights(config).items()}
-    return replace(named, commit=provenance.commit(), weights=weights, config_sha256=None if config is None else provenance.sha256(config))
+    ears = "+".join(sha for name, sha in weights.items() if "wav2vec" in name)
+    known = System(name="embedded avatar" if config is None else "liveavatar", engine="diffusion", commit=provenance.commit(), weights=weights,
+                   config_sha256=None if config is None else provenance.sha256(config),
+                   driver="wav2vec2" if ears else "log-mel front end", driver_sha256=ears or None)  # fmt: skip
+    return _as_said(settings, known)
+
+
+def stranger(settings: SystemSettings, path: Path) -> System:
+    """The System of a report on videos that somebody else made, in this file or folder."""
+    return _as_said(settings, System(name=path.resolve().name))
+
+
+def _as_said(settings: SystemSettings, known: System) -> System:
+    return replace(known, **{name: value for name, value in vars(settings).items() if value is not None})
 
 
 # ---------------------------------------------------------------- a suite
@@ -169,13 +183,16 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     if what.videos is None:
         videos, system = _make_videos(suite, out / "videos", config, setting, system_of(order.system, setting.ours, config))
     else:
-        videos, system = Path(what.videos), system_of(order.system, None, None)
+        videos, system = Path(what.videos), stranger(order.system, Path(what.videos))
     setting.say(f"judging {len(suite.manifest.items)} videos of {videos}")
     items, metrics, drawn = _judged(suite, videos, order, backends)
+    unusable = [(item.id, m.reason) for item in items for m in item.measures if m.name == "judged"]
+    if len(unusable) == len(items):
+        raise InputError(f"{videos}: none of the suite's {len(items)} videos can be judged: {unusable[0][1]}")
     checks, ranked = (), what.sanity and all(item.gt_video for item in suite.manifest.items)
     if ranked:
         setting.say("ranking the measures")
-        checks = sanity.ranking(suite)
+        checks = sanity.ranking(suite, backends)
         metrics = report.rejected(metrics, checks)
     synthetic = suite.manifest.synthetic
     limits = () if ranked else ("No sanity ranking: the suite has no true pictures." if what.sanity else "No sanity ranking: not asked for.",)
@@ -185,9 +202,8 @@ def run_suite(order: Evaluation, setting: Setting) -> Report:
     return finish(setting.begin(
         "suite", system, origin, items=items, metrics=metrics, sanity=checks,
         gates=report.judge_gates(metrics, order.gates), seeds={"suite": what.seed, "bootstrap": report.SEED}, plots=drawn,
-        exclusions=tuple(f"{item.id}: {m.reason}" for item in items for m in item.measures if m.name == "judged"),
-        details={"groups": report.grouped(items, metrics, HEADLINES)},
-        limits=(*limits, SYNTHETIC_LIMIT) if synthetic else limits), out)  # fmt: skip
+        exclusions=tuple(f"{name}: {reason}" for name, reason in unusable), details={"groups": report.grouped(items, metrics, HEADLINES)},
+        limits=(*limits, FLOOR, SYNTHETIC_LIMIT) if synthetic else (*limits, FLOOR)), out)  # fmt: skip
 
 
 def _judged(suite, videos: Path, order: Evaluation, backends: Backends) -> tuple[tuple[report.Item, ...], tuple[Measure, ...], tuple[str, ...]]:
@@ -198,7 +214,7 @@ def _judged(suite, videos: Path, order: Evaluation, backends: Backends) -> tuple
     if any(item.events for item in suite.manifest.items):
         return (*turns.judge_turns(suite, videos), ())
     items = judge_suite(suite, videos, backends=backends, language=order.language)
-    metrics = (*report.aggregate(items), *_distribution(suite, videos, backends, order.suite.real))
+    metrics = (*report.aggregate(items), *_distribution(items, backends, order.suite))
     return items, metrics, closeup.draw(suite, videos, items, Path(order.out) / "plots")
 
 
@@ -255,32 +271,56 @@ def _make_videos(suite, folder: Path, config: Path | None, setting: Setting, sys
     return folder, replace(system, commit=", ".join(made["commits"]))
 
 
-def _distribution(suite, videos: Path, backends: Backends, real: str | None) -> list[Measure]:
+def _distribution(items: Sequence[report.Item], backends: Backends, what: SuiteSettings) -> list[Measure]:
+    """FID and FVD over the videos that could be judged."""
     from liveavatar.evaluation.clips import VideoFile
-    from liveavatar.evaluation.weighted import Distribution
+    from liveavatar.evaluation.weighted import Distribution, Real
 
-    both = Distribution(backends, None if real is None else Path(real))
-    if real is not None and (backends.has("inception") or backends.has("i3d")):
-        for item in suite.manifest.items:
-            both.add(np.stack([picture for _, picture in VideoFile(videos / f"{item.id}.mp4").frames()]))
+    both = Distribution(backends, None if what.real is None else Real(Path(what.real), what.crop))
+    for item in items:
+        if item.sha256:
+            both.add(VideoFile(item.video))
     return both.measures()
+
+
+def write_statistics(videos: Sequence[Path], out: Path, backends: Backends, crop: str) -> str:
+    """Statistics of a real set, of files or folders of mp4; returns the SHA-256 of the file. Raises ConfigError, InputError."""
+    from liveavatar.evaluation.clips import VideoFile
+    from liveavatar.evaluation.weighted import EXTRACTORS, write_real
+
+    if not any(map(backends.has, EXTRACTORS)):
+        raise ConfigError(f"statistics need {backends.needs('inception').removeprefix('needs ')} or "
+                          f"{backends.needs('i3d').removeprefix('needs ')}: name their file with --config")  # fmt: skip
+    files = [file for path in videos for file in (sorted(path.glob("*.mp4")) if path.is_dir() else [path])]
+    if not files:
+        raise InputError(f"{', '.join(map(str, videos))}: no mp4 in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return write_real(out, backends, map(VideoFile, files), crop)
 
 
 # ---------------------------------------------------------------- one video
 
 
-def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSettings, gates: dict, backends: Backends, **options) -> Report:
-    """One file of any system. options: audio, reference, portrait, text, language of judge.judge_video."""
+def run_video(video: Path, out: Path, setting: Setting, *, system: SystemSettings, gates: dict, backends: Backends, synthetic: bool = False,
+              **options) -> Report:
+    """One file of any system. synthetic: it shows a rendered head, as it does where the portrait is the embedded one. options: audio,
+    reference, portrait, text, language of judge.judge_video."""
     from liveavatar.evaluation.clips import VideoFile
     from liveavatar.evaluation.judge import judge_video
 
     file = VideoFile(video)
     measures = tuple(judge_video(file, backends=backends, **options))
     item = report.Item(id=video.stem, video=str(video), sha256=file.sha256, picture=file.card, measures=measures)
-    origin = Origin(name=video.name, sha256=_asked(file.sha256, options))
-    limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.",)
-    return finish(setting.begin("video", system_of(system, None, None), origin, items=(item,), metrics=measures,
+    synthetic = synthetic or _is_ours(options.get("portrait"), setting)
+    origin = Origin(name=video.name, sha256=_asked(file.sha256, options), synthetic=synthetic)
+    limits = ("One file: intervals are over its seconds, not over items. No sanity ranking was run for it.", FLOOR)
+    return finish(setting.begin("video", stranger(system, video), origin, items=(item,), metrics=measures,
                                 gates=report.judge_gates(measures, gates), limits=limits), out)
+
+
+def _is_ours(portrait: Path | None, setting: Setting) -> bool:
+    """It is the embedded portrait, which is a render."""
+    return portrait is not None and provenance.sha256(portrait) == provenance.sha256(setting.ours.portrait)
 
 
 def _asked(own: str, options: dict) -> str:
@@ -312,12 +352,13 @@ def run_drift(order: Evaluation, setting: Setting) -> Report:
 
     found, marks = drift.probes(video, plan, judge), _marks(trace)
     slopes = [*drift.trends(found), *_seams(video, marks, trace)]
-    synthetic = what.portrait is None  # the embedded portrait is a render
+    synthetic = what.synthetic or _is_ours(portrait, setting)
     measures = (*found[0].measures.values(), *slopes)
-    made_by = None if what.video is not None else setting.ours
+    config = None if order.config is None else Path(order.config)
+    system = system_of(order.system, setting.ours, config) if what.video is None else stranger(order.system, target)
     windows = [{"start": p.start, **{m.name: m.value if m.measured else str(m) for m in p.measures.values()}} for p in found]
     return finish(setting.begin(
-        "drift", system_of(order.system, made_by, None if order.config is None else Path(order.config)),
+        "drift", system,
         Origin(name=f"drift {plan.seconds:g} s", version=f"seed {plan.seed}", sha256=plan.sha256, synthetic=synthetic), metrics=measures,
         items=(report.Item(id="stream", video=str(target), sha256=video.sha256, picture=video.card),), seeds={"plan": plan.seed},
         gates=(*drift.gates(found, slopes), *report.judge_gates(measures, order.gates)), limits=_drift_limits(what, plan, found),
@@ -367,7 +408,7 @@ def _drift_limits(what: DriftSettings, plan, found) -> tuple[str, ...]:
     from liveavatar.evaluation import drift
 
     limits = (f"Worst window: {drift.worst(found).start:g} s.",
-              "The same words are spoken in every window; intervals are within a window.")  # fmt: skip
+              "The same words are spoken in every window; intervals are within a window.", FLOOR)  # fmt: skip
     if what.first_position:
         warp = f"Counter warp: time positions start at {what.first_position}. That tests arithmetic, not drift: nothing has gone before."
         limits = (*limits, warp)

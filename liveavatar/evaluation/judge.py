@@ -6,16 +6,16 @@ The pictures are read once, one at a time; what is kept of them are landmarks, s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from liveavatar.conditioning.face import Face, FaceTracker
+from liveavatar.conditioning.face import TRACKER_SHA256, Face, FaceTracker
 from liveavatar.conditioning.faceprint import embedding
 from liveavatar.conditioning.identity import load_picture
 from liveavatar.conditioning.media import read_audio
-from liveavatar.conditioning.phones import Phone, SpeechError, Utterance
+from liveavatar.conditioning.phones import Phone, SpeechError, Utterance, model_sha256
 from liveavatar.core import InputError
 from liveavatar.evaluation import closure, landmarks, likeness, sync
 from liveavatar.evaluation import stability as steadiness
@@ -24,9 +24,10 @@ from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.landmarks import Track, Truth
 from liveavatar.evaluation.quality import Quality
 from liveavatar.evaluation.report import Measure, absent
+from liveavatar.evaluation.weighted import Sample
 from liveavatar.evaluation.weighted import judge as judge_by_weights
 
-KEPT_SECONDS = 30.0  # of pictures held for networks that the user gives
+KEPT_SECONDS = 30.0  # of pictures held for those networks of the user's that look at every picture
 FIVE = ((33, 133), (362, 263), (4,), (61,), (291,))  # eyes, tip of the nose, corners of the mouth: mesh points averaged
 
 
@@ -55,16 +56,30 @@ def judge_video(video: str | Path | VideoFile, audio: str | Path | None = None, 
     utterance, source = _heard(pcm, text, phones, language)
     who = None if portrait is None else read_portrait(portrait)
     watched, model = watch(file, other, utterance, keep=bool(backends and backends.given))
-    return [
+    return _signed([
         *landmarks.tracking(watched.track), *_speech(watched.track, utterance, source, language),
         *([] if model is None else landmarks.distances(watched.track, model.track)),
         *(landmarks.true_distances(watched.track, truth, None if model is None else model.track) if truth is not None and truth.points else []),
         *([] if truth is None else landmarks.response(watched.track, truth, None if model is None else model.track)),
+        *([] if truth is None or model is None else landmarks.noise(model.track, truth)),
         *watched.steady.measures(None if model is None else model.steady), *watched.still.measures(), steadiness.jerk(watched.track),
         *steadiness.motion_energy(watched.track, _silence(utterance, watched.track.times)),
         *watched.likeness.measures(None if who is None else who.embedding, start), *watched.quality.measures(other is not None),
-        *_by_weights(watched, model, pcm, who, backends or Backends()),
-    ]  # fmt: skip
+        *_by_weights(watched, model, pcm, who, backends or Backends(), start is not None),
+    ], source)  # fmt: skip
+
+
+def _signed(measures: list[Measure], source: str) -> list[Measure]:
+    """Those of the tracker and of the phones with the hashes of their models; phones that were given are nobody's."""
+    def signed(m: Measure) -> Measure:
+        heard = m.backend in (sync.BACKEND, closure.BACKEND)
+        if not m.measured or not (heard or m.backend == landmarks.BACKEND):
+            return m
+        if heard and source == sync.GIVEN:
+            return replace(m, backend=m.backend.replace("pocketsphinx", "given"), weights_sha256=TRACKER_SHA256)
+        return replace(m, weights_sha256=f"{model_sha256()}+{TRACKER_SHA256}" if heard else TRACKER_SHA256)
+
+    return [signed(m) for m in measures]
 
 
 # ---------------------------------------------------------------- the sound
@@ -118,6 +133,11 @@ def five_points(points: np.ndarray) -> np.ndarray:
     return np.stack([points[list(indices), :2].mean(0) for indices in FIVE])
 
 
+def five_of(faces: list[Face]) -> np.ndarray:
+    """[5, 2] of the largest face; NaN without one."""
+    return five_points(faces[0].landmarks) if faces else np.full((len(FIVE), 2), np.nan)
+
+
 class Watched:
     """Everything that is measured on the pictures of one video. brief: no likeness and quality, as of a reference."""
 
@@ -128,6 +148,7 @@ class Watched:
         self.times: list[float] = []
         self.faces: list[list[Face]] = []
         self.kept: list[tuple[float, np.ndarray]] = []
+        self.sample = Sample()
         self.last: np.ndarray | None = None
 
     def see(self, at: float, frame: np.ndarray, model: Watched | None = None) -> None:
@@ -144,6 +165,8 @@ class Watched:
             self.quality.see(at, frame, faces, *((None, None) if model is None else (model.last, model.faces[-1])))
         if self._keep and at - self.times[0] < KEPT_SECONDS:
             self.kept.append((at, frame))
+        if self._keep:
+            self.sample.see(at, frame, five_of(faces))
 
     @property
     def track(self) -> Track:
@@ -182,11 +205,13 @@ class _Beside:
 # ---------------------------------------------------------------- networks that the user gives
 
 
-def _by_weights(watched: Watched, model: Watched | None, pcm: np.ndarray, who: Portrait | None, backends: Backends) -> list[Measure]:
+def _by_weights(watched: Watched, model: Watched | None, pcm: np.ndarray, who: Portrait | None, backends: Backends,
+                part: bool) -> list[Measure]:
+    """part: the video is a later part of a stream, so that its own beginning says nothing."""
     frames = watched.kept or [(watched.times[0], watched.last)]
     found = watched.track.points[: len(frames)]
-    points = np.stack([five_points(p) for p in found])
     boxes = np.concatenate([found[..., :2].min(1), found[..., :2].max(1)], axis=1)
-    paired = None if model is None or not model.kept else np.stack([frame for _, frame in model.kept])
-    return judge_by_weights(frames, pcm, backends, portrait=None if who is None else who.picture, points=points, boxes=boxes, paired=paired,
-                            portrait_points=None if who is None else who.points)  # fmt: skip
+    cut = f"first {KEPT_SECONDS:.0f} s of {watched.times[-1] - watched.times[0]:.0f}" if len(frames) < len(watched.times) else ""
+    return judge_by_weights(frames, pcm, backends, watched.sample, portrait=None if who is None else who.picture, boxes=boxes, cut=cut,
+                            portrait_points=None if who is None else who.points, paired=None if model is None else model.kept or None,
+                            own="a part of a stream: see how the measure itself changes" if part else "")  # fmt: skip

@@ -34,7 +34,7 @@ class Measure:
 
     better: which way is good; "target": neither, a gate says what is wanted. n: what was averaged or counted
     (pictures, events, windows). interval: 95 %, or None where it cannot be known. backend: the procedure or
-    package; weights_sha256: of the weights behind it, None for none. reason: required unless measured.
+    package; weights_sha256: of the weights behind it, several joined by +, None for none. reason: required unless measured.
     """
 
     name: str
@@ -293,7 +293,7 @@ def _gate(name: str, measure: Measure | None, low: float | None, high: float | N
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """b - a of one measure. verdict: better | worse | same | differs | not comparable. n: items in both."""
+    """b - a of one measure. verdict: better | worse | same | differs | not comparable. n: items or windows in both."""
 
     name: str
     unit: str
@@ -307,7 +307,8 @@ class Difference:
 
 
 def compare(a: Report, b: Report) -> tuple[Difference, ...]:
-    """Differences b - a, paired by item and bootstrapped over items. Raises InputError on different suites."""
+    """Differences b - a: paired by item or by window of a stream and bootstrapped over them; where there are not two, as if both values
+    erred independently within their own intervals; else without one. Raises InputError on different suites."""
     if (a.kind, a.origin.sha256) != (b.kind, b.origin.sha256):
         raise InputError(f"not comparable: {a.kind} {a.origin.name} ({a.origin.sha256[:12] or 'no hash'}) against "
                          f"{b.kind} {b.origin.name} ({b.origin.sha256[:12] or 'no hash'}): judge both on the same suite")
@@ -324,14 +325,27 @@ def _difference(name: str, a: Report, b: Report) -> Difference:
     if (one.unit, one.backend, one.weights_sha256) != (two.unit, two.backend, two.weights_sha256):
         return Difference(**shown, **blank, reason="another procedure or other weights under the same name")
     steps = _paired(name, a, b)
-    value = float(np.mean(steps)) if steps else two.value - one.value
-    interval = bootstrap(steps)
-    return Difference(**shown, value=value, interval=interval, n=len(steps), verdict=_verdict(value, interval, one.better))
+    value, interval, reason = float(np.mean(steps)) if steps else two.value - one.value, bootstrap(steps), ""
+    if a.kind == "drift" and steps:
+        reason = f"mean over {len(steps)} windows"
+    if interval is None and value:
+        interval = _independent(value, one.interval, two.interval)
+        reason = "no interval: one value each" if interval is None else "interval as if both erred independently"
+    return Difference(**shown, value=value, interval=interval, n=len(steps), verdict=_verdict(value, interval, one.better), reason=reason)
+
+
+def _independent(value: float, *intervals: tuple[float, float] | None) -> tuple[float, float] | None:
+    if None in intervals:
+        return None
+    reach = math.hypot(*((high - low) / 2 for low, high in intervals))
+    return value - reach, value + reach
 
 
 def _paired(name: str, a: Report, b: Report) -> list[float]:
-    """b - a for every item that has the measure in both."""
+    """b - a for every item, or window of a stream, that has the measure in both."""
     values = [{item.id: m.value for item in report.items for m in item.measures if m.name == name and m.measured} for report in (a, b)]
+    for found, report in zip(values, (a, b), strict=True):
+        found.update({w["start"]: w[name] for w in report.details.get("windows", ()) if isinstance(w.get(name), (int, float))})
     return [values[1][key] - values[0][key] for key in values[0] if key in values[1]]
 
 

@@ -3,6 +3,11 @@
 From the exact pictures of a suite, per item: A the pair as it is; B its sound 200 ms late; C another item's sound; D a
 still face; E lips half as far apart; F one picture in ten shown twice; G another person; H blur and a colour cast; I luma
 flicker of 4 %. Every order is tested by the bootstrap over items of the paired difference: a tie within it is a failure.
+A ~ B: B lies certainly nearer to A than half the way to C. Equality within an interval cannot be asked for: two items whose
+differences of .001 have one sign, or a video with one track, would fail it or have no interval.
+
+Measures without an order here (where the face is, colours, blockiness, which a blur may raise, shares of faces, idle variance, what a
+face is told besides its lips) describe, and a report marks them `not ranked`.
 """
 
 from __future__ import annotations
@@ -18,9 +23,10 @@ import numpy as np
 from liveavatar.conditioning.face import FaceTracker
 from liveavatar.conditioning.phones import Utterance
 from liveavatar.core import SAMPLE_RATE
-from liveavatar.evaluation import closure, landmarks, likeness, stability, sync
+from liveavatar.evaluation import closure, landmarks, likeness, stability, sync, weighted
+from liveavatar.evaluation.backends import Backends
 from liveavatar.evaluation.clips import VideoFile
-from liveavatar.evaluation.judge import read_portrait
+from liveavatar.evaluation.judge import five_of, read_portrait
 from liveavatar.evaluation.landmarks import Track, Truth
 from liveavatar.evaluation.quality import Quality
 from liveavatar.evaluation.report import Check, Measure, bootstrap
@@ -75,6 +81,7 @@ class Bench:
     other: SuiteItem
     stranger: SuiteItem | None
     folder: Path
+    backends: Backends = field(default_factory=Backends)
     values: Values = field(default_factory=dict)
 
     def note(self, variant: str, measures: Sequence[Measure]) -> None:
@@ -94,6 +101,8 @@ class Bench:
         self._steadiness(frames[:BRIEF], real)
         self._people(exact)
         self._quality(exact, frames)
+        if self.backends.given:
+            self._by_weights(exact, frames, said)
         return self.values
 
     def _said(self, item: SuiteItem) -> Utterance:
@@ -138,11 +147,13 @@ class Bench:
     def _people(self, exact: VideoFile) -> None:
         who = read_portrait(self.suite.path(self.item, "portrait"))
         shown = {"A": exact} if self.stranger is None else {"A": exact, "G": VideoFile(self.suite.path(self.stranger, "gt_video"))}
+        start = None
         for variant, file in shown.items():
             seen, tracker = likeness.Likeness(), FaceTracker()
             for at, frame in _one_a_second(file):
                 seen.see(at, frame, tracker.follow(frame))
-            self.note(variant, seen.measures(who.embedding))
+            start = seen.own if start is None else start  # A's: G is another face than the one the video began with
+            self.note(variant, seen.measures(who.embedding, start))
 
     def _quality(self, exact: VideoFile, frames: np.ndarray) -> None:
         for variant, file in (("A", exact), ("H", self._written("H", spoil(frames)))):
@@ -151,6 +162,23 @@ class Bench:
                 faces = tracker.follow(reference)
                 seen.see(at, frame, faces, reference, faces)
             self.note(variant, seen.measures(paired=True))
+
+    def _by_weights(self, exact: VideoFile, frames: np.ndarray, said: Utterance) -> None:
+        """The user's networks: sync of A to D, distance from the reference of A, H and I, likeness of A and G."""
+        true, other, late = list(exact.frames()), self._said(self.other).pcm, sync.offset(said.pcm, SHIFT)
+        times = np.array([at for at, _ in true])
+        for variant, pictures, pcm in (("A", frames, said.pcm), ("B", frames, late), ("C", frames, other), ("D", still(frames), said.pcm)):
+            self.note(variant, weighted.sync(times, pictures, pcm, self.backends))
+        for variant, change in (("A", np.asarray), ("H", spoil), ("I", flicker)):
+            self.note(variant, weighted.lpips(times[:BRIEF], change(frames[:BRIEF]), true[:BRIEF], self.backends))
+        who = read_portrait(self.suite.path(self.item, "portrait"))
+        for variant, item in (("A", self.item), ("G", self.stranger)):
+            sample, tracker = weighted.Sample(), FaceTracker()
+            for at, frame in () if item is None else _one_a_second(VideoFile(self.suite.path(item, "gt_video"))):
+                sample.see(at, frame, five_of(tracker.follow(frame)))
+            if sample.frames:
+                self.note(variant, weighted.dino(sample, who.picture, self.backends))
+                self.note(variant, weighted.arcface(sample, who.picture, who.points, self.backends))
 
     def _written(self, variant: str, frames: np.ndarray) -> VideoFile:
         path = self.folder / f"{self.item.id}.{variant}.mp4"
@@ -194,19 +222,26 @@ def _is_zero(metric: str, variant: str) -> Callable[[Values], list[float]]:
     return lambda v: [abs(v[variant][metric])]
 
 
+def _near(metric: str) -> Callable[[Values], list[float]]:
+    """B is nearer to A than half the way to C."""
+    return lambda v: [abs(v["A"][metric] - v["C"][metric]) / 2 - abs(v["A"][metric] - v["B"][metric])]
+
+
 def _found_shift(v: Values) -> list[float]:
     return [abs(v["B"]["lag_ms"] - v["A"]["lag_ms"] - 1000 * SHIFT) - WITHIN_FRAME]
 
 
+SEARCHING = ("peak", "conf", "margin")  # fields that an offset must not lower
 ORDERS = (
     Order("sync_index", "A > B > C > D", _above("sync_index", *"ABCD")),
     Order("sync_index", "D = 0", _is_zero("sync_index", "D"), equal=True),
     Order("r0", "A > B, A > C", _best("r0", *"ABC")),
     Order("r0", "D = 0", _is_zero("r0", "D"), equal=True),
-    *(Order(name, "A > C > D, B > C", lambda v, name=name: [*_above(name, *"ACD")(v), *_above(name, *"BC")(v)]) for name in ("peak", "conf")),
+    *(Order(name, "A > C > D, B > C", lambda v, name=name: [*_above(name, *"ACD")(v), *_above(name, *"BC")(v)]) for name in SEARCHING),
+    *(Order(name, "A ~ B", _near(name)) for name in SEARCHING),
     Order("lag_ms", "B - A = 200 ms within one picture", _found_shift, equal=True),
-    *(order for name in ("lmd", "lvd", "lmd_gt", "lvd_gt") for order in (Order(name, "A < B", _below(name, *"AB")),
-                                                                         Order(name, "A < D, A < E", _below(name, *"ADE")))),
+    *(order for name in ("lmd", "f_lmd", "lvd", "lmd_gt", "lvd_gt") for order in (Order(name, "A < B", _below(name, *"AB")),
+                                                                                  Order(name, "A < D, A < E", _below(name, *"ADE")))),
     Order("response_gap_slope", "A > E", _best("response_gap_slope", *"AE")),
     Order("closure_minus_false", "A > C, A > D", _best("closure_minus_false", *"ACD")),
     Order("closure_minus_false", "A >= E", _best("closure_minus_false", *"AE"), ties=True),
@@ -217,9 +252,29 @@ ORDERS = (
     Order("jerk", "A < F", _below("jerk", *"AF")),
     Order("repeated_frames", "F - A counted exactly", lambda v: [abs(v["F"]["repeated_frames"] - v["A"]["repeated_frames"] - REPEATS)], equal=True),
     Order("id_dlib", "A < G by more than A's own spread", lambda v: [v["G"]["id_dlib"] - v["A"]["id_dlib_worst"]]),
+    Order("id_dlib_own", "A < G by more than A's own spread",
+          lambda v: [v["G"]["id_dlib_own"] - v["A"]["id_dlib_own"] - (v["A"]["id_dlib_worst"] - v["A"]["id_dlib"])]),
     *(Order(name, "A > H", _best(name, *"AH")) for name in ("sharpness", "psnr_full", "psnr_face", "psnr_mouth", "psnr_eyes", "ssim_full",
                                                              "ssim_face", "ssim_mouth", "ssim_eyes")),
 )  # fmt: skip
+
+
+def orders_of(backends: Backends) -> tuple[Order, ...]:
+    """Of the measures by the user's weights, under the names that these weights have."""
+    c, d, found = (backends.title(name, "syncnet", "s3fd") for name in ("Sync-C", "Sync-D", "sync_offset"))
+    lpips, tlpips = (backends.title(name, "lpips_backbone", "lpips_heads") for name in ("LPIPS", "tLPIPS"))
+    likeness_of = (lambda v, name=name: [v["A"][f"{name}_worst"] - v["G"][name]] for name in ("Dino-S", "ArcFace"))
+    return (
+        Order(c, "A > C, B > C", lambda v: [v["A"][c] - v["C"][c], v["B"][c] - v["C"][c]]),
+        Order(c, "A ~ B", _near(c)),
+        Order(c, "C > D", _above(c, *"CD")),  # not judged where D has none
+        Order(d, "A < C, A < D", _below(d, *"ACD")),
+        Order(d, "A ~ B", _near(d)),
+        Order(found, "B - A = 200 ms within one picture", lambda v: [abs(v["B"][found] - v["A"][found] - 1000 * SHIFT) - WITHIN_FRAME], equal=True),
+        Order(lpips, "A < H", _below(lpips, *"AH")),
+        Order(tlpips, "A < I", _below(tlpips, *"AI")),  # its best is the reference itself, not a still face
+        *(Order(name, "A > G by more than A's own spread", margin) for name, margin in zip(("Dino-S", "ArcFace"), likeness_of, strict=True)),
+    )  # fmt: skip
 
 
 def examine(order: Order, found: Sequence[Values]) -> Check:
@@ -243,11 +298,12 @@ def _margin(order: Order, values: Values) -> list[float]:
         return [float("nan")]
 
 
-def values_of(suite: Suite, items: Sequence[SuiteItem] | None = None) -> list[Values]:
+def values_of(suite: Suite, items: Sequence[SuiteItem] | None = None, backends: Backends | None = None) -> list[Values]:
     """Every variant of every item, judged."""
     items = list(items or suite.manifest.items)
     with TemporaryDirectory(prefix="sanity") as folder:
-        return [Bench(suite, item, _other(items, k), _stranger(items, k), Path(folder)).run() for k, item in enumerate(items)]
+        return [Bench(suite, item, _other(items, k), _stranger(items, k), Path(folder), backends or Backends()).run()
+                for k, item in enumerate(items)]
 
 
 def _other(items: Sequence[SuiteItem], k: int) -> SuiteItem:
@@ -268,7 +324,9 @@ def _who(item: SuiteItem) -> str:
     return item.person or item.sha256[item.portrait]
 
 
-def ranking(suite: Suite, items: Sequence[SuiteItem] | None = None) -> tuple[Check, ...]:
-    """All orders on a suite with true pictures; report.rejected takes out the metrics that fail."""
-    found = values_of(suite, items)
-    return tuple(examine(order, found) for order in ORDERS)
+def ranking(suite: Suite, backends: Backends | None = None) -> tuple[Check, ...]:
+    """All orders on a suite with true pictures, those of the user's networks too; report.rejected takes out the metrics that fail."""
+    found = values_of(suite, backends=backends)
+    taken = {name for row in found for name, value in row["A"].items() if np.isfinite(value)}
+    more = orders_of(backends) if backends is not None else ()
+    return tuple(examine(order, found) for order in (*ORDERS, *(order for order in more if order.metric in taken)))

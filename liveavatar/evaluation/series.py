@@ -34,10 +34,26 @@ def slope(m: np.ndarray) -> np.ndarray:
     return np.where(xx > TINY, xy / np.where(xx > TINY, xx, 1.0), np.nan)
 
 
+def residual(m: np.ndarray) -> np.ndarray:
+    """Standard deviation of y about its line on x, from summed moments [..., 6]; NaN where either stands still."""
+    _, yy, _ = _centred(m)
+    return np.sqrt(yy * np.maximum(0.0, 1 - correlation(m) ** 2))
+
+
 def _centred(m: np.ndarray) -> tuple[np.ndarray, ...]:
     n, x, y, xx, yy, xy = np.moveaxis(m, -1, 0)
     n = np.maximum(n, 1)
     return xx / n - (x / n) ** 2, yy / n - (y / n) ** 2, xy / n - x * y / n**2
+
+
+def together(times: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into both of what is shown at the same time: at most half a step of `others` apart."""
+    if not len(times) or len(others) < 2:
+        return np.zeros(0, int), np.zeros(0, int)
+    near = np.clip(np.searchsorted(others, times), 1, len(others) - 1)
+    near -= times - others[near - 1] < others[near] - times
+    ok = np.abs(others[near] - times) <= np.median(np.diff(others)) / 2 + 1e-6
+    return np.flatnonzero(ok), near[ok]
 
 
 def block_of(times: np.ndarray) -> tuple[np.ndarray, int]:

@@ -1,5 +1,9 @@
 """AVCorr: does the mouth move with the speech, and how late (evaluation.md 2.1).
 
+`sync_index` is conf / (1 + ((lag - 40 ms) / 200 ms)^2). The spec's design value, conf * max(0, 1 - |lag - 40 ms| / 400 ms), is 0 from 440 ms
+on: wrong speech, whose lag is any, then ties with a still face, and their order (section 3) fails. Not the `sync_index` of
+gate_measures, which the probe's own readings give a checkpoint's gates: other inputs, another formula, never in one table.
+
 The judge of the sound is a phone aligner and a table of mouth shapes: no part of it drives any of our engines. On rendered
 heads it is not wholly a stranger, since the same table moved the heads that the engines were trained on.
 """
@@ -22,6 +26,7 @@ LAG_SCALE = 0.2  # seconds off NATURAL_LAG at which the index is halved; never t
 BESIDE_PEAK = 0.2  # seconds: a second peak farther away than this makes the first one doubtful
 GRID_RATE = 100  # Hz of the expected motion
 PADDING = 0.2  # seconds
+GIVEN = "phones given"
 MIN_SPEECH = 5.0  # seconds
 PAUSE_IS_SILENCE = 0.3  # seconds; a shorter pause belongs to the speech around it
 FIELDS = {"sync_index": ("", "higher"), "r0": ("", "higher"), "peak": ("", "higher"), "conf": ("", "higher"), "margin": ("", "higher"),
@@ -35,7 +40,7 @@ def heard(pcm: np.ndarray, text: str | None = None, phones: tuple[Phone, ...] | 
     without pocketsphinx.
     """
     if phones is not None:
-        return Utterance(pcm, tuple(phones), text or "", "given"), "phones given"
+        return Utterance(pcm, tuple(phones), text or "", "given"), GIVEN
     if text:
         try:
             return _aligned(pcm, text), "phones aligned to the words"

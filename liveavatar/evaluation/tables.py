@@ -39,8 +39,8 @@ def comparison(a: Report, b: Report, differences: Sequence[Difference]) -> str:
     label = f" ({SYNTHETIC})" if a.origin.synthetic else ""
     rows = [[d.name, d.a, d.b, _step(d), str(d.n), d.verdict + (f": {d.reason}" if d.reason else "")] for d in differences]
     head = [f"# B {b.system.name} against A {a.system.name} on {a.origin.name}{label}", "",
-            f"B - A, paired by item, 95 % bootstrap over items. A: {a.date}. B: {b.date}.", ""]
-    return "\n".join([*head, *table(["measure", "A", "B", "B - A", "items", "B is"], rows)]) + "\n"
+            f"B - A with 95 % intervals: over items or windows that both have, else as each row says. A: {a.date}. B: {b.date}.", ""]
+    return "\n".join([*head, *table(["measure", "A", "B", "B - A", "pairs", "B is"], rows)]) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -128,9 +128,12 @@ def _value(measure: Measure) -> tuple[str, str]:
 
 
 def _by(measure: Measure, report: Report) -> str:
-    weights = f" ({measure.weights_sha256[:12]})" if measure.weights_sha256 else ""
-    circular = measure.weights_sha256 is not None and measure.weights_sha256 == report.system.driver_sha256
-    return f"{measure.backend or '-'}{weights}{', circular: the judge is the driver' if circular else ''}"
+    judges, drivers = ((sha or "").split("+") for sha in (measure.weights_sha256, report.system.driver_sha256))
+    weights = f" ({'+'.join(sha[:12] for sha in judges)})" if measure.weights_sha256 else ""
+    circular = measure.weights_sha256 and not set(judges).isdisjoint(drivers)
+    unranked = report.sanity and measure.name not in {check.metric for check in report.sanity if check.ok is not None}
+    remarks = f"{', circular: the judge is the driver' if circular else ''}{', not ranked' if unranked else ''}"
+    return f"{measure.backend or '-'}{weights}{remarks}"
 
 
 def _plots(report: Report) -> list[str]:

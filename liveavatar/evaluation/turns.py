@@ -273,7 +273,7 @@ def judge_turns(suite: Suite, videos: Path) -> tuple[tuple[Item, ...], tuple[Mea
         except InputError as error:
             failed = absent("judged", str(error), status="failed")
             items.append(Item(id=item.id, video=str(path), measures=(failed,)))
-    return tuple(items), tuple(measures(judged)) if judged else items[0].measures
+    return tuple(items), tuple(measures(judged)) if judged else ()
 
 
 def judge(suite: Suite, item: SuiteItem, video: VideoFile, trace: Recording) -> Judged:

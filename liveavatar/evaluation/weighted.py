@@ -5,42 +5,76 @@ A name stands for one procedure with one set of weights; nothing here ever takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from liveavatar.core import FPS, SAMPLE_RATE, InputError
 from liveavatar.evaluation import embeddings
 from liveavatar.evaluation.backends import Backends
+from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.distribution import kernel_distance
+from liveavatar.evaluation.likeness import OWN_SECONDS
+from liveavatar.evaluation.provenance import sha256
 from liveavatar.evaluation.report import Measure, absent, bootstrap
+from liveavatar.evaluation.series import together
 from liveavatar.models.probe import frechet
 
-SECOND = 1.0  # identity and quality are judged on one picture a second
+SECOND = 1.0  # identity and quality are judged on one picture a second,
+MOST = 120  # of so many pictures at most
 SMALL = {"FID": 2000, "FVD": 256}  # pictures or clips below which the value is unsteady
 
 
-def judge(frames: Sequence[tuple[float, np.ndarray]], pcm: np.ndarray, backends: Backends, *, portrait: np.ndarray | None = None,
-          portrait_points: np.ndarray | None = None, paired: np.ndarray | None = None, points: np.ndarray | None = None,
-          boxes: np.ndarray | None = None) -> list[Measure]:
+Frames = Sequence[tuple[float, np.ndarray]]  # (seconds, uint8 [H, W, 3]) in order
+
+
+class Sample:
+    """One picture a second of a video of any length; of a longer one than MOST seconds every second of those, and so on."""
+
+    def __init__(self):
+        self.every, self.frames, self.points = SECOND, [], []
+        self.start: list[tuple[np.ndarray, np.ndarray]] = []  # picture and points of the first OWN_SECONDS
+        self._next: float | None = None
+
+    def see(self, at: float, frame: np.ndarray, five: np.ndarray) -> None:
+        """five [5, 2]: eyes, tip of the nose, corners of the mouth; NaN without a face."""
+        if self._next is not None and at < self._next - 1e-6:
+            return
+        self._next = (at if self._next is None else self._next) + self.every
+        self.frames.append((at, frame))
+        self.points.append(five)
+        if at < self.frames[0][0] + OWN_SECONDS:
+            self.start.append((frame, five))
+        if len(self.frames) > MOST:
+            self.every, self.frames, self.points = 2 * self.every, self.frames[::2], self.points[::2]
+            self._next = self.frames[-1][0] + self.every
+
+    @property
+    def remark(self) -> str:
+        return f"one picture every {self.every:g} s" if self.every > SECOND else ""
+
+
+def judge(frames: Frames, pcm: np.ndarray, backends: Backends, sample: Sample, *, portrait: np.ndarray | None = None,
+          portrait_points: np.ndarray | None = None, paired: Frames | None = None, boxes: np.ndarray | None = None, cut: str = "",
+          own: str = "") -> list[Measure]:
     """One video by all networks there are.
 
-    frames: (seconds, uint8 [H, W, 3]) in order, as many as fit into memory; pcm: float32 [n] 16 kHz from second 0;
-    portrait uint8 [H, W, 3] with portrait_points [5, 2]; paired uint8 [T, H, W, 3]: what the video should be, picture by
-    picture; points [T, 5, 2]: eyes, nose tip, mouth corners of each picture, NaN where there is no face; boxes [T, 4]: the
-    mesh's faces, for the named variant of Sync-C without S3FD. Raises WeightsError on a file that is not what it should be.
+    frames: every picture of as much as fits into memory, cut: how much that is of a longer video, for Sync-C and LPIPS; sample: of
+    all of it, for the others; pcm: float32 [n] 16 kHz from second 0; portrait uint8 [H, W, 3] with portrait_points [5, 2]; paired:
+    what the video should be at the same times; boxes [T, 4]: the mesh's faces, for the named variant of Sync-C without S3FD;
+    own: why likeness to the video's own beginning is not asked for. Raises WeightsError on a file that is not what it should be.
     """
     times, pictures = np.array([t for t, _ in frames]), np.stack([p for _, p in frames])
-    second = _seconds(times)
-    every, seen = pictures[second], None if points is None else points[second]
-    return [*_sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends),
-            *_lpips(pictures, paired, backends), _dino(every, portrait, backends),
-            _arcface(every, seen, portrait, portrait_points, backends), *_qalign(every, backends)]
+    of_part = [*sync(times, pictures, pcm, backends), *_mesh_sync(times, pictures, pcm, boxes, backends), *lpips(times, pictures, paired, backends)]
+    of_all = [*dino(sample, portrait, backends, own), *arcface(sample, portrait, portrait_points, backends, own), *_qalign(sample, backends)]
+    return [*_remarked(of_part, cut), *_remarked(of_all, sample.remark)]
 
 
-def _seconds(times: np.ndarray) -> np.ndarray:
-    """Indices of one picture a second."""
-    return np.unique(np.searchsorted(times, np.arange(times[0], times[-1] + 1e-6, SECOND)))
+def _remarked(measures: Sequence[Measure], remark: str) -> list[Measure]:
+    return [replace(m, reason="; ".join(filter(None, (remark, m.reason)))) if m.measured else m for m in measures]
 
 
 def at_rate(times: np.ndarray, rate: float = FPS) -> np.ndarray:
@@ -61,7 +95,7 @@ def _mean(name: str, values, backends: Backends, files: Sequence[str], unit: str
 SYNC = (("Sync-C", "", "higher"), ("Sync-D", "", "lower"), ("sync_offset", "ms", "target"))
 
 
-def _sync(times, pictures, pcm, backends: Backends) -> list[Measure]:
+def sync(times, pictures, pcm, backends: Backends) -> list[Measure]:
     """Faces by S3FD, followed, cropped and compared: mean over tracks."""
     if not backends.has("syncnet", "s3fd"):
         return [absent(name, backends.needs("syncnet", "s3fd"), unit=unit, better=better, backend="syncnet_v2") for name, unit, better in SYNC]
@@ -93,7 +127,7 @@ def _compared(tracks, shown, start, pictures, pcm, backends: Backends, suffix: s
         faces = syncnet.crop_face(pictures[shown[numbers]], boxes)
         results.append(syncnet.compare(backends.syncnet, faces, pcm[max(0, begin):]))
     results = [r for r in results if r is not None]
-    names = [(f"{name}{suffix}", unit, better) for name, unit, better in SYNC]
+    names = [(backends.title(f"{name}{suffix}", "syncnet", "s3fd"), unit, better) for name, unit, better in SYNC]
     if not results:
         reason = left_out or "no face was followed for 25 pictures"
         return [absent(name, reason, unit=unit, better=better, backend="syncnet_v2", status="failed") for name, unit, better in names]
@@ -106,70 +140,164 @@ def _compared(tracks, shown, start, pictures, pcm, backends: Backends, suffix: s
 # ---------------------------------------------------------------- likeness and quality
 
 
-def _lpips(pictures, paired, backends: Backends) -> list[Measure]:
+def lpips(times, pictures, paired: Frames | None, backends: Backends) -> list[Measure]:
+    """Pictures of both videos at the same times; changes from picture to picture where the one before has its pair too."""
     files = ("lpips_backbone", "lpips_heads")
     reason = backends.needs(*files) if not backends.has(*files) else "needs a reference video" if paired is None else None
+    if paired is not None and not reason:
+        mine, theirs = together(times, np.array([t for t, _ in paired]))
+        sizes = [f"{p.shape[1]}x{p.shape[0]}" for p in (pictures[0], paired[0][1])]
+        reason = "" if len(mine) > 1 else "no pictures at the same times"
+        reason = f"{sizes[0]} pixels, the reference video {sizes[1]}" if sizes[0] != sizes[1] else reason
+    names = [backends.title(name, *files) for name in ("LPIPS", "tLPIPS")]
     if reason:
-        return [absent(name, reason, better="lower", backend="lpips alex 0.1") for name in ("LPIPS", "tLPIPS")]
+        return [absent(name, reason, better="lower", backend="lpips alex 0.1") for name in names]
     from liveavatar.evaluation import perceptual
 
-    count = min(len(pictures), len(paired))
-    distances = perceptual.lpips(backends.lpips, pictures[:count], paired[:count])
-    changes = perceptual.tlpips(backends.lpips, pictures[:count], paired[:count])
-    return [_mean("LPIPS", distances, backends, files, better="lower", backend="lpips alex 0.1"),
-            _mean("tLPIPS", changes, backends, files, better="lower", backend="lpips alex 0.1")]
+    there, reference = pictures[mine], np.stack([paired[k][1] for k in theirs])
+    distances = perceptual.lpips(backends.lpips, there, reference)
+    changes = perceptual.tlpips(backends.lpips, there, reference)[np.diff(mine) == 1]
+    return [_mean(name, values, backends, files, better="lower", backend="lpips alex 0.1")
+            for name, values in zip(names, (distances, changes), strict=True)]
 
 
-def _dino(every, portrait, backends: Backends) -> Measure:
-    """Cosine of the portrait with one picture a second."""
-    if not backends.has("dinov2") or portrait is None:
-        return absent("Dino-S", "needs the reference portrait" if backends.has("dinov2") else backends.needs("dinov2"), backend="dinov2")
+def dino(sample: Sample, portrait, backends: Backends, own: str = "") -> list[Measure]:
+    """Cosine with the portrait, and with the video's own beginning."""
+    if not backends.has("dinov2"):
+        return [absent(name, backends.needs("dinov2"), backend="dinov2") for name in ("Dino-S", "Dino-S_worst", "Dino-S_own")]
     model = backends.dinov2
-    vectors = embeddings.dino(model, [portrait, *every])
-    size = f"dinov2, {model.config.num_hidden_layers} layers of {model.config.hidden_size}"
-    return _mean("Dino-S", embeddings.cosine(vectors[1:], vectors[0]), backends, ["dinov2"], backend=size)
+    label = {"backends": backends, "files": ["dinov2"],
+             "backend": f"dinov2, {model.config.num_hidden_layers} layers of {model.config.hidden_size}"}
+    vectors = embeddings.dino(model, [p for _, p in sample.frames])
+    goal = None if portrait is None else embeddings.dino(model, [portrait])[0]
+    start = embeddings.dino(model, [p for p, _ in sample.start])
+    return [*_likeness("Dino-S", vectors, goal, **label), _alike("Dino-S_own", vectors, _mean_way(start), own, **label)]
 
 
-def _arcface(every, points, portrait, portrait_points, backends: Backends) -> Measure:
-    """Cosine of the portrait's face with one a second."""
+def arcface(sample: Sample, portrait, portrait_points, backends: Backends, own: str = "") -> list[Measure]:
+    """Cosine of the face with the portrait's, and with that of the video's own beginning."""
+    names, label = ("ArcFace", "ArcFace_worst", "ArcFace_own"), {"backends": backends, "files": ["arcface"], "backend": "arcface"}
     if not backends.has("arcface"):
-        return absent("ArcFace", backends.needs("arcface"), backend="arcface")
-    if portrait_points is None or points is None:
-        return absent("ArcFace", "needs the reference portrait and a tracked face", backend="arcface")
-    seen = np.flatnonzero(np.isfinite(points).all((1, 2)))
-    if not len(seen):
-        return absent("ArcFace", "no face", backend="arcface", status="failed")
-    own = embeddings.arcface(backends.arcface, [portrait], portrait_points[None])[0]
-    values = embeddings.cosine(embeddings.arcface(backends.arcface, every[seen], points[seen]), own)
-    lost = f"{len(every) - len(seen)} pictures without a face" if len(seen) < len(every) else ""
-    return _mean("ArcFace", values, backends, ["arcface"], backend="arcface", reason=lost)
+        return [absent(name, backends.needs("arcface"), backend="arcface") for name in names]
+    vectors, start = (_faces(backends, pairs) for pairs in (zip((p for _, p in sample.frames), sample.points, strict=True), sample.start))
+    if not len(vectors):
+        return [absent(name, "no face", backend="arcface", status="failed") for name in names]
+    goal = None if portrait_points is None else embeddings.arcface(backends.arcface, [portrait], portrait_points[None])[0]
+    lost = len(sample.frames) - len(vectors)
+    label["reason"] = f"{lost} pictures without a face" if lost else ""
+    return [*_likeness("ArcFace", vectors, goal, **label), _alike("ArcFace_own", vectors, _mean_way(start), own, **label)]
 
 
-def _qalign(every, backends: Backends) -> list[Measure]:
+def _faces(backends: Backends, pairs) -> np.ndarray:
+    """Embeddings [n, d] of the pictures of (picture, five points) that show a face."""
+    seen = [(p, five) for p, five in pairs if np.isfinite(five).all()]
+    return embeddings.arcface(backends.arcface, [p for p, _ in seen], np.stack([five for _, five in seen])) if seen else np.zeros((0, 1))
+
+
+def _mean_way(vectors: np.ndarray) -> np.ndarray | None:
+    """The mean direction [d] of vectors [n, d]; None of none."""
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(0) if len(vectors) else None
+
+
+def _likeness(name: str, vectors: np.ndarray, goal: np.ndarray | None, **label) -> list[Measure]:
+    """To the portrait: the mean, and the worst of twenty."""
+    mean = _alike(name, vectors, goal, "needs the reference portrait", **label)
+    worst = float(np.percentile(embeddings.cosine(vectors, goal), 5)) if mean.measured else None
+    return [mean, replace(mean, name=f"{name}_worst", value=worst, interval=None, reason=mean.reason if worst is None else "5 % quantile")]
+
+
+def _alike(name: str, vectors: np.ndarray, goal: np.ndarray | None, missing: str, backend: str, **label) -> Measure:
+    if goal is None or (name.endswith("_own") and missing):
+        return absent(name, missing or "no face at the beginning", backend=backend)
+    return _mean(name, embeddings.cosine(vectors, goal), backend=backend, **label)
+
+
+def _qalign(sample: Sample, backends: Backends) -> list[Measure]:
     names = (("ASE", "aesthetics"), ("IQA", "quality"))
     if not backends.has("qalign"):
         return [absent(name, backends.needs("qalign"), backend="q-align") for name, _ in names]
+    every = [p for _, p in sample.frames]
     return [_mean(name, embeddings.qalign(backends.qalign, every, task), backends, ["qalign"], backend="q-align") for name, task in names]
 
 
 # ---------------------------------------------------------------- distributions
 
 
+EXTRACTORS = {"inception": embeddings.inception, "i3d": embeddings.i3d}
+
+
+class Features:
+    """What Inception and I3D see in a set of videos of one size, fed one after another and read clip by clip."""
+
+    def __init__(self, backends: Backends):
+        self.backends, self.resolution = backends, ""
+        self._found: dict[str, list[np.ndarray]] = {name: [] for name in EXTRACTORS if backends.has(name)}
+
+    def add(self, video: VideoFile) -> None:
+        """Raises InputError where its pictures are of another size than those before."""
+        size = f"{video.width}x{video.height}"
+        if size != (self.resolution or size):
+            raise InputError(f"{video.path}: {size} pixels, the videos before it {self.resolution}: a set is of one size")
+        self.resolution = size
+        pictures = (picture for _, picture in video.frames())
+        while clip := list(islice(pictures, embeddings.CLIP)):
+            for name, rows in self._found.items():
+                found = EXTRACTORS[name](getattr(self.backends, name), np.stack(clip))
+                rows += [found] if len(found) else []  # the last pictures may be too few for a clip of FVD
+
+    def of(self, name: str) -> np.ndarray:
+        """[n, d]; n is 0 where nothing was fed."""
+        return np.concatenate(self._found[name]) if self._found[name] else np.zeros((0, 1))
+
+
+def write_real(path: Path, backends: Backends, videos: Iterable[VideoFile], crop: str) -> str:
+    """Statistics of a real set into an npz: features, what made them, size and crop of the pictures. Returns its SHA-256."""
+    found = Features(backends)
+    for video in videos:
+        found.add(video)
+    arrays = {key: value for name in EXTRACTORS if backends.has(name) for key, value in (
+        (name, found.of(name)), (f"{name}_sha256", backends.sha256(name)))}  # fmt: skip
+    with open(path, "wb") as file:  # under the very name: numpy adds .npz to a path
+        np.savez(file, resolution=found.resolution, crop=crop, **arrays)
+    return sha256(path)
+
+
+class Real:
+    """A file of write_real. Raises InputError where it cannot be read, or its pictures were cropped in another way."""
+
+    def __init__(self, path: Path, crop: str):
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self._arrays = dict(file)
+            found = str(self._arrays["crop"])
+            self.resolution = str(self._arrays["resolution"])
+        except (OSError, ValueError, KeyError):
+            raise InputError(f"{path}: cannot be read as statistics of a real set (`liveavatar evaluate statistics` writes them)") from None
+        if found != crop:
+            raise InputError(f"{path}: pictures of crop {found!r}, suite.crop says {crop!r}: other crops are other distances")
+        self.remark = f"real set {sha256(path)[:12]}, {self.resolution}, crop {crop}"
+
+    def features(self, name: str, expected: str) -> np.ndarray:
+        """[m, d]. Raises InputError when they were made by other weights or are not there."""
+        if name not in self._arrays or str(self._arrays[f"{name}_sha256"]) != expected:
+            raise InputError(f"{self.path}: no features of the very weights of backends.{name}")
+        return self._arrays[name]
+
+
 class Distribution:
-    """FID and FVD over a whole suite: feed it every video, then ask. real: file of features of the real set (write_real)."""
+    """FID and FVD over a whole suite: feed it every video, then ask."""
 
-    def __init__(self, backends: Backends, real=None):
-        self.backends, self.real = backends, real
-        self.found: dict[str, list[np.ndarray]] = {"inception": [], "i3d": []}
+    def __init__(self, backends: Backends, real: Real | None = None):
+        self.backends, self.real, self._mine = backends, real, Features(backends)
 
-    def add(self, pictures: np.ndarray) -> None:
-        """pictures uint8 [T, H, W, 3] of one video."""
-        for name, extract in self._extractors():
-            self.found[name].append(extract(getattr(self.backends, name), pictures))
-
-    def _extractors(self) -> list[tuple[str, Callable]]:
-        both = (("inception", embeddings.inception), ("i3d", embeddings.i3d))
-        return [(name, extract) for name, extract in both if self.backends.has(name) and self.real is not None]
+    def add(self, video: VideoFile) -> None:
+        """Raises InputError where its pictures are not of the real set's size."""
+        if self.real is None or not any(map(self.backends.has, EXTRACTORS)):
+            return
+        if f"{video.width}x{video.height}" != self.real.resolution:
+            raise InputError(f"{self.real.path}: pictures of {self.real.resolution}, {video.path} has {video.width}x{video.height}")
+        self._mine.add(video)
 
     def measures(self) -> list[Measure]:
         """FID and FVD, and beside each the kernel distance of the same features, which few samples do not bias."""
@@ -181,32 +309,10 @@ class Distribution:
             missing += [] if self.real is not None else ["features of a real set (suite.real)"]
             return [absent(label, f"needs {' and '.join(missing)}", better="lower", backend=backend) for label in (name, kernel)]
         sha = self.backends.sha256(backend)
-        mine, theirs = np.concatenate(self.found[backend]), real_features(self.real, backend, sha)
+        mine, theirs = self._mine.of(backend), self.real.features(backend, sha)
         n = min(len(mine), len(theirs))
         if n < 2:
             return [absent(label, f"too short: {n} samples", better="lower", backend=backend) for label in (name, kernel)]
-        small = f"small n: {n} of {SMALL[name]}" if n < SMALL[name] else ""
-        return [Measure(name=label, value=distance(mine, theirs), unit="", better="lower", n=n, backend=backend, weights_sha256=sha, reason=small)
+        reason = self.real.remark + (f"; small n: {n} of {SMALL[name]}" if n < SMALL[name] else "")
+        return [Measure(name=label, value=distance(mine, theirs), unit="", better="lower", n=n, backend=backend, weights_sha256=sha, reason=reason)
                 for label, distance in ((name, frechet), (kernel, kernel_distance))]
-
-
-def write_real(path, backends: Backends, videos: Sequence[np.ndarray], resolution: str, crop: str) -> None:
-    """Features of a real set into an npz, with what made them."""
-    arrays = {}
-    for name, extract in (("inception", embeddings.inception), ("i3d", embeddings.i3d)):
-        if backends.has(name):
-            arrays[name] = np.concatenate([extract(getattr(backends, name), pictures) for pictures in videos])
-            arrays[f"{name}_sha256"] = backends.sha256(name)
-    np.savez(path, resolution=resolution, crop=crop, **arrays)
-
-
-def real_features(path, name: str, expected: str) -> np.ndarray:
-    """Features [m, d] of the real set. Raises InputError when they were made by other weights or are not there."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found, features = str(file.get(f"{name}_sha256")), file.get(name)
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read as features of a real set (npz)") from None
-    if features is None or found != expected:
-        raise InputError(f"{path}: no features of the very weights of backends.{name}")
-    return features
