@@ -241,6 +241,9 @@ def test_stages_over_a_base_are_those_that_train_adapters(miniature):
     for stage, words in (("vae", "used as it is"), ("teacher", "used as it is"), ("data", "no data section"), ("consistency", "no consistency")):
         with pytest.raises(ConfigError, match=words):
             recipe.run(stage, path)
+    for stage, section in (("preview", "vae"), ("ablations", "vae"), ("teacher_clips", "teacher")):
+        with pytest.raises(ConfigError, match=f"stage {stage}: the recipe has no {section} section.*export the adapter.*lora/liveavatar.safetensors"):
+            recipe.run(stage, path)
     with pytest.raises(ConfigError, match="either model .* or base"):
         recipe.read_recipe(path, ["forcing.model={dim: 48}"])
     with pytest.raises(ConfigError, match="section 'teacher': not over a base"):

@@ -261,7 +261,8 @@ STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run
           "choose": run_choose, "lids": run_lids, "export": run_export}
 # The sections that ask for them.
 OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids"}
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids",
+            "preview": "vae", "ablations": "vae"}  # both look at rendered heads through the codec that the recipe trained
 SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
@@ -314,9 +315,13 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 
 def _why_not(recipe: Recipe, name: str) -> str:
-    if recipe.forcing.base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids"):
-        return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
-    return f"the recipe has no {OPTIONAL[name]} section"
+    base, lacking = recipe.forcing.base, f"the recipe has no {OPTIONAL[name]} section"
+    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids"):
+        return f"that part of {base.folder} is used as it is; a recipe over a base trains adapters only"
+    if base and name in SIDE_STAGES:
+        return (f"{lacking}, and over a base it can have none: export the adapter, name {recipe.export.folder}/liveavatar.safetensors as "
+                f"model.lora beside {base.folder}, and judge what `liveavatar generate` makes with `liveavatar evaluate`")
+    return lacking
 
 
 def _run_stage(name: str, recipe: Recipe, asked: dict, told: bool) -> None:
