@@ -23,9 +23,9 @@ from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.training import dmd, recipe, shards, stored
 from liveavatar.training.adapters import Base
 from liveavatar.training.casting import Adapters
-from liveavatar.training.forcing import EncodedReader, clip_loss, forcing_levels
+from liveavatar.training.forcing import EncodedReader, stage_loss
 from liveavatar.training.groups import device_of
-from liveavatar.training.loop import Draws, Trainer
+from liveavatar.training.loop import Trainer
 from liveavatar.training.memory import Load, sizes_of, stage_plan
 
 from measured import HERE, RESULTS, write
@@ -90,12 +90,7 @@ def stage_of(made: recipe.Recipe, name: str, cast: Adapters, run: Path, reader: 
         return Timed(work.trainer, work.step)
     role = cast.fresh("student")
     trainer = Trainer("forcing", role, made.forcing.loop, run, made.seed)
-
-    def loss_of(draws: Draws):
-        batch = reader.batch(draws, made.forcing.loop.batch).to(trainer.device)
-        return clip_loss(role, made.forcing, batch, draws, forcing_levels(made.forcing, batch, draws))
-
-    return Timed(trainer, lambda: trainer.step(loss_of))
+    return Timed(trainer, lambda: trainer.step(lambda draws: stage_loss(role, made.forcing, reader, draws, trainer.device)))
 
 
 def main() -> None:
