@@ -303,7 +303,7 @@ def test_mixing_and_loss_agree_on_the_velocity():
 def test_mouth_cells_weigh_more():
     mouth = np.tile(np.array([[24.0, 40, 40, 48]], np.float32), (9, 1))
     eyes = np.zeros((9, 2, 4), np.float32)
-    weight = losses.cell_weight(mouth, eyes, 64, 16, 4.0, 0.0)
+    weight = losses.cell_weight(mouth, eyes, (64, 64), 16, 4.0, 0.0)
     assert weight.shape == (3, 4, 4) and weight[:, 0].max() == 1
     assert weight[0, 2, 1] > 2 and weight[0, 2, 2] > 2
 

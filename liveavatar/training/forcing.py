@@ -124,7 +124,7 @@ class Encoded:
 
 
 def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
-    """Latents [z,M,h,w] of a portrait uint8 [S,S,3] that stands still, as the runtime makes them; the first is the reference."""
+    """Latents [z,M,h,w] of a portrait uint8 [H,W,3] that stands still, as the runtime makes them; the first is the reference."""
     return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
 
 
@@ -138,8 +138,8 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, oth
     front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
     voices = [clip.sound] + [speech.augment(clip.sound, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
-    weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
-    eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, 0.0, 1.0) > 1
+    weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, config.mouth, config.eyes)
+    eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, 0.0, 1.0) > 1
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
                    torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
                    card, closure_by_latent(clip.lid), eyes.numpy())

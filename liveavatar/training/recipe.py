@@ -92,6 +92,12 @@ class Recipe:
         clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
         if clip_latents < 1 or clip_latents % self.forcing.block_latents:
             raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
+        sides, size = self.data.sides, self.data.size
+        if sides != (size, size) and not (self.videos and self.forcing.base):
+            raise ConfigError(f"data.height={sides[0]}, width={sides[1]}: for clips of videos over a base only; the rest is square: say data.size")
+        if self.clip and self.clip != (made := planning.clip_of_data(self)):
+            raise ConfigError(f"clip says {self.clip.latents} latents of {self.clip.height}x{self.clip.width} pixels (height x width), data makes "
+                              f"{made.latents} of {made.height}x{made.width}: let them agree, or leave clip out")
 
     @property
     def default_identity(self) -> int:
@@ -350,6 +356,7 @@ def _work(name: str, recipe: Recipe, **asked) -> None:
     torch.set_num_threads(max(1, min(threads, recipe.forcing.loop.threads)))
     try:
         if name in planning.PLANNED:
+            planning.refuse_other_clips(recipe)
             planning.refuse_what_cannot_fit(recipe, name, device_of(getattr(recipe, name).loop.device))
         (STAGES | SIDE_STAGES)[name](recipe, **asked)
     finally:
