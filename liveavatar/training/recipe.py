@@ -20,7 +20,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
-    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, lids, ode, planning, preview, probing, progress, shards, teacher,
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, judging, lids, ode, planning, preview, probing, progress, shards, teacher,
     students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
@@ -86,7 +86,7 @@ class Recipe:
             raise ConfigError(f"missing section {lacking[0]!r}")
         surplus = [name for name in ("vae", "text", "teacher", "probe", "choose", "lids") if self.forcing.base and getattr(self, name)]
         if surplus:
-            raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is and judged by `evaluate`")
+            raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is; dmd.judge says what Stage 2 is worth")
 
     def _check_lengths(self) -> None:
         clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
@@ -125,10 +125,15 @@ class Recipe:
             raise ConfigError("choose: the recipe has no dmd section to choose from")
         if self.lids and self.lids.start == "chosen" and not self.choose:
             raise ConfigError("lids.start='chosen': the recipe has no choose section")
-        needed = "choose" if self.export.stage == "chosen" else self.export.stage
+        judged = self.dmd and self.dmd.judge
+        if judged and not self.forcing.base:
+            raise ConfigError("dmd.judge: judges adapters over a base; here a choose section does that, by the probe")
+        if self.export.stage == "best" and not judged:
+            raise ConfigError("export.stage='best': nobody says which that is; give dmd.judge: {command: ...}")
+        needed = {"chosen": "choose", "best": "dmd"}.get(self.export.stage, self.export.stage)
         if not getattr(self, needed):
             raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
-        if self.dmd and self.export.stage in ("dmd", "chosen") and self.dmd.history != "per_step":
+        if self.dmd and self.export.stage in ("dmd", "chosen", "best") and self.dmd.history != "per_step":
             # The chain keeps one bank per step; a student used to other history drifts in it (training.md 2.4).
             raise ConfigError(f"dmd.history={self.dmd.history!r}: students of this history cannot be exported, the runtime has per_step only")
 
@@ -222,7 +227,8 @@ def run_dmd(recipe: Recipe) -> None:
         choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.dmd.start,
                              recipe.export.sigmas)
     meet()
-    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+    judge = judging.Judge(recipe.dmd.judge, recipe.export, recipe.forcing.base, recipe.run) if recipe.dmd.judge else None
+    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity, judge=judge)
 
 
 def run_choose(recipe: Recipe) -> None:
