@@ -166,6 +166,12 @@ def test_what_cannot_fit_is_refused_with_numbers(monkeypatch):
         planning.clip_of(dataclasses.replace(made, clip=None))
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_tell_no_history(path):
+    """It goes into the card of whoever runs the recipe, whose weights came about otherwise."""
+    assert not recipe.read_recipe(path).export.history
+
+
 def test_clips_of_another_size_are_refused_with_both(tmp_path):
     """Plan, data section and what is stored speak of one size."""
     from liveavatar.training import shards
