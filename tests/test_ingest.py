@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def talk():
     from liveavatar.training.synth.head import HeadRenderer
     from liveavatar.training.synth.people import Identity
 
-    if not speech.have_flite():
+    if not shutil.which("flite"):
         pytest.skip("flite is not installed (apt install flite)")
     said = speech.synthesize(5, 2 * PICTURES / 25, ("awb",))
     track = director.direct(said, 2 * PICTURES, 3)

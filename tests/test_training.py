@@ -20,18 +20,17 @@ from liveavatar.models.weights import inspect_folder, load_text_encoder, load_tr
 from liveavatar.training import casting, codec, data, forcing, levels, lids, losses, preview, progress, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
-from liveavatar.training.synth import speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
-speaks = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
+speaks = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed (apt install flite)")
 
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
     """The micro recipe after its data, vae and latents stages, and the overrides that lead there."""
-    if not speech.have_flite():
+    if not shutil.which("flite"):
         pytest.skip("flite is not installed (apt install flite)")
     try:
         HeadRenderer(16, 1)
