@@ -5,7 +5,9 @@
     python bench/train_step.py --tiny           # the same code on a CPU in seconds, to show that it runs
 
 Everything is the recipe's own (configs/train_s2v14b.yaml: adapters over one base, blocks computed again, losses, rollouts)
-but for the weights and the clips, which are random numbers. Writes JSON beside the plan's figures.
+but for the weights and the clips, which are random numbers, and the learning rate, which does not warm up. Writes JSON beside
+the plan's figures, row by row. Losses of an iteration are of other levels each, so Stage 1 is also judged before and after on
+the same clips, noise and levels.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.training import dmd, recipe, shards, stored
 from liveavatar.training.adapters import Base
 from liveavatar.training.casting import Adapters
-from liveavatar.training.forcing import EncodedReader, clip_loss, forcing_levels
+from liveavatar.training.forcing import EncodedReader, stage_loss
 from liveavatar.training.groups import device_of
-from liveavatar.training.loop import Draws, Trainer
+from liveavatar.training.loop import Draws, Trainer, draws_of
 from liveavatar.training.memory import Load, sizes_of, stage_plan
 
 from measured import HERE, RESULTS, write
@@ -63,10 +65,10 @@ def random_clips(folder: Path, model: S2VConfig, height: int, width: int, latent
 
 
 class Timed:
-    """Wraps the trainer's steps: seconds and peak memory of each."""
+    """Wraps the trainer's steps: seconds and peak memory of each. wrote: told of every row; judged: the loss on the same clips."""
 
-    def __init__(self, trainer: Trainer, step):
-        self.trainer, self.step, self.rows = trainer, step, []
+    def __init__(self, trainer: Trainer, step, judged=lambda: None):
+        self.trainer, self.step, self.judged, self.rows, self.wrote = trainer, step, judged, [], lambda: None
 
     def __call__(self) -> dict:
         cuda = self.trainer.device.type == "cuda"
@@ -79,6 +81,7 @@ class Timed:
         peak = torch.cuda.max_memory_allocated() if cuda else None
         self.rows.append({"seconds": round(time.monotonic() - began, 3), "peak_bytes": peak, **{k: float(v) for k, v in row.items()}})
         print(json.dumps(self.rows[-1]), flush=True)
+        self.wrote()
         return row
 
 
@@ -92,10 +95,14 @@ def stage_of(made: recipe.Recipe, name: str, cast: Adapters, run: Path, reader: 
     trainer = Trainer("forcing", role, made.forcing.loop, run, made.seed)
 
     def loss_of(draws: Draws):
-        batch = reader.batch(draws, made.forcing.loop.batch).to(trainer.device)
-        return clip_loss(role, made.forcing, batch, draws, forcing_levels(made.forcing, batch, draws))
+        return stage_loss(role, made.forcing, reader, draws, trainer.device)
 
-    return Timed(trainer, lambda: trainer.step(loss_of))
+    @torch.no_grad()
+    def judged() -> float:
+        with trainer.autocast():
+            return sum(float(loss_of(draws_of(made.seed, "judge", i))[0]) for i in range(4)) / 4
+
+    return Timed(trainer, lambda: trainer.step(loss_of), judged)
 
 
 def main() -> None:
@@ -110,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.height, args.width, args.latents = 64, 64, 6
-    strategy = [f"{args.stage}.loop.{key}" for key in (f"iterations={args.steps}", "strategy=single", "log_every=1", "checkpoint_seconds=1.0e+9", "threads=1")]
+    strategy = [f"{args.stage}.loop.{key}" for key in (f"iterations={args.steps}", "strategy=single", "log_every=1", "checkpoint_seconds=1.0e+9", "threads=1", "warmup=0")]
     made = recipe.read_recipe(HERE.parent / "configs" / "train_s2v14b.yaml", [*strategy, "forcing.minimum_clips=1", "dmd.critic_warmup=0", "dmd.ratio=2",
                               f"clip={{height: {args.height}, width: {args.width}, latents: {args.latents}}}"])
     model, rank = (TINY, 8) if args.tiny else (S2VConfig(), made.forcing.base.rank)
@@ -125,11 +132,17 @@ def main() -> None:
         cast = Adapters(made.forcing, run, made.seed, random_base(model, rank, device, dtype))
         timed = stage_of(made, args.stage, cast, run, EncodedReader(run, made.forcing, stored.StoredConditions(run), -1))
         timed.trainer.save = lambda: None  # 20 GB that nobody wants
+        out = args.out or RESULTS / f"train-{args.stage}-{'tiny-' if args.tiny else ''}{device.type}.json"
+
+        def row_written(complete: bool = False) -> None:
+            peak = max((row["peak_bytes"] or 0 for row in timed.rows), default=0)
+            write(out, complete=complete, stage=args.stage, tiny=args.tiny, clip=dataclasses.asdict(made.clip), planned_bytes=plan.parts,
+                  planned_total=plan.total, peak_bytes=peak or "not measured: no GPU", same_clips=same, steps=timed.rows)
+
+        timed.wrote, same = row_written, [timed.judged()]
         timed.trainer.run_steps(timed)
-    peak = max((row["peak_bytes"] or 0 for row in timed.rows), default=0)
-    out = args.out or RESULTS / f"train-{args.stage}-{'tiny-' if args.tiny else ''}{device.type}.json"
-    write(out, stage=args.stage, tiny=args.tiny, clip=dataclasses.asdict(made.clip), planned_bytes=plan.parts, planned_total=plan.total,
-          peak_bytes=peak or "not measured: no GPU", steps=timed.rows)  # fmt: skip
+        same.append(timed.judged())
+        row_written(complete=True)
 
 
 if __name__ == "__main__":

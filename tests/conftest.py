@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -124,10 +125,9 @@ def rendered_suite(tmp_path_factory):
             pytest.skip(f"rendered heads that are tracked need {package}")
     from liveavatar.core import ConfigError
     from liveavatar.evaluation import suite
-    from liveavatar.training.synth import speech
     from liveavatar.training.synth.performance import Stage
 
-    if not speech.have_flite():
+    if not shutil.which("flite"):
         pytest.skip("flite is not installed (apt install flite)")
     try:
         return suite.build(tmp_path_factory.mktemp("suite"), "suite_test", "1", (suite.tiny()[0], suite.tiny()[3]), Stage())

@@ -241,6 +241,9 @@ def test_stages_over_a_base_are_those_that_train_adapters(miniature):
     for stage, words in (("vae", "used as it is"), ("teacher", "used as it is"), ("data", "no data section"), ("consistency", "no consistency")):
         with pytest.raises(ConfigError, match=words):
             recipe.run(stage, path)
+    for stage, section in (("preview", "vae"), ("ablations", "vae"), ("teacher_clips", "teacher")):
+        with pytest.raises(ConfigError, match=f"stage {stage}: the recipe has no {section} section.*export the adapter.*lora/liveavatar.safetensors"):
+            recipe.run(stage, path)
     with pytest.raises(ConfigError, match="either model .* or base"):
         recipe.read_recipe(path, ["forcing.model={dim: 48}"])
     with pytest.raises(ConfigError, match="section 'teacher': not over a base"):
@@ -300,6 +303,46 @@ def test_a_text_is_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "load_text_encoder", lambda base, dtype: encoder)
     front_end = SimpleNamespace(features_of=lambda pcm, count: torch.zeros(1, 2, count))
     assert [stored.store_conditions("base", tmp_path, (c for c in ("a face", "a face", "another")), front_end) for _ in range(2)] == [3, 0]
+
+
+SCORES = """
+test -s "$ADAPTER" && test -z "$RANK" || exit 3
+n=$(cat {root}/calls 2>/dev/null || echo 0); echo $((n + 1)) > {root}/calls
+set -- 1 3.5 fail 2 2; shift $n; echo "judged {root}"; echo $1
+"""
+
+
+def test_the_best_student_over_a_base_is_kept_by_a_command(miniature, tmp_path, monkeypatch):
+    """It judges the start and every step, is resumed without asking twice, may fail once it has worked, and ends the stage."""
+    from liveavatar.training import recipe
+    from liveavatar.training.loop import load_checkpoint
+
+    made, path = miniature
+    for name in ("latents", "forcing.pt"):
+        (tmp_path / name).symlink_to(Path(made.run) / name)
+    (tmp_path / "judge.sh").write_text(SCORES.format(root=tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    overrides = [f"run={tmp_path}", f"export.folder={tmp_path}/lora", "export.stage=best", f"dmd.judge.command=bash {tmp_path}/judge.sh", "dmd.judge.every=1",
+                 "dmd.judge.patience=1", "dmd.loop.iterations=20", "dmd.refresh_share=0"]
+    for _ in range(2):
+        recipe.run("dmd", path, overrides)
+    rows = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row.get("score")) for row in rows] == [("forcing", 1.0), ("dmd_000001", 3.5), ("dmd_000002", None), ("dmd_000003", 2.0)]
+    assert "its last line is 'fail'" in rows[2]["error"] and (tmp_path / "calls").read_text().strip() == "4"
+    assert len((tmp_path / "dmd.jsonl").read_text().splitlines()) == 7, "one of warm-up and three turns of two, of 20"
+    recipe.run("export", path, overrides)
+    best = load_checkpoint(tmp_path / "dmd_000001.pt")
+    card = json.loads((tmp_path / "lora" / "card.json").read_text())
+    assert card["stage"] == "best" and card["iterations"] == 3
+    written = load_file(tmp_path / "lora" / "liveavatar.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in best["ema"].items())
+    with pytest.raises(ConfigError, match="dmd.judge.command ended with 1, .*never"):
+        (tmp_path / "judged.jsonl").unlink()
+        recipe.run("dmd", path, [*overrides, "dmd.judge.command=echo never >&2; exit 1"])
+    with pytest.raises(ConfigError, match="export.stage='best': nobody says"):
+        recipe.read_recipe(path, ["export.stage=best"])
+    with pytest.raises(ConfigError, match="dmd.judge: judges adapters over a base"):
+        recipe.read_recipe(Path(__file__).parents[1] / "configs" / "train_micro.yaml", ["dmd.judge.command=x"])
 
 
 def test_the_14b_recipe_is_valid():

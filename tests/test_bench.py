@@ -53,6 +53,31 @@ def test_all_for_a_gpu_fits_into_one_command_of_ten_minutes():
     assert parts.pop("sum") == sum(parts.values()) <= 560 and len(parts) < 8, "eight files come back at most, one of them the log"
 
 
+def test_training_of_14b_fits_into_one_command_too():
+    said = subprocess.run(["bash", str(BENCH / "gpu_train.sh"), "--list"], capture_output=True, text=True, check=True).stdout.split()
+    parts = dict(zip(said[1::2], map(int, said[::2])))
+    assert parts.pop("sum") == sum(parts.values()) <= 560 and list(parts) == ["train-14b-forcing", "train-14b-dmd"]
+
+
+def test_what_was_trained_comes_home_in_small_files(bench, tmp_path, monkeypatch):
+    """Averages of the stages that are done, once, rounded to bf16; at home they are checkpoints again."""
+    import torch
+    from liveavatar.training.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
+
+    carried = bench("carried")
+    monkeypatch.setattr(carried, "FILE", 300)
+    there, home = tmp_path / "there", tmp_path / "home"
+    state = {f"{part}/{name}": torch.randn(10, 10) for part in ("model", "ema") for name in ("a", "b")}
+    for stage in ("teacher", "forcing", "dmd_000050"):
+        save_checkpoint(checkpoint_path(there, stage), state | {"iteration": torch.tensor(7)}, alone=True)
+    (there / "teacher.done").touch()
+    assert carried.out(there, tmp_path / "out") == ["dmd_000050", "teacher"] and carried.out(there, tmp_path / "out") == []
+    assert max(p.stat().st_size for p in (tmp_path / "out").iterdir()) < 600 and len(list((tmp_path / "out").iterdir())) == 4
+    assert carried.back(tmp_path / "out", home) == ["dmd_000050", "teacher"] and carried.back(tmp_path / "out", home) == []
+    made = load_checkpoint(home / "teacher.pt")
+    assert int(made["iteration"]) == 7 and torch.equal(made["ema"]["b"], state["ema/b"].bfloat16()) and (home / "teacher.done").exists()
+
+
 def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
     out = tmp_path / "decode.json"
     bench("decode").main(["--scale", "--ways", "one latent a call", "channels last + bytes", "--repeat", "1", "--out", str(out)])

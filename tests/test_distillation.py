@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from liveavatar.core import ConfigError
-from liveavatar.diffusion.rollout import exit_table, level_parallel
+from liveavatar.diffusion.rollout import ClipCondition, exit_table, level_parallel
 from liveavatar.diffusion.schedule import shifted
 from liveavatar.training import dmd, forcing, guidance, levels, losses, ode, textcode
 from liveavatar.training.loop import LoopConfig, agreed, load_checkpoint, shared_draws
@@ -297,6 +297,37 @@ def test_one_clip_is_learned_by_heart(tmp_path):
         loop=LoopConfig(iterations=300, batch=2, lr=8e-3, warmup=10, ema=0.9, threads=1, log_every=100, muon=True))
     learned = forcing.train_forcing(config, tmp_path, 0, textcode.text_encoder_of(config.model, 0), 0)
     assert np.mean(learned[:5]) > 1.5 and np.mean(learned[-10:]) < 0.05
+
+
+def test_the_past_is_given_noised_in_stage_one_and_the_portrait_after(tmp_path, monkeypatch):
+    """training.md 2.1: the latents before the trained ones, each at a level of its own; Stage 2 gives what serving does."""
+    from liveavatar.training import recipe
+
+    given = {}
+
+    def seen(module):
+        def condition(features, context, reference, motion, *rest, **how):
+            given.setdefault(module, []).append((reference, motion))
+            return ClipCondition(features, context, reference, motion, *rest, **how)
+
+        monkeypatch.setattr(module, "ClipCondition", condition)
+
+    seen(forcing), seen(dmd)
+    encoded_clip(tmp_path / "latents", 0)
+    clip = forcing.read_encoded(next((tmp_path / "latents" / "train").iterdir()))
+    known = {"forcing.motion": "past", "forcing.portrait_share": "0", "forcing.loop.iterations": "8", "forcing.start": "''", "dmd.loop.iterations": "1",
+             "dmd.start": "forcing", "dmd.teacher": "forcing", "dmd.forward_kl": "0", "run": str(tmp_path), "text": "null"}
+    for stage in ("forcing", "dmd"):
+        recipe.run(stage, MICRO, [f"{key}={value}" for key, value in known.items()])
+    past = torch.from_numpy(clip.latents[:, :3].astype(np.float32))  # of 9
+    motion = torch.cat([m for _, m in given[forcing]])  # [16 clips,z,3,h,w], one clip 16 times
+    share = ((motion * past).mean(dim=(1, 3, 4)) / past.square().mean(dim=(0, 2, 3))).clip(0, 1)  # of the past that is left in each latent
+    assert motion.shape[1:] == past.shape and 0.35 < share.mean() < 0.65 and share.std() > 0.15 < (share[:, 0] - share[:, 2]).std()
+    held = torch.from_numpy(clip.motion)
+    assert all(torch.equal(r, held[:, :1].expand_as(r)) for r, _ in given[forcing]), "who it is is said by the portrait"
+    assert given[dmd] and all(torch.equal(m, held.expand_as(m)) for _, m in given[dmd]), "clean, and as the runtime gives it"
+    with pytest.raises(ConfigError, match="13 motion_frames are 4 latents .*context_latents=3 leaves fewer"):
+        recipe.read_recipe(MICRO, ["forcing.motion=past", "forcing.motion_frames=13"])
 
 
 @pytest.fixture(scope="module")

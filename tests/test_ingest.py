@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from liveavatar.__main__ import _sync_verdict
 from liveavatar.conditioning import face
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.core import ConfigError, InputError
-from liveavatar.training import footage, forcing, ingest, probing, recipe, shards
+from liveavatar.training import footage, forcing, ingest, losses, probing, recipe, shards
 from liveavatar.training.data import DataConfig
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
@@ -92,14 +93,35 @@ def test_labels_are_those_of_the_crop():
     faces = [[make_face(gap=g)] for g in (8.0, 2.0, 8.0)] + [[]]
     points = ingest.followed(faces)
     assert points.shape == (4, 468, 2) and np.array_equal(points[3], points[2])
-    box = ingest.crop_box(points, (160, 160, 3), 1.9)
+    box = ingest.crop_box(points, (160, 160, 3), 1.9, (64, 64))
     frames = [np.full((160, 160, 3), i * 10, np.uint8) for i in range(4)]
-    arrays = ingest.arrays_of(frames, points, box, np.zeros(10, np.float32), 64)
+    arrays = ingest.arrays_of(frames, points, box, np.zeros(10, np.float32), (64, 64))
     assert arrays["frames"].shape == (4, 64, 64, 3) and arrays["reference"].mean() == pytest.approx(10, abs=1)  # the closed mouth
     assert np.allclose(arrays["aperture"], [8 / 48, 2 / 48, 8 / 48, 8 / 48], atol=1e-3)  # eyes are 48 pixels apart
     middle = (arrays["mouth"][0, :2] + arrays["mouth"][0, 2:]) / 2
-    assert np.allclose(middle, (np.array([80, 110]) - box[:2]) * 64 / box[2], atol=0.1)
-    assert ingest.crop_box(ingest.followed([[make_face(50)], [make_face(110)]]), (160, 160, 3), 1.0) is None
+    assert np.allclose(middle, (np.array([80, 110]) - box[:2]) * 64 / (box[2] - box[0]), atol=0.1)
+    assert ingest.crop_box(ingest.followed([[make_face(50)], [make_face(110)]]), (160, 160, 3), 1.0, (64, 64)) is None
+
+
+@pytest.mark.parametrize("sides", [(64, 128), (128, 64)])
+def test_crops_take_the_proportions_that_are_asked_for(sides):
+    """The face keeps its own; the shorter side is so many faces high."""
+    points, shape = ingest.followed([[make_face(200, 160)]]), (320, 400, 3)
+    left, top, right, bottom = box = ingest.crop_box(points, shape, 1.2, sides)
+    assert (bottom - top) / (right - left) == pytest.approx(sides[0] / sides[1]) and min(right - left, bottom - top) == pytest.approx(1.2 * 120, rel=0.01)
+    assert 0 <= left and 0 <= top and right <= 400 and bottom <= 320
+    y, x = np.mgrid[:320, :400]
+    disc = np.repeat((((x - 200) ** 2 + (y - 160) ** 2 < 30**2) * 255).astype(np.uint8)[..., None], 3, axis=2)
+    arrays = ingest.arrays_of([disc], points, box, np.zeros(10, np.float32), sides)
+    picture = arrays["frames"][0]
+    assert picture.shape == (*sides, 3)
+    rows, columns = np.flatnonzero(picture[..., 0].max(1) > 127), np.flatnonzero(picture[..., 0].max(0) > 127)
+    assert abs(len(rows) - len(columns)) <= 1, "a disc stays one"
+    # The mouth's middle, 30 pixels below the disc's, where the labels say.
+    scale = sides[0] / (bottom - top)
+    assert np.allclose((arrays["mouth"][0, 1::2].mean(), arrays["mouth"][0, ::2].mean()), (sides[0] / 2 + 30 * scale, sides[1] / 2), atol=1)
+    weight = losses.cell_weight(arrays["mouth"], arrays["eyes"], sides, 8, 4.0, 0.0)
+    assert weight.shape == (1, sides[0] // 8, sides[1] // 8) and weight.argmax() // (sides[1] // 8) == int((sides[0] / 2 + 30 * scale) // 8)
 
 
 def test_sync_is_judged_over_a_stretch():
@@ -130,7 +152,7 @@ def talk():
     from liveavatar.training.synth.head import HeadRenderer
     from liveavatar.training.synth.people import Identity
 
-    if not speech.have_flite():
+    if not shutil.which("flite"):
         pytest.skip("flite is not installed (apt install flite)")
     said = speech.synthesize(5, 2 * PICTURES / 25, ("awb",))
     track = director.direct(said, 2 * PICTURES, 3)
@@ -192,6 +214,8 @@ def test_a_cut_parts_the_clips_and_a_second_run_adds_nothing(talk, tmp_path):
     report = ingest.ingest(videos(tmp_path / "in"), data(tmp_path / "out", 29), None)
     assert report["files"][0]["kept"] == 2 and report["dropped"] == {"short shot": 1} and not report["sync judged"]
     assert [shards.read_clip(p).card["start"] for p in shards.clip_paths(tmp_path / "out", "train")] == [0, 56 / 25]
+    longer = ingest.ingest(videos(tmp_path / "in", shortest=1.3), data(tmp_path / "longer", 29), None)
+    assert longer["kept"] == 1 and longer["dropped"] == {"short shot": 2}, "30, 26 and 34 pictures"
     assert ingest.ingest(videos(tmp_path / "in"), data(tmp_path / "out", 29), None) == report
     assert len(shards.clip_paths(tmp_path / "out", "train")) == 2
 

@@ -166,6 +166,33 @@ def test_what_cannot_fit_is_refused_with_numbers(monkeypatch):
         planning.clip_of(dataclasses.replace(made, clip=None))
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_tell_no_history(path):
+    """It goes into the card of whoever runs the recipe, whose weights came about otherwise."""
+    assert not recipe.read_recipe(path).export.history
+
+
+def test_clips_of_another_size_are_refused_with_both(tmp_path):
+    """Plan, data section and what is stored speak of one size."""
+    from liveavatar.training import shards
+
+    def refused(words, *overrides):
+        with pytest.raises(ConfigError, match=words):
+            recipe.run("forcing", CONFIGS / "train_s2v14b.yaml", [f"run={tmp_path}", *overrides])
+
+    shards.write_arrays(shards.clip_path(tmp_path / "latents", "train", 0), {}, latents=torch.zeros(16, 24, 16, 16).numpy())
+    refused("clip_000000.npz holds 24 latents of 128x128 pixels .*says 40 of 384x704 .*say clip: {height: 128, width: 128, latents: 5}")
+    pytest.importorskip("webdataset")
+    shards.pack(tmp_path / "latents", "train")
+    shards.clip_paths(tmp_path / "latents", "train")[0].unlink()
+    refused("train-000000.tar/clip_000000 holds 24 latents of 128x128")
+    data = ["data.folder=x", "data.pictures=157", "data.height=384", "data.width=704"]
+    refused("for clips of videos over a base only", *data)
+    videos = [*data, "videos.folder=y", "videos.licence=CC0", "videos.consent=all"]
+    refused("holds 24 latents", *videos)
+    refused("clip says 21 latents of 384x704 pixels .*data makes 21 of 512x512", "data.size=512", *videos[:2], *videos[4:])
+
+
 @pytest.mark.parametrize("arguments, status, words", [
     (["--config", "train_s2v14b.yaml", "--gpus", "64", "--memory", "80"], 0, "gathered blocks"),
     (["--config", "train_s2v14b.yaml", "--memory", "24", *ONE], 1, "does not fit: stage forcing needs"),

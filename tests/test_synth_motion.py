@@ -1,4 +1,5 @@
 import re
+import shutil
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from liveavatar.training.data import load_readings
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.director import direct
 
-needs_flite = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
+needs_flite = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed (apt install flite)")
 
 
 def spoken(names, length=0.11):
@@ -30,7 +31,7 @@ def gap_at(u, track, fps, names):
 
 @pytest.fixture(scope="module")
 def clips():
-    if not speech.have_flite():
+    if not shutil.which("flite"):
         pytest.skip("flite is not installed (apt install flite)")
     return [speech.synthesize(s, 4.0) for s in range(10)]
 

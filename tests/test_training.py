@@ -20,18 +20,17 @@ from liveavatar.models.weights import inspect_folder, load_text_encoder, load_tr
 from liveavatar.training import casting, codec, data, forcing, levels, lids, losses, preview, progress, recipe, shards
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
-from liveavatar.training.synth import speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
-speaks = pytest.mark.skipif(not speech.have_flite(), reason="flite is not installed (apt install flite)")
+speaks = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed (apt install flite)")
 
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
     """The micro recipe after its data, vae and latents stages, and the overrides that lead there."""
-    if not speech.have_flite():
+    if not shutil.which("flite"):
         pytest.skip("flite is not installed (apt install flite)")
     try:
         HeadRenderer(16, 1)
@@ -303,7 +302,7 @@ def test_mixing_and_loss_agree_on_the_velocity():
 def test_mouth_cells_weigh_more():
     mouth = np.tile(np.array([[24.0, 40, 40, 48]], np.float32), (9, 1))
     eyes = np.zeros((9, 2, 4), np.float32)
-    weight = losses.cell_weight(mouth, eyes, 64, 16, 4.0, 0.0)
+    weight = losses.cell_weight(mouth, eyes, (64, 64), 16, 4.0, 0.0)
     assert weight.shape == (3, 4, 4) and weight[:, 0].max() == 1
     assert weight[0, 2, 1] > 2 and weight[0, 2, 2] > 2
 

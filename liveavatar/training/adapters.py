@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,8 +151,7 @@ def unwrapped(model: CausalS2V | Role) -> CausalS2V:
 
 
 @torch.no_grad()
-def save_adapter(path: str | Path, weights: dict[str, torch.Tensor], rank: int, alpha: float, dtype: torch.dtype = torch.bfloat16,
-                 card: dict | None = None) -> Path:
+def save_adapter(path: str | Path, weights: dict[str, torch.Tensor], rank: int, alpha: float, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write an adapter as the public Live-Avatar LoRA is laid out: `MODULE.lora_A.weight`, `MODULE.lora_B.weight`, nothing
     else at alpha 64 (896 tensors at 14B), `MODULE.alpha` too at any other. models/lora.py reads it. weights: by Role's names."""
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
@@ -162,6 +160,6 @@ def save_adapter(path: str | Path, weights: dict[str, torch.Tensor], rank: int, 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".partial")
-    save_file(state, part, metadata={"format": "pt", "rank": str(rank), "alpha": str(alpha), "card": json.dumps(card or {})})
+    save_file(state, part, metadata={"format": "pt", "rank": str(rank), "alpha": str(alpha)})
     os.replace(part, path)
     return path

@@ -149,6 +149,15 @@ def load_average(module: nn.Module, path: str | Path) -> int:
     return stored.iteration
 
 
+def keep_averages(source: Path, path: Path) -> None:
+    """`path` becomes a checkpoint of what export needs of `source`: its averages and iteration. One process calls it. Raises WeightsError."""
+    stored = Stored(source)
+    kept = {key: stored.empty(key) for key in stored.shapes if key.startswith("ema/") or key == "iteration"}
+    stored.read(kept)
+    path.unlink(missing_ok=True)  # or another of the same iteration would pass for this one
+    save_checkpoint(path, kept, alone=True)
+
+
 # ---------------------------------------------------------------- one file, as runs had it before
 
 

@@ -21,7 +21,7 @@ from liveavatar.models.probe import frechet
 from liveavatar.training import data as corpus
 from liveavatar.training import preview
 from liveavatar.training.ablations import Arm, Bench
-from liveavatar.training.checkpoints import State, Stored, checkpoint_path, save_checkpoint
+from liveavatar.training.checkpoints import checkpoint_path, keep_averages
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.teacher import TeacherConfig
 
@@ -60,14 +60,6 @@ def candidates(run: str | Path, stage: str, start: str) -> list[str]:
     return [name for name in (start, *kept, stage) if checkpoint_path(run, name).exists()]
 
 
-def averages_of(path: Path) -> State:
-    """What export needs of a checkpoint: averages and iteration. Raises WeightsError."""
-    stored = Stored(path)
-    kept = {key: stored.empty(key) for key in stored.shapes if key.startswith("ema/") or key == "iteration"}
-    stored.read(kept)
-    return kept
-
-
 def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig, run: str | Path, seed: int, text: TextEncoder, stage: str, start: str,
            sigmas: Sequence[float]) -> list[dict]:
     """Judge every candidate, copy the best to RUN/chosen.pt and write all rows to RUN/choice.json, best first.
@@ -79,8 +71,7 @@ def choose(config: ChooseConfig, forcing: ForcingConfig, data: corpus.DataConfig
     bench = Bench.build(config.people, config.blocks, config.probe, forcing, data, run, seed, text)
     rows = [bench.row(Arm(name=name, stage=name), run, stage, sigmas, seed) for name in names]
     ranked = sorted(({**row, "gates": gates_met(row), "score": score(row)} for row in rows), key=lambda row: (-row["gates"], -row["score"]))
-    checkpoint_path(run, "chosen").unlink(missing_ok=True)  # or another choice of the same iteration would pass for this one
-    save_checkpoint(checkpoint_path(run, "chosen"), averages_of(checkpoint_path(run, ranked[0]["stage"])), alone=True)
+    keep_averages(checkpoint_path(run, ranked[0]["stage"]), checkpoint_path(run, "chosen"))
     (run / "choice.json").write_text(json.dumps(ranked, indent=1))
     return ranked
 

@@ -27,10 +27,12 @@ SPLITS = ("train", "held", "default")  # default: the avatar that ships, with wo
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The corpus. size: picture side in pixels. pictures: 1 + 4n per clip."""
+    """The corpus. size: picture side in pixels; height, width: sides that differ, of clips of videos. pictures: 1 + 4n per clip."""
 
     folder: str
     size: int = 128
+    height: int | None = None  # None: size
+    width: int | None = None
     supersample: int = 2
     pictures: int = 93
     clips: int = 384
@@ -53,8 +55,9 @@ class DataConfig:
     def __post_init__(self):
         if self.pictures < 13 or (self.pictures - 1) % 4:
             raise ConfigError(f"data.pictures={self.pictures}: must be 1 + 4n, at least 13")
-        if self.size % 16 or self.size <= 0:
-            raise ConfigError(f"data.size={self.size}: must be a positive multiple of 16 pixels")
+        for name in ("size", "height", "width"):
+            if (side := getattr(self, name)) is not None and (side % 16 or side <= 0):
+                raise ConfigError(f"data.{name}={side}: must be a positive multiple of 16 pixels")
         if not 0 <= self.dress_share <= 1:
             raise ConfigError(f"data.dress_share={self.dress_share}: must be in 0..1")
         for name, least in (("clips", 1), ("identities", 1), ("held_clips", 0), ("held_identities", 1), ("default_clips", 0), ("portraits", 0),
@@ -63,6 +66,11 @@ class DataConfig:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least {least}")
         if heard := set(self.readings) & set(self.default_readings):
             raise ConfigError(f"data.default_readings: {sorted(heard)[0]!r} is trained on (data.readings)")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of a picture."""
+        return self.height or self.size, self.width or self.size
 
 
 def window_of(utterance: speech.Utterance, start: float, seconds: float) -> speech.Utterance:

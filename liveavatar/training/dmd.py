@@ -25,6 +25,7 @@ from liveavatar.training.casting import Copies, Transformer, cast_of
 from liveavatar.training.checkpoints import checkpoint_path, save_checkpoint
 from liveavatar.training.forcing import Batch, EncodedReader, ForcingConfig, clip_loss, draw_position, forcing_levels
 from liveavatar.training.guidance import Guidance
+from liveavatar.training.judging import Judge, JudgeConfig
 from liveavatar.training.levels import score_levels
 from liveavatar.training.loop import Draws, Learner, LoopConfig, Trainer, agreed, draws_of, learning_rate, shared_draws
 from liveavatar.training.replay import replay
@@ -54,6 +55,7 @@ class DmdConfig:
     forward_kl: float = 0.0  # weight of the forcing loss on real clips beside the reverse divergence
     curated_share: float = 1.0  # only this share of the spoken clips, those that move most, gives conditions (LiveTalk)
     keep_steps: int = 50  # of the student, after which its averages are also kept as RUN/dmd_STEPS.pt, to choose from
+    judge: JudgeConfig | None = None  # over a base: what says which averages are the best, and when to stop
     aggressive: bool = False  # LiveTalk's schedule: both learning rates doubled, guidance of the teacher AGGRESSIVE
 
     def __post_init__(self):
@@ -124,8 +126,8 @@ class Distillation:
     """The iteration of Stage 2 over its three models."""
 
     def __init__(self, config: DmdConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int,
-                 reader: EncodedReader, cast: Copies | None = None):
-        self.config, self.forcing, self.sigmas, self.reader = config, forcing, tuple(sigmas), reader
+                 reader: EncodedReader, cast: Copies | None = None, judge: Judge | None = None):
+        self.config, self.forcing, self.sigmas, self.reader, self.judge = config, forcing, tuple(sigmas), reader, judge
         self.history = HistoryMode.parse(config.history)
         cast = cast or cast_of(forcing, run, seed)
         self.teacher, critic, student = cast.teacher(config.teacher), cast.critic(config.teacher), cast.averaged(config.start, "student")[0]
@@ -155,9 +157,12 @@ class Distillation:
         return metrics
 
     def _keep(self, steps: int) -> None:
-        if steps % self.config.keep_steps == 0:
+        name, judged = f"dmd_{steps:06d}", self.judge is not None and self.judge.due(steps)
+        if judged or steps % self.config.keep_steps == 0:
             averages = {f"ema/{name}": value for name, value in self.student.ema.values.items()}
-            save_checkpoint(checkpoint_path(self.trainer.folder, f"dmd_{steps:06d}"), averages | {"iteration": torch.tensor(self.trainer.iteration + 1)})
+            save_checkpoint(checkpoint_path(self.trainer.folder, name), averages | {"iteration": torch.tensor(self.trainer.iteration + 1)})
+        if judged:
+            self.trainer.stopped = self.judge(name)
 
     def _rate(self, iteration: int) -> float:
         return learning_rate(self.config.loop, iteration) * self.config.rate_factor
@@ -203,11 +208,13 @@ class Distillation:
 
 
 def train_dmd(config: DmdConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int, text: TextEncoder,
-              default_identity: int, stop_after: int | None = None) -> list[float]:
+              default_identity: int, stop_after: int | None = None, judge: Judge | None = None) -> list[float]:
     """Distil (or go on distilling) RUN/forcing.pt into RUN/dmd.pt; returns the critic's losses of this call.
 
-    sigmas: the sampler's table, ends in 0. Raises WeightsError without the checkpoint to start from.
+    sigmas: the sampler's table, ends in 0. judge: sees what it starts from first. Raises WeightsError without the checkpoint to
+    start from, ConfigError where the judge cannot judge that.
     """
     reader = EncodedReader(run, forcing, text, default_identity, config.curated_share)
-    work = Distillation(config, forcing, sigmas, run, seed, reader)
+    work = Distillation(config, forcing, sigmas, run, seed, reader, judge=judge)
+    work.trainer.stopped = judge is not None and judge(config.start)
     return work.trainer.run_steps(work.step, stop_after)

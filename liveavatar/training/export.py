@@ -22,7 +22,7 @@ from liveavatar.models.folders import SETTINGS_FILE
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import save_folder
 from liveavatar.training import forcing
-from liveavatar.training.adapters import save_adapter
+from liveavatar.training.adapters import BaseConfig, save_adapter
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.checkpoints import Stored, checkpoint_path
 from liveavatar.training.data import DataConfig
@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """stage: whose averages are exported. folder: where the checkpoint folder goes; portrait: picture of the default
+    """stage: whose averages are exported; chosen: by the stage `choose`, best: by dmd.judge. folder: where the checkpoint folder goes; portrait: picture of the default
     identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how the weights
     came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very
     weights, "" for none."""
@@ -55,7 +55,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "lids"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "best", "lids"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -111,14 +111,20 @@ def add_gates(folder: Path, path: Path) -> None:
     part.replace(folder / SETTINGS_FILE)
 
 
+def write_adapter(path: Path, checkpoint: Path, base: BaseConfig, dtype: str) -> Stored:
+    """Write the averaged adapter of a checkpoint, which is returned; raises WeightsError when there is none."""
+    stored = Stored(checkpoint)
+    weights = {f"ema/{name}": stored.empty(f"ema/{name}") for name in stored.below("ema/")}
+    stored.read(weights)
+    save_adapter(path, {name.removeprefix("ema/"): t for name, t in weights.items()}, base.rank, base.alpha, DTYPES[dtype])
+    return stored
+
+
 def export_adapter(config: ExportConfig, training: forcing.ForcingConfig, run: str | Path, seed: int) -> Path:
     """Write the averaged adapter as FOLDER/liveavatar.safetensors, in the layout of the public Live-Avatar LoRA, and
     FOLDER/card.json with its SHA-256 and how it is to be sampled; returns the file. Raises WeightsError without a checkpoint."""
-    stored = Stored(checkpoint_path(run, config.stage))
-    weights = {f"ema/{name}": stored.empty(f"ema/{name}") for name in stored.below("ema/")}
-    stored.read(weights)
     base, path = training.base, Path(config.folder) / "liveavatar.safetensors"
-    save_adapter(path, {name.removeprefix("ema/"): t for name, t in weights.items()}, base.rank, base.alpha, DTYPES[config.dtype])
+    stored = write_adapter(path, checkpoint_path(run, config.stage), base, config.dtype)
     card = {"base": base.folder, "rank": base.rank, "alpha": base.alpha, "stage": config.stage, "iterations": stored.iteration, "seed": seed,
             "sampler": {"sigmas": list(config.sigmas), "sink_distance": config.sink_distance, "refresh_block": config.refresh_block},
             "history": config.history, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

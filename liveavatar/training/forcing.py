@@ -1,7 +1,8 @@
 """Stages `latents` and `forcing`: every clip encoded once, then the causal transformer trained on it.
 
 Diffusion forcing (training.md 2.1): each block of a clip has a noise level of its own, history is as
-noisy as it is at inference, and the loss is the plain velocity error, heavier on mouth and eyes.
+noisy as it is at inference, and the loss is the plain velocity error, heavier on mouth and eyes. What the frame packer
+is given is the portrait standing still, as serving gives it, or in this stage alone the clip's own past, noised.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class ForcingConfig:
     window_blocks: int = 4
     blocks: int | None = None  # so many of a clip's, a piece drawn anew each time: clothes need no more; None: all of them
     motion_frames: int = 9
+    motion: str = "portrait"  # what they show in this stage: it standing still, as in all others and in serving, or "past": the clip's own
     audio_variants: int = 3  # features of the clean sound and of so many - 1 augmented copies
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8577, 0.8333, 0.75, 0.625, 0.5, 0.25)
     same_share: float = 0.7  # of the clips with one level in all blocks, as at inference
@@ -72,12 +74,16 @@ class ForcingConfig:
         if (self.model is None) == (self.base is None):
             raise ConfigError("forcing: give either model (sizes, trained from nothing) or base (a folder, with adapters)")
         one_of("forcing.learn", self.learn, ("all", "text"))
+        one_of("forcing.motion", self.motion, ("portrait", "past"))
         if self.learn == "text" and self.base:
             raise ConfigError("forcing.learn='text': not for adapters over a base, which are what learns there")
         if self.keep and self.base:
             raise ConfigError("forcing.keep: not for adapters over a base: their start is the base, whose face they keep by themselves")
         if self.context_latents < 1:
             raise ConfigError(f"forcing.context_latents={self.context_latents}: the first latent of a clip covers one picture only")
+        if self.past_latents > self.context_latents:
+            raise ConfigError(f"forcing.motion='past': {self.motion_frames} motion_frames are {self.past_latents} latents before what is trained "
+                              f"on, forcing.context_latents={self.context_latents} leaves fewer: raise it, in clips as much longer")
         if self.blocks is not None and self.blocks < 1:
             raise ConfigError(f"forcing.blocks={self.blocks}: must be at least 1")
         if not 0 <= self.wording_share <= 1:
@@ -89,6 +95,11 @@ class ForcingConfig:
     def block_pictures(self) -> int:
         """Pictures of a block."""
         return FRAMES_PER_LATENT * self.block_latents
+
+    @property
+    def past_latents(self) -> int:
+        """Latents of a clip that stage `forcing` gives as motion frames; 0: the portrait's."""
+        return 1 + (self.motion_frames - 1) // FRAMES_PER_LATENT if self.motion == "past" else 0
 
 
 # ---------------------------------------------------------------- latents
@@ -113,7 +124,7 @@ class Encoded:
 
 
 def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
-    """Latents [z,M,h,w] of a portrait uint8 [S,S,3] that stands still, as the runtime makes them; the first is the reference."""
+    """Latents [z,M,h,w] of a portrait uint8 [H,W,3] that stands still, as the runtime makes them; the first is the reference."""
     return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
 
 
@@ -127,8 +138,8 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, oth
     front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
     voices = [clip.sound] + [speech.augment(clip.sound, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
-    weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, config.mouth, config.eyes)
-    eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1], vae.spatial_stride, 0.0, 1.0) > 1
+    weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, config.mouth, config.eyes)
+    eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, 0.0, 1.0) > 1
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
                    torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
                    card, closure_by_latent(clip.lid), eyes.numpy())
@@ -260,13 +271,14 @@ class EncodedReader:
         """Text rows [n, text_dim] of a caption."""
         return self.text.encode(caption).float().clone()
 
-    def batch(self, draws: Draws, count: int) -> Batch:
-        """`count` random clips with random audio variant, text and silence dropout."""
+    def batch(self, draws: Draws, count: int, past: int = 0) -> Batch:
+        """`count` random clips with random audio variant, text and silence dropout. past: so many latents before the trained ones are
+        the motion; 0: the portrait's are."""
         if not self.order or draws.iteration % 50 == 0:
             self.refresh()
         rng, rows = draws.numpy, []
         for _ in range(count):
-            rows.append(self._row(self._draw_clip(rng), rng))
+            rows.append(self._row(self._draw_clip(rng), rng, past=past))
         return self.stacked(rows)
 
     @staticmethod
@@ -280,16 +292,17 @@ class EncodedReader:
         pool = self.shipped if self.shipped and rng.random() < self.config.default_share else self.order
         return self._clip(pool[int(rng.integers(len(pool)))])
 
-    def _row(self, clip: Encoded, rng: np.random.Generator, piece: slice | None = None):
+    def _row(self, clip: Encoded, rng: np.random.Generator, piece: slice | None = None, past: int = 0):
         latents = piece or self._piece(clip.latents.shape[1], rng)
         pictures = slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))  # the first latent covers one
         features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures]
         if rng.random() < self.config.silence_share:
             features = self.silence.expand_as(features)
-        text, motion = self._text_and_portrait(clip, rng)
+        text, portrait = self._text_and_portrait(clip, rng)
+        motion = clip.latents[:, latents.start - past : latents.start] if past else portrait
         weight = clip.weight[None, latents].copy()
         weight[..., -1, :] += self.config.shirt
-        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, latents], motion[:, :1], motion, weight)]
+        as_tensor = [torch.from_numpy(a).float() for a in (clip.latents[:, latents], portrait[:, :1], motion, weight)]
         return as_tensor[0], features, self.rows_of(text), *as_tensor[1:]
 
     def _piece(self, count: int, rng: np.random.Generator) -> slice:
@@ -343,6 +356,22 @@ class Kept:
         return cls(load_transformer(folder, device=device).requires_grad_(False), load_text_encoder(folder).encode("").float())
 
 
+def noisy_past(motion: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Motion latents [B,z,M,h,w], each at a level of its own, uniform in [0, 1] (training.md 2.1): what a stream has behind it is never
+    as clean as a clip."""
+    sigma = torch.rand(motion.shape[0], motion.shape[2], generator=generator).to(motion)
+    return mix(motion, torch.randn(motion.shape, generator=generator).to(motion), sigma)
+
+
+def stage_loss(model: Transformer, config: ForcingConfig, reader: EncodedReader, draws: Draws, device: torch.device,
+               kept: Kept | None = None) -> tuple[torch.Tensor, dict[str, float]]:
+    """Of one iteration of the stage: clip_loss of a batch at the stage's levels, its motion frames as `config.motion` says."""
+    batch = reader.batch(draws, config.loop.batch, config.past_latents).to(device)
+    if config.past_latents:
+        batch = replace(batch, motion=noisy_past(batch.motion, draws.torch))
+    return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws), kept=kept)
+
+
 def clip_loss(model: Transformer, config: ForcingConfig, batch: Batch, draws: Draws, sigma: torch.Tensor,
               causal: bool = True, kept: Kept | None = None) -> tuple[torch.Tensor, dict[str, float]]:
     """Flow-matching loss of a batch at levels sigma [B,N], and metrics. causal: False for the bidirectional teacher.
@@ -379,8 +408,4 @@ def train_forcing(config: ForcingConfig, run: str | Path, seed: int, text: TextE
     trainer = Trainer("forcing", model, config.loop, run, seed)
     kept = Kept.load(config.keep, trainer.device) if config.keep else None
 
-    def loss_of(draws: Draws):
-        batch = reader.batch(draws, config.loop.batch).to(trainer.device)
-        return clip_loss(model, config, batch, draws, forcing_levels(config, batch, draws), kept=kept)
-
-    return trainer.run(loss_of, stop_after)
+    return trainer.run(lambda draws: stage_loss(model, config, reader, draws, trainer.device, kept), stop_after)

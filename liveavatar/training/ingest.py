@@ -45,7 +45,8 @@ class VideosConfig:
     """folder: videos, captions beside them as NAME.txt. licence, consent: under which terms, and how the people shown agreed; both
     are recorded with every clip. face_pixels: least distance between the outer eye corners in the source; present: least share
     of pictures with a face; several: most pictures with two; loudness: least RMS in dBFS; confidence, offset_ms: of the sync
-    judge; margin: side of the crop in heights of the face; stretch: most seconds judged for sync at once; held_share: of the files."""
+    judge; margin: shorter side of the crop in heights of the face; shortest: seconds of a shot that clips are cut from; stretch: most
+    seconds judged for sync at once; held_share: of the files."""
 
     folder: str
     licence: str
@@ -57,6 +58,7 @@ class VideosConfig:
     confidence: float = 0.2
     offset_ms: float = 120.0
     margin: float = 1.9
+    shortest: float = 0.0
     stretch: float = 20.0
     held_share: float = 0.05
 
@@ -161,8 +163,9 @@ def clips_of(path: Path, config: VideosConfig, data: DataConfig, judge: SyncJudg
         return
     pictures, at = footage.pictures_of(path), 0
     for first, last in footage.shots_of(path, total):
-        if last - first < data.pictures:
+        if last - first < max(data.pictures, config.shortest * FPS):
             outcome.dropped["short shot"] += 1
+            continue
         for start, stop in stretches(first, last, data.pictures, round(config.stretch * FPS)):
             next(islice(pictures, start - at, start - at), None)
             pieces = [take_piece(list(islice(pictures, data.pictures)), sound_at(pcm, start + k, data.pictures), k, config, data, tracker)
@@ -201,10 +204,10 @@ def take_piece(frames: list[np.ndarray], pcm: np.ndarray, first: int, config: Vi
     if reason:
         return Piece(first, nobody, None, reason)
     points = followed(found)
-    box = crop_box(points, frames[0].shape, config.margin)
+    box = crop_box(points, frames[0].shape, config.margin, data.sides)
     if box is None:
         return Piece(first, found, None, "face leaves the crop")
-    return Piece(first, found, arrays_of(frames, points, box, pcm, data.size))
+    return Piece(first, found, arrays_of(frames, points, box, pcm, data.sides))
 
 
 def face_reason(found: list[list[face.Face]], config: VideosConfig) -> str:
@@ -241,22 +244,25 @@ def followed(found: list[list[face.Face]]) -> np.ndarray:
     return np.stack([found[i][0].landmarks[:, :2] for i in nearest])
 
 
-def crop_box(points: np.ndarray, shape: tuple[int, ...], margin: float) -> tuple[float, float, float] | None:
-    """(left, top, side) of the one square for all pictures, inside of them; None when the face does not stay in it."""
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def crop_box(points: np.ndarray, shape: tuple[int, ...], margin: float, sides: tuple[int, int]) -> Box | None:
+    """The one box of the proportions of `sides` (height, width) for all pictures, inside of them; None when the face does not stay in it."""
     low, high = points.min(1), points.max(1)  # [T,2]
     middle, height = np.median((low + high) / 2, axis=0), float(np.median(high[:, 1] - low[:, 1]))
-    side = min(margin * height, *shape[:2])
-    left, top = (float(np.clip(centre - side / 2, 0, length - side)) for centre, length in zip(middle, (shape[1], shape[0])))
-    inside = (low >= (left, top)).all() and (high <= (left + side, top + side)).all()
-    return (left, top, side) if inside else None
+    scale = min(margin * height / min(sides), *(length / side for length, side in zip(shape, sides)))
+    size = np.array([sides[1], sides[0]]) * scale  # width, height
+    start = np.clip(middle - size / 2, 0, np.array([shape[1], shape[0]]) - size)
+    inside = (low >= start).all() and (high <= start + size).all()
+    return tuple(map(float, (*start, *(start + size)))) if inside else None
 
 
-def arrays_of(frames: list[np.ndarray], points: np.ndarray, box: tuple[float, float, float], pcm: np.ndarray, size: int) -> dict[str, np.ndarray]:
+def arrays_of(frames: list[np.ndarray], points: np.ndarray, box: Box, pcm: np.ndarray, sides: tuple[int, int]) -> dict[str, np.ndarray]:
     """The arrays of a Clip: cropped and scaled, with tracked boxes, gap, width and lids; the portrait has the most closed mouth."""
-    left, top, side = box
-    part = {"box": (left, top, left + side, top + side), "resample": Image.Resampling.LANCZOS}
-    cropped = np.stack([np.asarray(Image.fromarray(frame).resize((size, size), **part)) for frame in frames])
-    points = (points - (left, top)) * (size / side)
+    part = {"size": sides[::-1], "box": box, "resample": Image.Resampling.LANCZOS}
+    cropped = np.stack([np.asarray(Image.fromarray(frame).resize(**part)) for frame in frames])
+    points = (points - box[:2]) * (sides[0] / (box[3] - box[1]))
     rims = [points[:, rim] for rim in (face.CONTOUR_RIGHT, face.CONTOUR_LEFT)]  # [T,n,2] each
     apart = np.linalg.norm(rims[0].mean(1) - rims[1].mean(1), axis=1)
 
@@ -265,7 +271,7 @@ def arrays_of(frames: list[np.ndarray], points: np.ndarray, box: tuple[float, fl
 
     aperture, lid = distance(face.INNER_LIPS), (distance(face.LIDS_RIGHT) + distance(face.LIDS_LEFT)) / 2
     eyes = np.stack([np.concatenate([rim.min(1), rim.max(1)], axis=1) for rim in rims], axis=1)
-    lips, pad = points[:, LIP_OUTLINE], 0.02 * size
+    lips, pad = points[:, LIP_OUTLINE], 0.02 * min(sides)
     mouth = np.concatenate([lips.min(1) - pad, lips.max(1) + pad], axis=1)
     calm = np.where(lid >= np.median(lid) * 0.8, aperture, np.inf)
     labels = {"mouth": mouth, "eyes": eyes, "aperture": aperture, "width": distance(face.MOUTH_CORNERS), "lid": lid}

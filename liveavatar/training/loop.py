@@ -158,7 +158,8 @@ class Learner:
 
 class Trainer:
     """One stage's module with optimiser and EMA, resumable. In a process group every rank has its own batch.
-    others: further learners of the stage, kept in the same checkpoint, so that they cannot part."""
+    others: further learners of the stage, kept in the same checkpoint, so that they cannot part. stopped: a step may set it to
+    end the stage early; on all ranks."""
 
     def __init__(self, stage: str, module: nn.Module | Role, config: LoopConfig, folder: str | Path, seed: int,
                  others: dict[str, Learner] | None = None):
@@ -166,7 +167,7 @@ class Trainer:
         self.learner, self.others = Learner(module, config), others or {}
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.iteration = 0
+        self.iteration, self.stopped = 0, False
         self.rank, self.world = rank_and_world()
         if self.path.exists():
             self._resume()
@@ -219,7 +220,7 @@ class Trainer:
             end = min(end, self.iteration + stop_after)
         saved = started = time.monotonic()
         with open(self.folder / f"{self.stage}.jsonl", "a", encoding="utf-8") as log:
-            while self.iteration < end:
+            while self.iteration < end and not self.stopped:
                 metrics = step()
                 self.iteration += 1
                 losses.append(metrics["loss"])

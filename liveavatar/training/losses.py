@@ -10,20 +10,20 @@ from liveavatar.diffusion.rollout import Velocity
 from liveavatar.training.levels import mix, per_latent
 
 
-def box_mask(boxes: np.ndarray, side: int, margin: float) -> np.ndarray:
-    """Boxes [T,4] (x0 y0 x1 y1, pixels), grown by margin * side -> bool [T,side,side]."""
-    axis = np.arange(side) + 0.5
-    x0, y0, x1, y1 = (boxes[:, i, None] + sign * margin * side for i, sign in enumerate((-1, -1, 1, 1)))
-    columns = (axis >= x0) & (axis <= x1)
-    rows = (axis >= y0) & (axis <= y1)
+def box_mask(boxes: np.ndarray, sides: tuple[int, int], margin: float) -> np.ndarray:
+    """Boxes [T,4] (x0 y0 x1 y1, pixels), grown by margin of the shorter side -> bool [T,height,width]."""
+    high, wide = (np.arange(side) + 0.5 for side in sides)
+    x0, y0, x1, y1 = (boxes[:, i, None] + sign * margin * min(sides) for i, sign in enumerate((-1, -1, 1, 1)))
+    columns = (wide >= x0) & (wide <= x1)
+    rows = (high >= y0) & (high <= y1)
     return rows[:, :, None] & columns[:, None, :]
 
 
 def detail_weight(mouth: np.ndarray, eyes: np.ndarray, side: int, detail: float) -> np.ndarray:
     """float32 [T,side,side]: 1, and 1 + detail inside mouth and eyes. mouth: [T,4]; eyes: [T,2,4]."""
-    inside = box_mask(mouth, side, 0.02)
+    inside = box_mask(mouth, (side, side), 0.02)
     for k in range(eyes.shape[1]):
-        inside |= box_mask(eyes[:, k], side, 0.01)
+        inside |= box_mask(eyes[:, k], (side, side), 0.01)
     return (1 + detail * inside).astype(np.float32)
 
 
@@ -36,14 +36,14 @@ def gradient_error(made: torch.Tensor, video: torch.Tensor, weight: torch.Tensor
     return total
 
 
-def cell_weight(mouth: np.ndarray, eyes: np.ndarray, side: int, stride: int, mouth_gain: float, eye_gain: float) -> torch.Tensor:
-    """Loss weight of latent cells: float32 [1 + (T-1)/4, side/stride, side/stride], 1 plus gain * covered share.
+def cell_weight(mouth: np.ndarray, eyes: np.ndarray, sides: tuple[int, int], stride: int, mouth_gain: float, eye_gain: float) -> torch.Tensor:
+    """Loss weight of latent cells of pictures (height, width): float32 [1 + (T-1)/4, height/stride, width/stride], 1 plus gain * covered share.
 
     mouth: [T,4]; eyes: [T,2,4] boxes in pixels. Latent f > 0 covers pictures 4f-3..4f.
     """
-    picture = mouth_gain * box_mask(mouth, side, 0.03).astype(np.float32)
+    picture = mouth_gain * box_mask(mouth, sides, 0.03).astype(np.float32)
     for k in range(eyes.shape[1]):
-        picture += eye_gain * box_mask(eyes[:, k], side, 0.015)
+        picture += eye_gain * box_mask(eyes[:, k], sides, 0.015)
     cells = F.avg_pool2d(torch.from_numpy(picture)[:, None], stride)[:, 0]
     later = cells[1:].unflatten(0, (-1, 4)).mean(1)
     return 1 + torch.cat([cells[:1], later])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from liveavatar.core import ConfigError, PlacementError
 from liveavatar.models.folders import open_folder, resolve
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.models.weights import transformer_config
+from liveavatar.training import shards
 from liveavatar.training.adapters import BASE_DTYPES
 from liveavatar.training.codec import CodecConfig
 from liveavatar.training.data import DataConfig
@@ -24,6 +26,7 @@ PLANNED = ("teacher", "forcing", "ode", "consistency", "dmd")
 class Recipe(Protocol):
     """What recipe.Recipe, which asks for plans, says of its parts."""
 
+    run: str
     forcing: ForcingConfig
     export: ExportConfig
     data: DataConfig | None
@@ -47,8 +50,34 @@ def clip_of(recipe: Recipe) -> ClipConfig:
         return recipe.clip
     if not recipe.data:
         raise ConfigError("no clip section: say clip: {height: 384, width: 704, latents: 21}")
+    return clip_of_data(recipe)
+
+
+def clip_of_data(recipe: Recipe) -> ClipConfig:
+    """Size of the clips that the data section makes."""
     latents = 1 + (recipe.data.pictures - 1) // 4 - recipe.forcing.context_latents
-    return ClipConfig(height=recipe.data.size, width=recipe.data.size, latents=latents, stride=recipe.vae.spatial_stride if recipe.vae else 8)
+    height, width = recipe.data.sides
+    return ClipConfig(height=height, width=width, latents=latents, stride=recipe.vae.spatial_stride if recipe.vae else 8)
+
+
+def refuse_other_clips(recipe: Recipe) -> None:
+    """Raise ConfigError when the clips in RUN/latents are not of the size that the recipe plans with. The first one is looked at."""
+    folder = Path(recipe.run) / "latents"
+    files = shards.clip_paths(folder, "train")
+    packed = None if files else shards.Packed(folder, "train")
+    path = files[0] if files else next(iter(packed.cards), None)
+    if path is None or not (recipe.clip or recipe.data):
+        return
+    found = (shards.read_arrays(path, "card", "latents")[1] if files else packed.arrays(path))["latents"].shape[1:]
+    clip = clip_of(recipe)
+    wanted = (clip.latents + recipe.forcing.context_latents, clip.height // clip.stride, clip.width // clip.stride)
+    if found != wanted:
+        count, height, width = found
+        raise ConfigError(
+            f"{path} holds {count} latents of {height * clip.stride}x{width * clip.stride} pixels (height x width), the recipe "
+            f"says {wanted[0]} of {clip.height}x{clip.width} (clip.latents={clip.latents} and forcing.context_latents="
+            f"{recipe.forcing.context_latents}): encode clips of that size, or say clip: {{height: {height * clip.stride}, "
+            f"width: {width * clip.stride}, latents: {count - recipe.forcing.context_latents}}}")
 
 
 def plans_of(recipe: Recipe, gpus: int) -> list[StagePlan]:

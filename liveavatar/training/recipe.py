@@ -20,7 +20,7 @@ from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
-    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, lids, ode, planning, preview, probing, progress, shards, teacher,
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, judging, lids, ode, planning, preview, probing, progress, shards, teacher,
     students, textcode,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
@@ -86,12 +86,18 @@ class Recipe:
             raise ConfigError(f"missing section {lacking[0]!r}")
         surplus = [name for name in ("vae", "text", "teacher", "probe", "choose", "lids") if self.forcing.base and getattr(self, name)]
         if surplus:
-            raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is and judged by `evaluate`")
+            raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is; dmd.judge says what Stage 2 is worth")
 
     def _check_lengths(self) -> None:
         clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
         if clip_latents < 1 or clip_latents % self.forcing.block_latents:
             raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
+        sides, size = self.data.sides, self.data.size
+        if sides != (size, size) and not (self.videos and self.forcing.base):
+            raise ConfigError(f"data.height={sides[0]}, width={sides[1]}: for clips of videos over a base only; the rest is square: say data.size")
+        if self.clip and self.clip != (made := planning.clip_of_data(self)):
+            raise ConfigError(f"clip says {self.clip.latents} latents of {self.clip.height}x{self.clip.width} pixels (height x width), data makes "
+                              f"{made.latents} of {made.height}x{made.width}: let them agree, or leave clip out")
 
     @property
     def default_identity(self) -> int:
@@ -119,10 +125,15 @@ class Recipe:
             raise ConfigError("choose: the recipe has no dmd section to choose from")
         if self.lids and self.lids.start == "chosen" and not self.choose:
             raise ConfigError("lids.start='chosen': the recipe has no choose section")
-        needed = "choose" if self.export.stage == "chosen" else self.export.stage
+        judged = self.dmd and self.dmd.judge
+        if judged and not self.forcing.base:
+            raise ConfigError("dmd.judge: judges adapters over a base; here a choose section does that, by the probe")
+        if self.export.stage == "best" and not judged:
+            raise ConfigError("export.stage='best': nobody says which that is; give dmd.judge: {command: ...}")
+        needed = {"chosen": "choose", "best": "dmd"}.get(self.export.stage, self.export.stage)
         if not getattr(self, needed):
             raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
-        if self.dmd and self.export.stage in ("dmd", "chosen") and self.dmd.history != "per_step":
+        if self.dmd and self.export.stage in ("dmd", "chosen", "best") and self.dmd.history != "per_step":
             # The chain keeps one bank per step; a student used to other history drifts in it (training.md 2.4).
             raise ConfigError(f"dmd.history={self.dmd.history!r}: students of this history cannot be exported, the runtime has per_step only")
 
@@ -216,7 +227,8 @@ def run_dmd(recipe: Recipe) -> None:
         choose.check_teacher(recipe.choose, recipe.teacher, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.dmd.start,
                              recipe.export.sigmas)
     meet()
-    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+    judge = judging.Judge(recipe.dmd.judge, recipe.export, recipe.forcing.base, recipe.run) if recipe.dmd.judge else None
+    dmd.train_dmd(recipe.dmd, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity, judge=judge)
 
 
 def run_choose(recipe: Recipe) -> None:
@@ -261,7 +273,8 @@ STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run
           "choose": run_choose, "lids": run_lids, "export": run_export}
 # The sections that ask for them.
 OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids"}
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids",
+            "preview": "vae", "ablations": "vae"}  # both look at rendered heads through the codec that the recipe trained
 SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
@@ -314,9 +327,13 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 
 def _why_not(recipe: Recipe, name: str) -> str:
-    if recipe.forcing.base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids"):
-        return f"that part of {recipe.forcing.base.folder} is used as it is; a recipe over a base trains adapters only"
-    return f"the recipe has no {OPTIONAL[name]} section"
+    base, lacking = recipe.forcing.base, f"the recipe has no {OPTIONAL[name]} section"
+    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids"):
+        return f"that part of {base.folder} is used as it is; a recipe over a base trains adapters only"
+    if base and name in SIDE_STAGES:
+        return (f"{lacking}, and over a base it can have none: export the adapter, name {recipe.export.folder}/liveavatar.safetensors as "
+                f"model.lora beside {base.folder}, and judge what `liveavatar generate` makes with `liveavatar evaluate`")
+    return lacking
 
 
 def _run_stage(name: str, recipe: Recipe, asked: dict, told: bool) -> None:
@@ -345,6 +362,7 @@ def _work(name: str, recipe: Recipe, **asked) -> None:
     torch.set_num_threads(max(1, min(threads, recipe.forcing.loop.threads)))
     try:
         if name in planning.PLANNED:
+            planning.refuse_other_clips(recipe)
             planning.refuse_what_cannot_fit(recipe, name, device_of(getattr(recipe, name).loop.device))
         (STAGES | SIDE_STAGES)[name](recipe, **asked)
     finally:

@@ -35,11 +35,6 @@ class FliteMissing(SpeechError):
     """The `flite` program is not installed (Debian: apt install flite)."""
 
 
-def have_flite() -> bool:
-    """Whether the program is installed."""
-    return shutil.which("flite") is not None
-
-
 # --------------------------------------------------------------------------- sentences
 
 _NAMES = "my mother,the baby,Bob,a famous chef,the farmer,her brother,our team,Sophie,the pilot,Joy,a young boy,the boss,everybody,George,Pam,the old judge".split(",")
