@@ -116,7 +116,8 @@ def steady(points: np.ndarray, shape: np.ndarray) -> np.ndarray:
     at = points[:, list(STABLE)].astype(float)
     middle, goal = at.mean(1, keepdims=True), shape.mean(0)
     z = _complex(at - middle)
-    turn = (_complex(shape - goal)[None] * z.conj()).sum(1) / (np.abs(z) ** 2).sum(1)
+    with np.errstate(invalid="ignore"):  # no face, no numbers
+        turn = (_complex(shape - goal)[None] * z.conj()).sum(1) / (np.abs(z) ** 2).sum(1)
     moved = _complex(points.astype(float) - middle) * turn[:, None]
     return np.stack([moved.real, moved.imag], axis=-1) + goal
 
