@@ -12,6 +12,7 @@ import json
 import struct
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -344,14 +345,15 @@ class DistLink:
 
 
 class ReceiveAhead(threading.Thread):
-    """Takes from a DistLink into a bounded inbox while the stage computes. `broken` holds why it ended."""
+    """Takes from a DistLink into a bounded inbox while the stage computes. `broken` holds why it ended. begin: called first, on its thread."""
 
-    def __init__(self, link: DistLink, inbox: QueueLink):
+    def __init__(self, link: DistLink, inbox: QueueLink, begin: Callable[[], None] = lambda: None):
         super().__init__(name=f"receive-from-{link.peer}", daemon=True)
-        self.link, self.inbox = link, inbox
+        self.link, self.inbox, self.begin = link, inbox, begin
         self.broken: LinkBroken | None = None
 
     def run(self) -> None:
+        self.begin()
         try:
             while True:
                 self.inbox.send(self.link.receive())

@@ -149,6 +149,12 @@ def device_of(config: Config, rank: int) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
 
 
+def use(device: torch.device) -> None:
+    """From here on this thread's device: kernels of ours, events and pinned memory go to the current one, which each thread has by itself."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def threads_of(config: Config, world: int) -> int:
     """CPU threads of one rank: what the config says, else an equal share of the cores, at least 1."""
     return config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // world)
@@ -184,7 +190,6 @@ class Neighbours:
         """A group for tensors if every rank has a GPU of its own, else None; all ranks answer alike."""
         mine = "cpu"
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             mine = f"{host_identity()}/{torch.cuda.get_device_properties(self.device).uuid}"
         store.set(f"device{self.rank}", mine)
         devices = [store.get(f"device{rank}").decode() for rank in range(self.world)]
@@ -250,13 +255,14 @@ def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> Non
     """Build, warm, say ready, pump. Raises LinkBroken, and what building or a role raises."""
     torch.set_num_threads(threads_of(job.config, job.world))
     device = device_of(job.config, rank)
+    use(device)
     neighbours = Neighbours(job, rank, device)
     before, after, followers = neighbours.links()
     inbox = QueueLink(inbox_room(job.config))
     up = control.message if neighbours.seat.shard == 0 else lambda message: None  # the leader says it
     pump = Pump(build(job, rank, device, neighbours.exchange()), inbox, after, up, control.beat, traced(job.config, rank), followers)
     control.pump = pump
-    receiver = ReceiveAhead(before, inbox) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
+    receiver = ReceiveAhead(before, inbox, lambda: use(device)) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
     receiver.start()
     control.beat()
     control.note("ready")
