@@ -73,7 +73,7 @@ class Register:
     def advance(self) -> list[Message]:
         """One forward of all blocks under way; what has left the last step of the stage comes out, in order of entry."""
         moving = [(item, self.steps[item.place]) for item in self.blocks]
-        rows = [replace(item.row, x=item.block.latents.to(step.model.device), cache=step.caches[item.block.session]) for item, step in moving]
+        rows = [replace(item.row, x=item.block.latents.to(step.model.device), cache=step.cache(item.block.session)) for item, step in moving]
         velocities = forward_rows(self.steps[0].model, rows, self._modulation(tuple(item.place for item, _ in moving)))
         made = []
         for (item, step), row, velocity in zip(moving, rows, velocities, strict=True):
