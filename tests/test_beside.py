@@ -1,5 +1,7 @@
 """Decode on a rank with steps: the same pictures whether it runs beside them or after them."""
 
+import threading
+import time
 from collections import deque
 from types import SimpleNamespace
 
@@ -38,6 +40,68 @@ def test_the_wait_for_a_decode_is_its_own_blocks_alone():
     holder._queued = deque(Decoding(Block("s", index=n), pictures, SimpleNamespace(synchronize=lambda: None)) for n in (4, 5))
     Pump([holder], QueueLink(), None, spans.append, traced=0)._advance(0)
     assert [(type(m), m.index) for m in spans] == [(Span, 4), (Frames, 4)]
+
+
+class Steps:
+    """The roles before a decode: notes when a block begins."""
+
+    def __init__(self, events: list):
+        self.events = events
+
+    def __call__(self, message):
+        self.events.append(("step", message.index))
+        return [message]
+
+
+def device(at_work: dict[int, bool]):
+    """A DecoderBeside whose device works on block n while at_work[n]; waits for it are noted as such."""
+    holder, waited = DecoderBeside.__new__(DecoderBeside), []
+    holder.decoder, holder._queued, pictures = Decoder(None), deque(), torch.zeros(12, 2, 2, 3, dtype=torch.uint8)
+
+    def queue(block):
+        done = SimpleNamespace(query=lambda: not at_work[block.index], synchronize=lambda: at_work[block.index] and waited.append(block.index))
+        return Decoding(block, pictures, done)
+
+    holder._decode = queue
+    return holder, waited
+
+
+def test_a_block_that_comes_while_another_is_decoded_is_taken_at_once():
+    at_work, heard = {0: True, 1: True, 2: False}, []
+    holder, waited = device(at_work)
+    inbox = QueueLink()
+    pump = Pump([Steps(heard), holder], inbox, None, lambda m: heard.append(("frames", m.index)))
+    running = threading.Thread(target=pump.run)
+    running.start()
+
+    def reached(count: int) -> list:
+        end = time.monotonic() + 20
+        while len(heard) < count and time.monotonic() < end:
+            time.sleep(0.001)
+        return heard
+
+    inbox.send(Block("s", index=0))
+    assert reached(1) == [("step", 0)]
+    inbox.send(Block("s", index=1))  # nobody waits for block 0: it is taken, and both are under way
+    assert reached(2) == [("step", 0), ("step", 1)] and not waited
+    time.sleep(0.02)
+    assert len(heard) == 2 and pump.doing()[0] == "Decoder on Block 0 at step 0 of session 's'", "a device that hangs is seen"
+    at_work[0] = False
+    assert reached(3)[2:] == [("frames", 0)]
+    at_work[1] = False
+    assert reached(4)[3:] == [("frames", 1)] and not waited
+    pump.stop()
+    running.join()
+
+
+def test_what_the_device_has_done_leaves_between_two_roles():
+    """The host may be at the next block's steps for long where it launches them one by one."""
+    heard = []
+    holder, _ = device({0: False, 1: False})
+    pump = Pump([Steps(heard), Steps(heard), holder], QueueLink(), None, lambda m: heard.append(("frames", m.index)))
+    pump._pass(Block("s", index=0))
+    pump._pass(Block("s", index=1))
+    assert heard == [("step", 0)] * 2 + [("frames", 0)] + [("step", 1)] * 2
 
 
 @pytest.mark.gpu

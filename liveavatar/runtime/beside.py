@@ -1,7 +1,8 @@
 """Decode on a rank that also holds steps: on a CUDA stream of its own, beside the next block's denoising.
 
-The host only queues work. A block's decode begins when its latents are there, runs while the steps of the next block do,
-and its pictures leave when the copy to host memory is done. On a CPU there is nothing to run beside: decode follows the step.
+The host only queues blocks and takes the next message meanwhile. A block's decode begins when its latents are there, runs while the
+steps of the next block do if that has come by then, and its pictures leave when the copy to host memory is done and the host
+looks (pump.py). Sessions that open or close are waited for. On a CPU there is nothing to run beside: decode follows the step.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class DecoderBeside:
 
     def under_way(self) -> list[tuple[Callable, Message]]:
         return [(self.decoder, item.block) for item in list(self._queued)[:1]]  # an advance waits for the oldest alone
+
+    def done(self) -> bool:
+        return self._queued[0].done.query()
 
     def holds_back(self, message: Message) -> bool:
         if isinstance(message, Block):

@@ -26,6 +26,7 @@ def describe(message: Message) -> str:
     return f"{what}{at} of session {message.session!r}"
 
 
+LOOK_SECONDS = 0.002  # between two looks at whether a device has done what a holder keeps, if no message comes
 SLOW = (Open, SetPrompt, SetReference)  # may load an encoder, and hold the interpreter for seconds
 
 
@@ -33,13 +34,17 @@ class Holder(Protocol):
     """A role that keeps messages for a while: what it was given comes out when it is advanced.
 
     The Pump advances holders whenever nothing waits in the inbox, and before a message they hold back, so a holder decides
-    who shares a piece of work and never how long anybody waits for company.
+    who shares a piece of work and never how long anybody waits for company. It waits for a device only where there is no room
+    for more, and what one has done leaves between any two roles.
     """
 
     def __call__(self, message: Message) -> list[Message]: ...
 
     def under_way(self) -> Sequence[tuple[Callable, Message]]:
         """(who, what) of the next advance, oldest first; empty: nothing is kept."""
+
+    def done(self) -> bool | None:
+        """Whether a device has done what the next advance gives out; if not, it would wait. None: the work itself is left to advance."""
 
     def holds_back(self, message: Message) -> bool:
         """Whether it must advance before it can take `message`."""
@@ -71,7 +76,7 @@ class Pump:
         """Until stop(), or the inbox is closed. Raises LinkBroken and whatever a role raises."""
         while not self._stopping:
             try:
-                message = self.inbox.receive(0.0 if self._under_way() else None)
+                message = self.inbox.receive(self._patience())
             except LinkClosed:
                 return
             if message is not None:
@@ -79,7 +84,8 @@ class Pump:
                     follower.send(message)
                 self._pass(message)
             for place in self._under_way() if message is None else ():
-                self._advance(place)
+                if self.holders[place].done() is not False:
+                    self._advance(place)
 
     def stop(self) -> None:
         """End run() after the message at hand."""
@@ -96,6 +102,17 @@ class Pump:
         busy = self.busy
         return busy is not None and isinstance(busy[1], SLOW)
 
+    def _patience(self) -> float | None:
+        """Seconds to wait for a message: as long as it takes where nothing is kept, a little where only devices are at work."""
+        kept = [self.holders[place] for place in self._under_way()]
+        if not kept:
+            return None
+        if any(holder.done() is not False for holder in kept):
+            return 0.0
+        role, message = kept[0].under_way()[0]
+        self.busy = self.busy or (type(role).__name__, message, time.monotonic())  # a device that never ends hangs like a role
+        return LOOK_SECONDS
+
     def _under_way(self) -> list[int]:
         """Places of the holders that keep something."""
         return [place for place, holder in self.holders.items() if holder.under_way()]
@@ -105,6 +122,7 @@ class Pump:
         if isinstance(message, UPWARD):
             self.up(message)
         elif place < len(self.roles):
+            self._give_out(place)
             while place in self.holders and self.holders[place].holds_back(message):
                 self._advance(place)
             role = self.roles[place]
@@ -113,6 +131,12 @@ class Pump:
             self._onward(place, self._work(role, message, lambda: role(message), who))
         elif self.down is not None:
             self.down.send(message)
+
+    def _give_out(self, place: int) -> None:
+        """What devices have done behind `place`."""
+        for later, holder in self.holders.items():
+            if later > place and holder.under_way() and holder.done():
+                self._advance(later)
 
     def _advance(self, place: int) -> None:
         holder = self.holders[place]

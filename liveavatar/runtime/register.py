@@ -53,6 +53,9 @@ class Register:
         """Who does what in the next forward; empty: nothing to advance."""
         return [(self.steps[item.place], item.block) for item in self.blocks]
 
+    def done(self) -> None:
+        """A forward is made by advance."""
+
     def holds_back(self, message: Message) -> bool:
         """Whether something must advance before `message` may come in."""
         if not isinstance(message, Block):
