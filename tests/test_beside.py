@@ -15,6 +15,7 @@ from liveavatar.runtime.links import QueueLink
 from liveavatar.runtime.pump import Pump
 from liveavatar.runtime.roles import Decoder
 from liveavatar.runtime.stage_roles import build_stage
+from liveavatar.runtime.worktime import Work, Worktimes
 
 
 def frames(heard: dict) -> dict:
@@ -34,12 +35,74 @@ def test_on_a_cpu_decode_follows_the_step(tiny_folder):
     same(frames(played(config_of(tiny_folder, decode_beside=True), script())[0]), frames(played(config_of(tiny_folder), script())[0]))
 
 
-def test_the_wait_for_a_decode_is_its_own_blocks_alone():
+class Happening:
+    """A CUDA event that happens at `at` ms of the device's own clock, which reads 0 when the host's reads `Happening.zero` s."""
+
+    now = zero = 0.0  # s, of the host
+
+    def __init__(self, at: float):
+        self.at = at
+
+    def query(self) -> bool:
+        return Happening.zero + self.at / 1000 <= Happening.now
+
+    def synchronize(self) -> None:
+        Happening.now = max(Happening.now, Happening.zero + self.at / 1000)
+
+    def elapsed_time(self, end) -> float:
+        return end.at - self.at
+
+
+def test_a_decode_is_told_as_its_own_work_not_as_what_the_rank_does_meanwhile(monkeypatch):
     holder, spans = DecoderBeside.__new__(DecoderBeside), []
     holder.decoder, pictures = Decoder(None), torch.zeros(12, 2, 2, 3, dtype=torch.uint8)
-    holder._queued = deque(Decoding(Block("s", index=n), pictures, SimpleNamespace(synchronize=lambda: None)) for n in (4, 5))
-    Pump([holder], QueueLink(), None, spans.append, traced=0)._advance(0)
-    assert [(type(m), m.index) for m in spans] == [(Span, 4), (Frames, 4)]
+    work = [Work(Happening(at), Happening(at + 80), 100.0) for at in (200, 500)]
+    holder._queued = deque(Decoding(Block("s", index=n), pictures, w) for n, w in zip((4, 5), work))
+    pump = Pump([holder], QueueLink(), None, spans.append, traced=0)
+    monkeypatch.setattr(pump._worktimes, "_clock", lambda: Happening.now)
+    Happening.zero, Happening.now = 100.0, 100.6
+    pump._advance(0)
+    assert [(type(m), m.index) for m in spans] == [(Span, 4), (Frames, 4)] and spans[0].end - spans[0].start == pytest.approx(0.08)
+
+
+def test_times_of_a_gpu_are_told_when_it_is_done_and_nobody_waits():
+    """The first is as late as it was seen; from then on the device's clock counts, whatever the host was at."""
+    told, times = [], Worktimes(lambda: Happening.now)
+    Happening.zero = 50.0
+    tell = lambda *span: told.append([round(t, 4) for t in span])  # noqa: E731
+
+    def at(now: float) -> list:
+        Happening.now = now
+        times.read()
+        return told
+
+    Happening.now = 50.0
+    times.add(Work(Happening(10), Happening(110), 50.005), tell)
+    times.add(Work(Happening(110), Happening(310), 50.01), tell)
+    assert at(50.1) == [] and len(times) == 2
+    assert at(50.112) == [[50.012, 50.112]]
+    assert at(60.0)[1:] == [[50.112, 50.312]] and not times, "2 ms late as the first, not as the host was"
+    Happening.now = 60.2
+    times.add(Work(Happening(10_000), Happening(10_199), 60.0), tell)
+    assert told[2:] == [[60.001, 60.2]], "what was seen to be over was over: the reckoning is that much nearer"
+    times.add(Work(None, None, 60.0), tell)
+    assert told[3:] == [[60.0, 60.2]], "the host's own work is over when it is given"
+
+
+class Ticks(Happening):
+    def query(self) -> bool:
+        return True
+
+
+def test_a_drifting_clock_is_held_between_what_the_host_knows():
+    """A device whose clock gains or loses a second in 1000: after 2000 blocks of 480 ms its times are as near as after one."""
+    for rate in (1.001, 0.999):
+        told, now = [], 0.0
+        times = Worktimes(lambda: now)
+        for n in range(2000):
+            given, now = 0.48 * n, 0.48 * n + 0.3
+            times.add(Work(Ticks(1000 * rate * given), Ticks(1000 * rate * (given + 0.295)), given), lambda *span: told.append(span))
+        assert max(abs(start - 0.48 * n) for n, (start, _) in enumerate(told)) < 0.006
 
 
 class Steps:
@@ -60,7 +123,7 @@ def device(at_work: dict[int, bool]):
 
     def queue(block):
         done = SimpleNamespace(query=lambda: not at_work[block.index], synchronize=lambda: at_work[block.index] and waited.append(block.index))
-        return Decoding(block, pictures, done)
+        return Decoding(block, pictures, Work(done, done, 0.0))
 
     holder._decode = queue
     return holder, waited

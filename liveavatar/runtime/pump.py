@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import psutil
@@ -16,6 +16,7 @@ import torch
 
 from liveavatar.core import UPWARD, Block, Message, Open, SetPrompt, SetReference, Span
 from liveavatar.runtime.links import Link, LinkClosed, QueueLink
+from liveavatar.runtime.worktime import Work, Worktimes, mark
 
 
 def describe(message: Message) -> str:
@@ -49,6 +50,9 @@ class Holder(Protocol):
     def holds_back(self, message: Message) -> bool:
         """Whether it must advance before it can take `message`."""
 
+    def beside(self) -> Work | None:
+        """The work of the next advance where a stream of its own did it; None: advance does it as any role does."""
+
     def advance(self) -> list[Message]:
         """One piece of work; what is done comes out in order."""
 
@@ -59,7 +63,7 @@ class Pump:
     busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
     a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
     still says which and at what. announce: called before and after a SLOW message. traced: the rank's
-    number if the head wants a Span of every role's work, else None. followers: links to the ranks that
+    number if the head wants a Span of every role's work, else None; of what a GPU works on it comes when that is over. followers: links to the ranks that
     share this stage; they are given every message before it is worked on.
     """
 
@@ -69,6 +73,7 @@ class Pump:
         self.traced, self.followers = traced, tuple(followers)
         self.holders: dict[int, Holder] = {place: role for place, role in enumerate(self.roles) if hasattr(role, "advance")}
         self.busy: tuple[str, Message, float] | None = None
+        self._worktimes = Worktimes()
         self._stopping = False
 
     @torch.no_grad()
@@ -79,6 +84,7 @@ class Pump:
                 message = self.inbox.receive(self._patience())
             except LinkClosed:
                 return
+            self._worktimes.read()
             if message is not None:
                 for follower in self.followers:
                     follower.send(message)
@@ -105,13 +111,12 @@ class Pump:
     def _patience(self) -> float | None:
         """Seconds to wait for a message: as long as it takes where nothing is kept, a little where only devices are at work."""
         kept = [self.holders[place] for place in self._under_way()]
-        if not kept:
-            return None
         if any(holder.done() is not False for holder in kept):
             return 0.0
-        role, message = kept[0].under_way()[0]
-        self.busy = self.busy or (type(role).__name__, message, time.monotonic())  # a device that never ends hangs like a role
-        return LOOK_SECONDS
+        if kept:
+            role, message = kept[0].under_way()[0]
+            self.busy = self.busy or (type(role).__name__, message, time.monotonic())  # a device that never ends hangs like a role
+        return LOOK_SECONDS if kept or self._worktimes else None
 
     def _under_way(self) -> list[int]:
         """Places of the holders that keep something."""
@@ -141,40 +146,36 @@ class Pump:
     def _advance(self, place: int) -> None:
         holder = self.holders[place]
         who = tuple(holder.under_way())
-        self._onward(place, self._work(*who[0], holder.advance, who))
+        self._onward(place, self._work(*who[0], holder.advance, who, holder.beside()))
 
     def _onward(self, place: int, made: list[Message]) -> None:
         for out in made:
             self._pass(out, place + 1)
 
-    def _tell(self, start: float, who: Sequence[tuple[Callable, Message]]) -> None:
-        """Spans of work that began at `start` and is over now; blocks that shared it have an equal part each, so that a rank's spans add
-        up to what it worked."""
-        spans = [span_of(self.traced, item, start, role) for role, item in who]
-        for n, span in enumerate(spans):
-            each = (spans[0].end - start) / len(spans)
-            self.up(replace(span, start=start + n * each, end=start + (n + 1) * each))
+    def _tell(self, who: Sequence[tuple[Callable, Message]], rss: int, gpu: int, start: float, end: float) -> None:
+        """Spans of work from start to end; blocks that shared it have an equal part each, so that a rank's spans add up to what it
+        worked."""
+        each = (end - start) / len(who)
+        for n, (role, item) in enumerate(who):
+            step = getattr(role, "index", None)
+            self.up(Span(item.session, what=type(item).__name__, index=getattr(item, "index", None), rank=self.traced,
+                         role=type(role).__name__ + ("" if step is None else str(step)), start=start + n * each, end=start + (n + 1) * each,
+                         rss=rss, gpu=gpu))
 
-    def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]]) -> list[Message]:
-        """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`."""
+    def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]],
+              beside: Work | None = None) -> list[Message]:
+        """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`. beside: if another stream
+        has done the work already."""
         self.busy = (type(role).__name__, message, time.monotonic())
         if isinstance(message, SLOW):
             self.announce()
+        began = None if self.traced is None else mark()
         made = act()
-        if self.traced is not None:
-            self._tell(self.busy[2], who)
+        if self.traced is not None and who:
+            gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+            told = partial(self._tell, who, psutil.Process().memory_info().rss, gpu)
+            self._worktimes.add(beside or Work(began, began and mark(), self.busy[2]), told)
         self.busy = None
         if isinstance(message, SLOW):
             self.announce()
         return made
-
-
-def span_of(rank: int, message: Message, start: float, role: Callable) -> Span:
-    """The Span of a role's work that is over now; what it queued on a GPU is waited for, or its time would be nobody's."""
-    on_gpu = torch.cuda.is_initialized()
-    if on_gpu:
-        torch.cuda.synchronize()
-    step = getattr(role, "index", None)
-    return Span(message.session, what=type(message).__name__, index=getattr(message, "index", None), rank=rank,
-                role=type(role).__name__ + ("" if step is None else str(step)), start=start, end=time.monotonic(),
-                rss=psutil.Process().memory_info().rss, gpu=torch.cuda.memory_allocated() if on_gpu else 0)

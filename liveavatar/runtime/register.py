@@ -56,6 +56,9 @@ class Register:
     def done(self) -> None:
         """A forward is made by advance."""
 
+    def beside(self) -> None:
+        """And on the rank's own stream."""
+
     def holds_back(self, message: Message) -> bool:
         """Whether something must advance before `message` may come in."""
         if not isinstance(message, Block):
