@@ -9,6 +9,7 @@ from liveavatar import core, ops
 from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, SamplerConfig, build
 from liveavatar.core import ConfigError
 from liveavatar.models.fast import Fp8Linear, compile_halves, pack, prepare, to_fp8
+from liveavatar.models.layers import to_device
 from liveavatar.models.rows import ALONE
 from liveavatar.runtime import stage_roles
 from liveavatar.runtime.graphs import GraphedForward, GraphShapeError
@@ -247,6 +248,16 @@ def test_config_refuses_graphs_without_a_gpu():
         FastConfig(attention="fp8")
     with pytest.raises(ConfigError, match="fp_8.*did you mean 'fp8'"):
         build(Config, {"model": {"fast": {"fp_8": True}}})
+
+
+def test_what_a_block_needs_from_the_host_is_sent_without_waiting(monkeypatch):
+    """From pageable memory a copy to a GPU waits for all that the GPU has still to do. What lies there already is left there."""
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copied.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: copied.append((where, how)) or x)
+    gpu, far = torch.device("cuda", 0), torch.zeros(2, device="meta")
+    to_device(torch.zeros(2), gpu), to_device(far, gpu)
+    assert copied == ["pinned", ((gpu,), {"non_blocking": True}), ((gpu,), {})]
 
 
 def test_angles_by_axis_are_those_of_every_token():

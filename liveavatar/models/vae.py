@@ -74,9 +74,8 @@ class StreamingVAE:
         self.patch = vae.config.patch_size or 1
         self.spatial_stride = 2 ** (len(vae.config.dim_mult) - 1) * self.patch
         self.temporal_stride = 2 ** sum(vae.config.temperal_downsample)
-        self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(-1, 1, 1, 1)
-        self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(-1, 1, 1, 1)
-        assert len(self._mean) == len(self._std) == self.z_dim, "latents_mean and latents_std need z_dim values"
+        self._statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32).view(2, -1, 1, 1, 1)
+        assert self._statistics.shape[1] == self.z_dim, "latents_mean and latents_std need z_dim values"
 
     @classmethod
     def from_module(cls, vae: AutoencoderKLWan) -> StreamingVAE:
@@ -114,7 +113,8 @@ class StreamingVAE:
         groups = x.split([1] + [self.temporal_stride] * (x.shape[2] // self.temporal_stride), dim=2)
         encoded = [self.module.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups]
         mu = self.module.quant_conv(torch.cat(encoded, dim=2))[0, : self.z_dim].float()
-        return (mu - self._mean.to(mu.device)) / self._std.to(mu.device)
+        mean, std = self._mean_std()
+        return (mu - mean) / std
 
     def new_state(self) -> DecoderState:
         """A fresh stream for `decode`."""
@@ -129,7 +129,8 @@ class StreamingVAE:
         """
         assert latents.dim() == 4 and latents.shape[0] == self.z_dim and latents.shape[1] > 0, latents.shape
         z = latents.to(self.device, torch.float32)
-        z = (z * self._std.to(z.device) + self._mean.to(z.device)).to(self.dtype)
+        mean, std = self._mean_std()
+        z = (z * std + mean).to(self.dtype)
         x = self.module.post_quant_conv(z[None])
         cache = list(state.cache)  # entries are replaced, never written into
         # The temporal upsamplers treat the first latent differently, so it must go in by itself.
@@ -142,6 +143,12 @@ class StreamingVAE:
         state.cache, state.latents = cache, state.latents + latents.shape[1]
         pictures = unpatchify(torch.cat(decoded, dim=2), self.patch)
         return pictures[0].float().clamp_(-1.0, 1.0)
+
+    def _mean_std(self) -> torch.Tensor:
+        """fp32 [2, z, 1, 1, 1], copied to the device the first time it is asked for there."""
+        if self._statistics.device != self.device:
+            self._statistics = self._statistics.to(self.device)
+        return self._statistics
 
     def _check_pictures(self, pictures: torch.Tensor) -> None:
         assert pictures.dim() == 4 and pictures.shape[0] == 3, pictures.shape

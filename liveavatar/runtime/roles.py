@@ -24,6 +24,7 @@ from liveavatar.diffusion.denoise import euler, noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
+from liveavatar.models.layers import to_device
 from liveavatar.models.rows import ALONE, Exchange, Row, forward_rows
 from liveavatar.models.s2v import CausalS2V, TextCache
 from liveavatar.runtime.graphs import GraphedForward, Recorder
@@ -144,8 +145,8 @@ class Conditioner:
         size = self.geometry.frames_per_block
         lids = torch.from_numpy(lid_closure(mine.seed, message.session, index * size, size)) if self.lids else None
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), lids=lids, observe=message.observe,
-                     finish_after=message.finish_after)
+                     latents=to_device(latents.to(self.dtype), self.device), features=to_device(features, self.device), lids=lids,
+                     observe=message.observe, finish_after=message.finish_after)
 
 
 # ---------------------------------------------------------------- denoise
@@ -286,7 +287,7 @@ class Denoiser:
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
         x, pose = block.latents.to(self.model.device), None
         if block.lids is not None:
-            pose = lid_planes(block.lids.to(self.model.device), self.model.config.cond_dim, *x.shape[-2:])
+            pose = lid_planes(to_device(block.lids, self.model.device), self.model.config.cond_dim, *x.shape[-2:])
         return Row(x, self.sinks.audio, self.sinks.sessions[block.session].text, self.cache(block.session),
                    self.geometry.first_block + block.index, block.sink_distance, pose)
 
