@@ -18,6 +18,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from liveavatar.core import InputError, WeightsError
 from liveavatar.models import tensorfiles
 
+SETTLED = 2  # latents after which the cache of a stream keeps its shapes (model.md section 12)
+
 
 def count_causal_convs(module: torch.nn.Module) -> int:
     """Convolutions of `module` that remember their last two input frames: the length of its cache."""
@@ -69,6 +71,7 @@ class StreamingVAE:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.module = vae
+        self._compiled: Callable | None = None  # of module.decoder, for streams that run
         self.config = vae.config
         self.z_dim: int = vae.config.z_dim
         self.patch = vae.config.patch_size or 1
@@ -132,14 +135,17 @@ class StreamingVAE:
         mean, std = self._mean_std()
         z = (z * std + mean).to(self.dtype)
         x = self.module.post_quant_conv(z[None])
-        cache = list(state.cache)  # entries are replaced, never written into
+        # Entries are replaced, never written into. A batch of one may have any stride, and a compiler would tell them apart.
+        cache = [entry[0][None] if isinstance(entry, torch.Tensor) else entry for entry in state.cache]
         # The temporal upsamplers treat the first latent differently, so it must go in by itself.
         pieces = [x] if state.latents else [x[:, :, :1], x[:, :, 1:]]
+        settled = self._compiled is not None and state.latents >= SETTLED
+        decoder = self._compiled if settled else self.module.decoder
         decoded = []
         for i, piece in enumerate(pieces):
             if piece.shape[2]:
                 first = state.latents == 0 and i == 0
-                decoded.append(self.module.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=first))
+                decoded.append(decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=first))
         state.cache, state.latents = cache, state.latents + latents.shape[1]
         pictures = unpatchify(torch.cat(decoded, dim=2), self.patch)
         return pictures[0].float().clamp_(-1.0, 1.0)
@@ -162,12 +168,12 @@ class StreamingVAE:
 
 
 def compile_decoder(vae: StreamingVAE, **options) -> None:
-    """torch.compile of the decoder, in place. options: of torch.compile.
+    """torch.compile of the decoder for streams that run. options: of torch.compile.
 
-    The first two latents of a stream have caches of other kinds, so three graphs are made, and one more per number of latents
-    in a call: worth it where streams go on for long.
+    A stream's first call is not compiled: its caches are of other kinds until two latents are in, and in the runtime it primes with
+    another number of latents than a block has. So one graph is made, and one more per other number of latents in a later call.
     """
-    vae.module.decoder = torch.compile(vae.module.decoder, fullgraph=True, dynamic=False, **options)
+    vae._compiled = torch.compile(vae.module.decoder, fullgraph=True, dynamic=False, **options)
 
 
 def build_module(config: dict, where: str = "VAE config") -> AutoencoderKLWan:
