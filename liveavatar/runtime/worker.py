@@ -1,4 +1,4 @@
-"""One rank: connect to the head, build the roles of its stage, warm up, pump messages until told to stop.
+"""One rank: connect to the head, build the roles of its stage, which warms them up, pump messages until told to stop.
 
 The control connection carries heartbeats, messages for the head and errors; the data link carries
 messages from rank to rank. Everything a rank needs to know comes from the head as a `Job`, so every
@@ -40,7 +40,7 @@ MESSAGE_FRAME, NOTE_FRAME = b"M", b"J"  # first byte of a frame to the head: an 
 
 
 class Source(Protocol):
-    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.stage_roles)."""
+    """Who makes the roles, ready for the first block; picklable. None in its place means the checkpoint's own (runtime.stage_roles)."""
 
     def build_stage(self, config: Config, stage_names: Sequence[str], device: torch.device) -> Sequence[Callable]: ...
 
@@ -225,16 +225,12 @@ def traced(config: Config, rank: int) -> int | None:
 
 
 def build(job: Job, rank: int, device: torch.device, exchange: Bands | None = None) -> Sequence[Callable]:
-    """The roles of this rank, each warmed up if it knows how. exchange: with those who share its stage. Raises whatever loading raises."""
+    """The roles of this rank, warm. exchange: with those who share its stage. Raises whatever loading raises."""
     source = job.source
     if source is None:
         from liveavatar.runtime import stage_roles as source  # only ranks load models; the head never does
     shared = () if exchange is None else (exchange,)
-    roles = source.build_stage(job.config, seats_of(job.config)[rank].roles, device, *shared)
-    for role in roles:
-        if hasattr(role, "warm"):
-            role.warm()
-    return roles
+    return source.build_stage(job.config, seats_of(job.config)[rank].roles, device, *shared)
 
 
 def inbox_room(config: Config) -> int:
@@ -252,7 +248,7 @@ def read_inlet(connection: Connection, inbox: QueueLink) -> None:
 
 
 def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> None:
-    """Build, warm, say ready, pump. Raises LinkBroken, and what building or a role raises."""
+    """Join, build, say ready, pump. Raises LinkBroken, and what building or a role raises."""
     torch.set_num_threads(threads_of(job.config, job.world))
     device = device_of(job.config, rank)
     use(device)
