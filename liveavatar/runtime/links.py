@@ -239,7 +239,9 @@ class DistLink:
     peer: rank at the other end. device: where this rank computes; tensors that lay on an accelerator
     arrive there, all others on the CPU. Sending copies into one of `slots` preallocated buffers and
     returns; it waits only while all slots are under way, which is how a slow peer holds us back.
-    The payload is received only once its header is here, so that an idle link spins no kernel.
+    The payload is received only once its header is here, so that an idle link spins no kernel. The header leaves when the sender's
+    host has queued the work, not when its GPU has done it: the receive, on a stream of its own, may spin for up to a step's time,
+    which costs the running block a few of the GPU's multiprocessors; to hold the header back the sender's host would have to wait.
     """
 
     def __init__(self, peer: int, device: torch.device, payload_group=None, slots: int = 2):
