@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
+from liveavatar.conditioning import audio_features
 from liveavatar.conditioning.audio_features import (
     LogMelFrontEnd,
     Wav2VecFrontEnd,
@@ -225,6 +226,15 @@ def test_window_over_the_whole_file_equals_whole_file_features_on_the_unstretche
     whole = front_end.whole_file(pcm, 36)[..., 24:]
     index = [frame_to_row(i) for i in range(24, 36)]
     np.testing.assert_allclose(whole, interpolate_rows(states, rows_30hz(5 * k + 1))[:, index].transpose(1, 2), atol=1e-6)
+
+
+def test_what_a_block_needs_of_indices_is_made_once(wav2vec):
+    """On a GPU each would be a copy that waits. They repeat after 5 blocks."""
+    front_end, pcm, made = Wav2VecFrontEnd(wav2vec), voice(54_800), []
+    for block in range(12):
+        front_end.encode(pcm, block)
+        made.append([cached.cache_info().misses for cached in (audio_features._index, audio_features._between)])
+    assert made[4:] == [made[4]] * 8 and made[0] != made[4]
 
 
 def test_every_window_starts_on_the_absolute_grid_and_covers_its_pictures(wav2vec):

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import tiny_model
-from liveavatar import ops
-from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, build
+from liveavatar import core, ops
+from liveavatar.config import Config, FastConfig, ModelConfig, RuntimeConfig, SamplerConfig, build
 from liveavatar.core import ConfigError
 from liveavatar.models.fast import Fp8Linear, compile_halves, pack, prepare, to_fp8
+from liveavatar.models.layers import to_device
 from liveavatar.models.rows import ALONE
 from liveavatar.runtime import stage_roles
 from liveavatar.runtime.graphs import GraphedForward, GraphShapeError
@@ -170,6 +171,53 @@ def test_a_graphed_stream_is_the_plain_one(changes):
         assert (recorder.recorded, recorder.played) == (4, BLOCKS - 7)
 
 
+def spoken(session: str, blocks: int, seed: int) -> list[core.Message]:
+    """A session as the steps of a stage see it, with a prompt, a refresh and a portrait between its blocks, closed at the end."""
+    draw = torch.Generator().manual_seed(seed)
+    some = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
+    said = [core.Open(session, reference=some(16, 1, 8, 8), motion=some(16, 3, 8, 8), context=some(5, 16))]
+    for index in range(blocks):
+        said += [core.Refresh(session, reference=some(16, 1, 8, 8))] if index == 4 else []
+        said += [core.SetPrompt(session, context=some(9, 16))] if index == 6 else []
+        said += [core.SetReference(session, reference=some(16, 1, 8, 8), motion=some(16, 3, 8, 8))] if index == 8 else []
+        said.append(core.Block(session, index=index, latents=some(16, 3, 8, 8), features=some(1, 400, 12)))
+    return [*said, core.Close(session)]
+
+
+def through(roles, messages) -> list[torch.Tensor]:
+    """Latents that come out of the last role."""
+    out = []
+    for message in messages:
+        for role in roles:
+            message = next(m for m in role(message) if not isinstance(m, core.UPWARD))
+        out += [message.latents] if isinstance(message, core.Block) else []
+    return out
+
+
+@pytest.mark.parametrize("anchors", [0, 2])
+def test_nothing_of_a_session_makes_its_stage_capture_again(anchors, tiny_folder, monkeypatch):
+    """Ring of 4: four places while it fills, three more (one with two anchors) that come round; each of two steps captures them once."""
+    recorder, places = Playback(), 7 - anchors
+    monkeypatch.setattr(stage_roles, "cuda_recorder", lambda device: recorder)
+
+    def stage(graphs: bool):
+        config = Config(model=ModelConfig(path=str(tiny_folder), fast=FastConfig(graphs=graphs)), sampler=SamplerConfig(anchor_blocks=anchors))
+        return stage_roles._denoisers(open_source(config), [0, 1], torch.float32, torch.device("cpu"), config, ALONE)
+
+    plain, graphed = stage(False), stage(True)
+    for seed in range(2):  # as it is, then captured
+        through(graphed, spoken("first", places, seed))
+    assert recorder.recorded == recorder.played == 2 * places
+    for seed, name in enumerate("ab"):
+        expected, got = (through(roles, spoken(name, 12, seed)) for roles in (plain, graphed))
+        assert len(got) == 12 and all(map(torch.equal, got, expected))
+    assert (recorder.recorded, recorder.played) == (2 * places, 2 * places + 2 * 2 * 12)
+    side_by_side = [m for pair in zip(spoken("c", 12, 5), spoken("d", 12, 6)) for m in pair]
+    assert all(map(torch.equal, through(graphed, side_by_side), through(plain, side_by_side)))
+    assert recorder.recorded == 4 * places, "a session that is held beside another has memory, and so graphs, of its own"
+    assert len(graphed[0].spare) == 2 and not graphed[0].sessions, "what closed sessions leave is kept for the next"
+
+
 @torch.inference_mode()
 def test_a_graph_refuses_another_shape():
     model = tiny_model()
@@ -200,6 +248,16 @@ def test_config_refuses_graphs_without_a_gpu():
         FastConfig(attention="fp8")
     with pytest.raises(ConfigError, match="fp_8.*did you mean 'fp8'"):
         build(Config, {"model": {"fast": {"fp_8": True}}})
+
+
+def test_what_a_block_needs_from_the_host_is_sent_without_waiting(monkeypatch):
+    """From pageable memory a copy to a GPU waits for all that the GPU has still to do. What lies there already is left there."""
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copied.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: copied.append((where, how)) or x)
+    gpu, far = torch.device("cuda", 0), torch.zeros(2, device="meta")
+    to_device(torch.zeros(2), gpu), to_device(far, gpu)
+    assert copied == ["pinned", ((gpu,), {"non_blocking": True}), ((gpu,), {})]
 
 
 def test_angles_by_axis_are_those_of_every_token():

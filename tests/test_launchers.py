@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from liveavatar import core
 from liveavatar.config import Config, ModelConfig, RuntimeConfig
-from liveavatar.runtime import launchers
+from liveavatar.runtime import launchers, worker
 from toy_roles import ToySource, play, script
 
 WHOLE = (("condition", "step0", "step1", "step2", "step3", "decode"),)
@@ -86,7 +87,7 @@ def test_torchrun_started_by_us(expected):
 UNDER_TORCHRUN = """
 import sys
 sys.path.insert(0, {tests!r})
-from liveavatar.runtime import launchers
+from liveavatar.runtime import launchers, worker
 if launchers.torchrun_role() == "rank":
     launchers.run_rank()
 import pickle

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_chain_equality import CHAIN, Player, config_of
 from test_placement import CHAIN as FULL_CHAIN
 from test_placement import USUAL, config, gpus
@@ -12,8 +13,9 @@ from liveavatar import core
 from liveavatar.core import ConfigError, PlacementError
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.runtime import launchers
+from liveavatar.runtime.bands import Bands
 from liveavatar.runtime.placement import check_shards, plan
-from liveavatar.runtime.seats import seats_of
+from liveavatar.runtime.seats import Seat, seats_of
 
 STAGES = (CHAIN[:1], CHAIN[1:5], CHAIN[5:])
 SIX = (FULL_CHAIN[:1], *((name,) for name in FULL_CHAIN[1:]))
@@ -49,6 +51,32 @@ def test_two_ranks_share_a_stage_and_make_the_same_pictures(tmp_path):
                 assert (mine.pictures.int() - theirs.pictures.int()).abs().max() <= 1
             if isinstance(mine, core.CleanLatent):
                 torch.testing.assert_close(mine.latent, theirs.latent, atol=2e-4, rtol=0)
+
+
+def all_agree(rank: int, path: str, world: int, dtype: torch.dtype) -> None:
+    """Every rank makes the same whole and gives its part through the exchange: what comes is the part of the whole, bit for bit."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    bands = Bands(dist.group.WORLD, Seat(rank, 0, ("step0",), rank, world), torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    latents, rows, columns, heads = 3, 4, 5, 8
+    some = lambda *shape: torch.randn(shape, generator=draw).to(dtype)  # noqa: E731
+    picture = some(2, 16, latents, rows, columns)
+    assert torch.equal(bands.whole(bands.band(picture)), picture) and bands.band(picture).shape[-2] == rows // world
+    grids = some(3, 2, latents, rows, columns, heads, 6)  # q, k and v of two rows, by latent, row, column
+    order = bands.order(torch.arange(latents * rows * columns).expand(2, -1)[..., None], latents)[0, :, 0]
+    by_band = grids.flatten(2, 4)[:, :, order]
+    mine = bands.band(grids.permute(0, 1, 2, 5, 6, 3, 4)).permute(0, 1, 2, 5, 6, 3, 4).flatten(2, 4)  # this rank's rows, all heads
+    part = bands.to_heads(*mine)
+    for got, whole in zip(part, by_band, strict=True):
+        assert torch.equal(got, bands.own_heads(whole)) and got.shape == (2, latents * rows * columns, heads // world, 6)
+    for got, given in zip(part, mine, strict=True):
+        assert torch.equal(bands.to_tokens(got), given)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world, dtype", [(2, torch.bfloat16), (4, torch.float32)], ids=str)
+def test_what_ranks_exchange_arrives_bit_for_bit(world, dtype, forker, tmp_path):
+    forker.run(all_agree, str(tmp_path / "store"), world, dtype, world=world)
 
 
 def test_seats_follow_the_stages_and_their_shards():

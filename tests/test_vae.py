@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file
 
 from liveavatar.core import InputError, WeightsError
-from liveavatar.models.vae import StreamingVAE, plan_official_vae, stored_as, wan_name
+from liveavatar.models.vae import StreamingVAE, compile_decoder, plan_official_vae, stored_as, wan_name
 
 PARITY = Path("/work/shared/parity")
 SMALL = dict(
@@ -61,6 +61,27 @@ def test_pieces_equal_the_whole(vae, latents, sizes):
     pictures = decode_in(vae, latents, sizes)
     assert pictures.shape == (3, 21, 24, 32) and pictures.dtype == torch.float32
     torch.testing.assert_close(pictures, whole(vae, latents), atol=2e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_compiled_decoder_is_one_graph_and_makes_the_same_pictures():
+    """In the runtime's order: seven latents that prime, then three a block; and a call that begins a stream is not compiled."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    made, draw = StreamingVAE.from_module(AutoencoderKLWan(**SMALL).eval().requires_grad_(False)), torch.Generator().manual_seed(1)
+    stream, sizes = torch.randn(16, 19, 3, 4, generator=draw), [7, 3, 3, 3, 3]
+    expected, settling = decode_in(made, stream, sizes), decode_in(made, stream[:, :4], [1] * 4)
+    torch._dynamo.reset()
+    compile_decoder(made, backend=backend)
+    assert torch.equal(decode_in(made, stream, sizes), expected) and len(graphs) == 1
+    assert torch.equal(decode_in(made, stream, sizes), expected) and len(graphs) == 1, "the next session finds it there"
+    assert torch.equal(decode_in(made, stream[:, :4], [1] * 4), settling) and len(graphs) == 2, "of one latent a call"
+    torch._dynamo.reset()
 
 
 def test_first_latent_makes_one_picture_others_four(vae, latents):

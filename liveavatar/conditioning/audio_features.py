@@ -10,12 +10,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
+from liveavatar.models.layers import to_device
 
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 BLOCK_FRAMES = 12
@@ -218,11 +220,24 @@ def frame_to_row(frame: int) -> int:
 
 def interpolate_rows(features: torch.Tensor, rows: int) -> torch.Tensor:
     """features [layers, T, width] -> [layers, rows, width], linear in time, first and last row of both aligned."""
-    last = features.shape[1] - 1
-    at = torch.linspace(0.0, float(last), rows, dtype=torch.float64)
-    low = at.floor().long()
-    weight = (at - low).to(features)[None, :, None]
-    return torch.lerp(features[:, low], features[:, (low + 1).clamp(max=last)], weight)
+    low, high, weight = _between(features.shape[1] - 1, rows, features.dtype, features.device)
+    return torch.lerp(features[:, low], features[:, high], weight)
+
+
+@lru_cache(maxsize=4)  # a stream's window is always as long
+def _between(last: int, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each of `rows`: the rows 0..last before and after it, and how near it is to the second [1, rows, 1]."""
+    with torch.inference_mode(False):  # others may ask for gradients later
+        at = torch.linspace(0.0, float(last), rows, dtype=torch.float64)
+        low = at.floor().long()
+        weight = (at - low).to(dtype)[None, :, None]
+        return low.to(device), (low + 1).clamp(max=last).to(device), weight.to(device)
+
+
+@lru_cache(maxsize=16)  # a stream has 5 of them, again and again
+def _index(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def rows_to_frames(features: torch.Tensor, frames: int) -> torch.Tensor:
@@ -289,7 +304,7 @@ class Wav2VecFrontEnd(_Streaming):
     def encode(self, window: np.ndarray, block: int) -> torch.Tensor:
         """window: float32 PCM of span(block) -> float32 [layers, width, block_frames], on the model's device."""
         rows = interpolate_rows(self.hidden_states(window), CELL_ROWS * self._cells + 1)
-        return rows[:, self._rows(block)].transpose(1, 2).contiguous()
+        return rows[:, _index(tuple(self._rows(block)), rows.device)].transpose(1, 2).contiguous()
 
     def whole_file(self, pcm, frames: int) -> torch.Tensor:
         """The reference's offline features, for parity: pcm float32 [n] encoded at once -> [layers, width, frames].
@@ -312,7 +327,7 @@ class Wav2VecFrontEnd(_Streaming):
         """
         weight = next(self._model.parameters())
         values = torch.from_numpy((pcm - pcm.mean(dtype=np.float64)) / np.sqrt(pcm.var(dtype=np.float64) + 1e-7))
-        out = self._model(values[None].to(weight), output_hidden_states=True)
+        out = self._model(to_device(values[None].to(weight.dtype), weight.device), output_hidden_states=True)
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state]).float()
 
 

@@ -63,8 +63,8 @@ def rope_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small host tensor on `device` without waiting for it: from pageable memory torch would."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """`x` on `device` without waiting for it: from pageable memory torch would."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
 
 
 rotate = ops.rotate  # known here under the name of the field

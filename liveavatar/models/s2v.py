@@ -204,8 +204,9 @@ class CausalS2V(nn.Module):
 
     def modulation(self, t: float | torch.Tensor) -> StepModulation:
         """Modulation of timestep(s) t in 0..1000: a float, or [B, G]. Compute once per step."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=self.device)
-        t = t.reshape(1, 1) if t.dim() == 0 else t
+        if not isinstance(t, torch.Tensor):
+            t = torch.full((1, 1), t, dtype=torch.float64, device=self.device)
+        t = t.to(self.device, torch.float64)
         half = self.config.freq_dim // 2
         f = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=t.device) / half)
         s = torch.cat([(t[..., None] * f).cos(), (t[..., None] * f).sin()], dim=-1).float()
@@ -234,7 +235,7 @@ class CausalS2V(nn.Module):
         positions = [grid_positions([reference], rows, columns), grid_positions([-1], rows, columns)]
         for times, stride in (([-3], 4), ([-19, -14, -9, -4], 8)):
             positions.append(grid_positions(times, spread(h // 2, h // stride), spread(w // 2, w // stride)))
-        return L.rope_angles(torch.cat(positions), self.config.head_dim).to(self.device)
+        return L.to_device(L.rope_angles(torch.cat(positions), self.config.head_dim), self.device)
 
     def angles_at(self, times: Sequence[int], h: int, w: int) -> torch.Tensor:
         """Rotation of whole latents of size h x w at these times (any 64-bit): fp32 [2, T*tok, d/2], nothing waits for the device.

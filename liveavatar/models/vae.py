@@ -18,6 +18,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from liveavatar.core import InputError, WeightsError
 from liveavatar.models import tensorfiles
 
+SETTLED = 2  # latents after which the cache of a stream keeps its shapes (model.md section 12)
+
 
 def count_causal_convs(module: torch.nn.Module) -> int:
     """Convolutions of `module` that remember their last two input frames: the length of its cache."""
@@ -69,14 +71,14 @@ class StreamingVAE:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.module = vae
+        self._compiled: Callable | None = None  # of module.decoder, for streams that run
         self.config = vae.config
         self.z_dim: int = vae.config.z_dim
         self.patch = vae.config.patch_size or 1
         self.spatial_stride = 2 ** (len(vae.config.dim_mult) - 1) * self.patch
         self.temporal_stride = 2 ** sum(vae.config.temperal_downsample)
-        self._mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(-1, 1, 1, 1)
-        self._std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(-1, 1, 1, 1)
-        assert len(self._mean) == len(self._std) == self.z_dim, "latents_mean and latents_std need z_dim values"
+        self._statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32).view(2, -1, 1, 1, 1)
+        assert self._statistics.shape[1] == self.z_dim, "latents_mean and latents_std need z_dim values"
 
     @classmethod
     def from_module(cls, vae: AutoencoderKLWan) -> StreamingVAE:
@@ -114,7 +116,8 @@ class StreamingVAE:
         groups = x.split([1] + [self.temporal_stride] * (x.shape[2] // self.temporal_stride), dim=2)
         encoded = [self.module.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups]
         mu = self.module.quant_conv(torch.cat(encoded, dim=2))[0, : self.z_dim].float()
-        return (mu - self._mean.to(mu.device)) / self._std.to(mu.device)
+        mean, std = self._mean_std()
+        return (mu - mean) / std
 
     def new_state(self) -> DecoderState:
         """A fresh stream for `decode`."""
@@ -129,19 +132,29 @@ class StreamingVAE:
         """
         assert latents.dim() == 4 and latents.shape[0] == self.z_dim and latents.shape[1] > 0, latents.shape
         z = latents.to(self.device, torch.float32)
-        z = (z * self._std.to(z.device) + self._mean.to(z.device)).to(self.dtype)
+        mean, std = self._mean_std()
+        z = (z * std + mean).to(self.dtype)
         x = self.module.post_quant_conv(z[None])
-        cache = list(state.cache)  # entries are replaced, never written into
+        # Entries are replaced, never written into. A batch of one may have any stride, and a compiler would tell them apart.
+        cache = [entry[0][None] if isinstance(entry, torch.Tensor) else entry for entry in state.cache]
         # The temporal upsamplers treat the first latent differently, so it must go in by itself.
         pieces = [x] if state.latents else [x[:, :, :1], x[:, :, 1:]]
+        settled = self._compiled is not None and state.latents >= SETTLED
+        decoder = self._compiled if settled else self.module.decoder
         decoded = []
         for i, piece in enumerate(pieces):
             if piece.shape[2]:
                 first = state.latents == 0 and i == 0
-                decoded.append(self.module.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=first))
+                decoded.append(decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=first))
         state.cache, state.latents = cache, state.latents + latents.shape[1]
         pictures = unpatchify(torch.cat(decoded, dim=2), self.patch)
         return pictures[0].float().clamp_(-1.0, 1.0)
+
+    def _mean_std(self) -> torch.Tensor:
+        """fp32 [2, z, 1, 1, 1], copied to the device the first time it is asked for there."""
+        if self._statistics.device != self.device:
+            self._statistics = self._statistics.to(self.device)
+        return self._statistics
 
     def _check_pictures(self, pictures: torch.Tensor) -> None:
         assert pictures.dim() == 4 and pictures.shape[0] == 3, pictures.shape
@@ -155,12 +168,12 @@ class StreamingVAE:
 
 
 def compile_decoder(vae: StreamingVAE, **options) -> None:
-    """torch.compile of the decoder, in place. options: of torch.compile.
+    """torch.compile of the decoder for streams that run. options: of torch.compile.
 
-    The first two latents of a stream have caches of other kinds, so three graphs are made, and one more per number of latents
-    in a call: worth it where streams go on for long.
+    A stream's first call is not compiled: its caches are of other kinds until two latents are in, and in the runtime it primes with
+    another number of latents than a block has. So one graph is made, and one more per other number of latents in a later call.
     """
-    vae.module.decoder = torch.compile(vae.module.decoder, fullgraph=True, dynamic=False, **options)
+    vae._compiled = torch.compile(vae.module.decoder, fullgraph=True, dynamic=False, **options)
 
 
 def build_module(config: dict, where: str = "VAE config") -> AutoencoderKLWan:

@@ -162,7 +162,9 @@ class ThreadChain(Base):
 
     def _work(self, rank: int, view: RankView) -> None:
         torch.set_num_threads(worker.threads_of(self.config, len(self.seats)))
-        roles = worker.build(self._job, rank, worker.device_of(self.config, rank))
+        device = worker.device_of(self.config, rank)
+        worker.use(device)
+        roles = worker.build(self._job, rank, device)
         down = self._links[rank + 1] if rank + 1 < len(self.seats) else None
         self._pumps[rank] = Pump(roles, self._links[rank], down, self._up.send, traced=worker.traced(self.config, rank))
         view.connected = view.ready = True

@@ -1,9 +1,10 @@
 """CUDA graphs of a step: the thousand launches of a forward replayed as one.
 
 A graph has its addresses and shapes built in. What changes from block to block (latents, audio, rotations) is copied into
-buffers of its own; what is constant for longer (the ring's slot, sink, text, modulation) is part of which graph is taken. So
-a session has one graph per slot of its full ring; blocks that fill the ring, and the first at each slot, run as they are.
-A shape that changes is a fault of the caller and named, never captured silently again.
+buffers of its own; sink, text and ring lie at addresses that stay for as long as the rank lives (roles.Identity), whatever is
+written there; the ring's slot is part of which graph is taken. So there is one graph per session held at once, step and place
+in the ring. A place is run as it is once and captured when it comes again, with whatever session: all of that before the rank
+is ready (stage_roles.warm). A shape that changes is a fault of the caller and named, never captured silently again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from liveavatar.models.s2v import CausalS2V, Places, StepModulation, TextCache
 Body = Callable[..., torch.Tensor]
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 """Captures a call that takes nothing: (how to run it again, the tensor its result lies in each time)."""
+Place = tuple[int, int]
+"""StepCache.place. It says how many anchors there are, too."""
 
 
 class GraphShapeError(LiveAvatarError):
@@ -47,12 +50,11 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
 @dataclass
 class Recorded:
-    """A session's graphs at one step. bound: objects whose addresses are built in; inputs: buffers filled before each replay."""
+    """The graphs of one cache. bound: objects whose addresses are built in; inputs: buffers filled before each replay."""
 
     bound: tuple[object, ...]
-    inputs: tuple[torch.Tensor, ...]
-    met: set[tuple[int, int]] = field(default_factory=set)  # places a block ran at as it is: the next one there is captured
-    graphs: dict[tuple[int, int], tuple[Callable[[], None], torch.Tensor]] = field(default_factory=dict)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    graphs: dict[Place, tuple[Callable[[], None], torch.Tensor]] = field(default_factory=dict)
 
 
 class GraphedForward:
@@ -63,18 +65,20 @@ class GraphedForward:
 
     def __init__(self, model: CausalS2V, recorder: Recorder | None = None):
         self.model, self.record = model, recorder or cuda_recorder(model.device)
-        self._sessions: WeakKeyDictionary[StepCache, Recorded] = WeakKeyDictionary()
+        self._met: set[Place] = set()  # where a block ran as it is: what is compiled and planned for a place is there
+        self._caches: WeakKeyDictionary[StepCache, Recorded] = WeakKeyDictionary()
 
     def __call__(self, x: torch.Tensor, modulation: StepModulation, audio: AudioTokens, text: TextCache, cache: StepCache, *,
                  block: int, sink_distance: int, pose: torch.Tensor | None = None, remember: bool = True) -> torch.Tensor:
         """As CausalS2V.forward for one stream [16, F, h, w]. Raises GraphShapeError."""
         places = self.model.places(block, *x.shape[-3:], sink_distance, cache.anchor_moves(block))
-        tensors = (x[None].to(self.model.device), *audio, places.block, places.reference, *places.turns, *(() if pose is None else (pose[None],)))
+        poses = () if pose is None else (pose[None],)
+        tensors = (x[None].to(self.model.device), *audio, places.block, places.reference, *poses, *places.turns)
         mine = self._recorded(cache, (text, cache.sink, modulation), tensors)
 
         def body(x, tokens, pooled, own, reference, *rest):
-            turns, poses = rest[: len(places.turns)], rest[len(places.turns) :]
-            return self.model.velocity(x, Places(own, reference, turns), modulation, AudioTokens(tokens, pooled), text, cache, *poses)
+            turns = rest[len(poses) :]
+            return self.model.velocity(x, Places(own, reference, turns), modulation, AudioTokens(tokens, pooled), text, cache, *rest[: len(poses)])
 
         velocity = self._run(mine, cache.place, body, tensors)
         if remember:
@@ -82,25 +86,26 @@ class GraphedForward:
         return velocity[0]
 
     def _recorded(self, cache: StepCache, bound: tuple[object, ...], tensors: tuple[torch.Tensor, ...]) -> Recorded:
-        """The session's graphs; none yet where text, sink or anchors are new."""
-        mine = self._sessions.get(cache)
-        if mine is not None and len(mine.inputs) == len(tensors) and all(a is b for a, b in zip(mine.bound, bound)):
-            return mine
-        mine = self._sessions[cache] = Recorded(bound, tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors))
-        return mine
-
-    def _run(self, mine: Recorded, place: tuple[int, int], body: Body, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        for number, (buffer, given) in enumerate(zip(mine.inputs, tensors, strict=True)):
+        """The cache's graphs, with a buffer for each of `tensors`; none yet where text or sink lie elsewhere than they did."""
+        mine = self._caches.get(cache)
+        if mine is None or any(a is not b for a, b in zip(mine.bound, bound)):
+            mine = self._caches[cache] = Recorded(bound)
+        for number, (buffer, given) in enumerate(zip(mine.inputs, tensors)):
             if buffer.shape != given.shape or buffer.dtype != given.dtype:
                 raise GraphShapeError(f"input {number} of a captured step is {list(given.shape)} {given.dtype}, it was {list(buffer.shape)} "
                                       f"{buffer.dtype}: a session keeps its size; open another")
-        if place not in mine.graphs and place not in mine.met:
-            mine.met.add(place)
+        mine.inputs += [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[len(mine.inputs) :]]  # of the next anchor
+        return mine
+
+    def _run(self, mine: Recorded, place: Place, body: Body, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if place not in mine.graphs and place not in self._met:
+            self._met.add(place)
             return body(*tensors)
-        for buffer, given in zip(mine.inputs, tensors):
+        inputs = mine.inputs[: len(tensors)]
+        for buffer, given in zip(inputs, tensors, strict=True):
             buffer.copy_(given)
         if place not in mine.graphs:
-            mine.graphs[place] = self.record(lambda: body(*mine.inputs))
+            mine.graphs[place] = self.record(lambda: body(*inputs))
         replay, out = mine.graphs[place]
         replay()
         return out.clone()

@@ -12,6 +12,7 @@ import json
 import struct
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -238,7 +239,9 @@ class DistLink:
     peer: rank at the other end. device: where this rank computes; tensors that lay on an accelerator
     arrive there, all others on the CPU. Sending copies into one of `slots` preallocated buffers and
     returns; it waits only while all slots are under way, which is how a slow peer holds us back.
-    The payload is received only once its header is here, so that an idle link spins no kernel.
+    The payload is received only once its header is here, so that an idle link spins no kernel. The header leaves when the sender's
+    host has queued the work, not when its GPU has done it: the receive, on a stream of its own, may spin for up to a step's time,
+    which costs the running block a few of the GPU's multiprocessors; to hold the header back the sender's host would have to wait.
     """
 
     def __init__(self, peer: int, device: torch.device, payload_group=None, slots: int = 2):
@@ -344,14 +347,15 @@ class DistLink:
 
 
 class ReceiveAhead(threading.Thread):
-    """Takes from a DistLink into a bounded inbox while the stage computes. `broken` holds why it ended."""
+    """Takes from a DistLink into a bounded inbox while the stage computes. `broken` holds why it ended. begin: called first, on its thread."""
 
-    def __init__(self, link: DistLink, inbox: QueueLink):
+    def __init__(self, link: DistLink, inbox: QueueLink, begin: Callable[[], None] = lambda: None):
         super().__init__(name=f"receive-from-{link.peer}", daemon=True)
-        self.link, self.inbox = link, inbox
+        self.link, self.inbox, self.begin = link, inbox, begin
         self.broken: LinkBroken | None = None
 
     def run(self) -> None:
+        self.begin()
         try:
             while True:
                 self.inbox.send(self.link.receive())

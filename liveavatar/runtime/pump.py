@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import psutil
@@ -16,6 +16,7 @@ import torch
 
 from liveavatar.core import UPWARD, Block, Message, Open, SetPrompt, SetReference, Span
 from liveavatar.runtime.links import Link, LinkClosed, QueueLink
+from liveavatar.runtime.worktime import Work, Worktimes, mark
 
 
 def describe(message: Message) -> str:
@@ -26,6 +27,7 @@ def describe(message: Message) -> str:
     return f"{what}{at} of session {message.session!r}"
 
 
+LOOK_SECONDS = 0.002  # between two looks at whether a device has done what a holder keeps, if no message comes
 SLOW = (Open, SetPrompt, SetReference)  # may load an encoder, and hold the interpreter for seconds
 
 
@@ -33,7 +35,8 @@ class Holder(Protocol):
     """A role that keeps messages for a while: what it was given comes out when it is advanced.
 
     The Pump advances holders whenever nothing waits in the inbox, and before a message they hold back, so a holder decides
-    who shares a piece of work and never how long anybody waits for company.
+    who shares a piece of work and never how long anybody waits for company. It waits for a device only where there is no room
+    for more, and what one has done leaves between any two roles.
     """
 
     def __call__(self, message: Message) -> list[Message]: ...
@@ -41,8 +44,14 @@ class Holder(Protocol):
     def under_way(self) -> Sequence[tuple[Callable, Message]]:
         """(who, what) of the next advance, oldest first; empty: nothing is kept."""
 
+    def done(self) -> bool | None:
+        """Whether a device has done what the next advance gives out; if not, it would wait. None: the work itself is left to advance."""
+
     def holds_back(self, message: Message) -> bool:
         """Whether it must advance before it can take `message`."""
+
+    def beside(self) -> Work | None:
+        """The work of the next advance where a stream of its own did it; None: advance does it as any role does."""
 
     def advance(self) -> list[Message]:
         """One piece of work; what is done comes out in order."""
@@ -54,7 +63,7 @@ class Pump:
     busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
     a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
     still says which and at what. announce: called before and after a SLOW message. traced: the rank's
-    number if the head wants a Span of every role's work, else None. followers: links to the ranks that
+    number if the head wants a Span of every role's work, else None; of what a GPU works on it comes when that is over. followers: links to the ranks that
     share this stage; they are given every message before it is worked on.
     """
 
@@ -64,6 +73,7 @@ class Pump:
         self.traced, self.followers = traced, tuple(followers)
         self.holders: dict[int, Holder] = {place: role for place, role in enumerate(self.roles) if hasattr(role, "advance")}
         self.busy: tuple[str, Message, float] | None = None
+        self._worktimes = Worktimes()
         self._stopping = False
 
     @torch.no_grad()
@@ -71,15 +81,17 @@ class Pump:
         """Until stop(), or the inbox is closed. Raises LinkBroken and whatever a role raises."""
         while not self._stopping:
             try:
-                message = self.inbox.receive(0.0 if self._under_way() else None)
+                message = self.inbox.receive(self._patience())
             except LinkClosed:
                 return
+            self._worktimes.read()
             if message is not None:
                 for follower in self.followers:
                     follower.send(message)
                 self._pass(message)
             for place in self._under_way() if message is None else ():
-                self._advance(place)
+                if self.holders[place].done() is not False:
+                    self._advance(place)
 
     def stop(self) -> None:
         """End run() after the message at hand."""
@@ -96,6 +108,16 @@ class Pump:
         busy = self.busy
         return busy is not None and isinstance(busy[1], SLOW)
 
+    def _patience(self) -> float | None:
+        """Seconds to wait for a message: as long as it takes where nothing is kept, a little where only devices are at work."""
+        kept = [self.holders[place] for place in self._under_way()]
+        if any(holder.done() is not False for holder in kept):
+            return 0.0
+        if kept:
+            role, message = kept[0].under_way()[0]
+            self.busy = self.busy or (type(role).__name__, message, time.monotonic())  # a device that never ends hangs like a role
+        return LOOK_SECONDS if kept or self._worktimes else None
+
     def _under_way(self) -> list[int]:
         """Places of the holders that keep something."""
         return [place for place, holder in self.holders.items() if holder.under_way()]
@@ -105,6 +127,7 @@ class Pump:
         if isinstance(message, UPWARD):
             self.up(message)
         elif place < len(self.roles):
+            self._give_out(place)
             while place in self.holders and self.holders[place].holds_back(message):
                 self._advance(place)
             role = self.roles[place]
@@ -114,43 +137,45 @@ class Pump:
         elif self.down is not None:
             self.down.send(message)
 
+    def _give_out(self, place: int) -> None:
+        """What devices have done behind `place`."""
+        for later, holder in self.holders.items():
+            if later > place and holder.under_way() and holder.done():
+                self._advance(later)
+
     def _advance(self, place: int) -> None:
         holder = self.holders[place]
         who = tuple(holder.under_way())
-        self._onward(place, self._work(*who[0], holder.advance, who))
+        self._onward(place, self._work(*who[0], holder.advance, who, holder.beside()))
 
     def _onward(self, place: int, made: list[Message]) -> None:
         for out in made:
             self._pass(out, place + 1)
 
-    def _tell(self, start: float, who: Sequence[tuple[Callable, Message]]) -> None:
-        """Spans of work that began at `start` and is over now; blocks that shared it have an equal part each, so that a rank's spans add
-        up to what it worked."""
-        spans = [span_of(self.traced, item, start, role) for role, item in who]
-        for n, span in enumerate(spans):
-            each = (spans[0].end - start) / len(spans)
-            self.up(replace(span, start=start + n * each, end=start + (n + 1) * each))
+    def _tell(self, who: Sequence[tuple[Callable, Message]], rss: int, gpu: int, start: float, end: float) -> None:
+        """Spans of work from start to end; blocks that shared it have an equal part each, so that a rank's spans add up to what it
+        worked."""
+        each = (end - start) / len(who)
+        for n, (role, item) in enumerate(who):
+            step = getattr(role, "index", None)
+            self.up(Span(item.session, what=type(item).__name__, index=getattr(item, "index", None), rank=self.traced,
+                         role=type(role).__name__ + ("" if step is None else str(step)), start=start + n * each, end=start + (n + 1) * each,
+                         rss=rss, gpu=gpu))
 
-    def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]]) -> list[Message]:
-        """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`."""
+    def _work(self, role: Callable, message: Message, act: Callable[[], list[Message]], who: Sequence[tuple[Callable, Message]],
+              beside: Work | None = None) -> list[Message]:
+        """act(), known as the work of `role` on `message` while it lasts and traced as that of all in `who`. beside: if another stream
+        has done the work already."""
         self.busy = (type(role).__name__, message, time.monotonic())
         if isinstance(message, SLOW):
             self.announce()
+        began = None if self.traced is None else mark()
         made = act()
-        if self.traced is not None:
-            self._tell(self.busy[2], who)
+        if self.traced is not None and who:
+            gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+            told = partial(self._tell, who, psutil.Process().memory_info().rss, gpu)
+            self._worktimes.add(beside or Work(began, began and mark(), self.busy[2]), told)
         self.busy = None
         if isinstance(message, SLOW):
             self.announce()
         return made
-
-
-def span_of(rank: int, message: Message, start: float, role: Callable) -> Span:
-    """The Span of a role's work that is over now; what it queued on a GPU is waited for, or its time would be nobody's."""
-    on_gpu = torch.cuda.is_initialized()
-    if on_gpu:
-        torch.cuda.synchronize()
-    step = getattr(role, "index", None)
-    return Span(message.session, what=type(message).__name__, index=getattr(message, "index", None), rank=rank,
-                role=type(role).__name__ + ("" if step is None else str(step)), start=start, end=time.monotonic(),
-                rss=psutil.Process().memory_info().rss, gpu=torch.cuda.memory_allocated() if on_gpu else 0)

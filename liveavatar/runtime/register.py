@@ -53,6 +53,12 @@ class Register:
         """Who does what in the next forward; empty: nothing to advance."""
         return [(self.steps[item.place], item.block) for item in self.blocks]
 
+    def done(self) -> None:
+        """A forward is made by advance."""
+
+    def beside(self) -> None:
+        """And on the rank's own stream."""
+
     def holds_back(self, message: Message) -> bool:
         """Whether something must advance before `message` may come in."""
         if not isinstance(message, Block):
@@ -73,7 +79,7 @@ class Register:
     def advance(self) -> list[Message]:
         """One forward of all blocks under way; what has left the last step of the stage comes out, in order of entry."""
         moving = [(item, self.steps[item.place]) for item in self.blocks]
-        rows = [replace(item.row, x=item.block.latents.to(step.model.device), cache=step.caches[item.block.session]) for item, step in moving]
+        rows = [replace(item.row, x=item.block.latents.to(step.model.device), cache=step.cache(item.block.session)) for item, step in moving]
         velocities = forward_rows(self.steps[0].model, rows, self._modulation(tuple(item.place for item, _ in moving)))
         made = []
         for (item, step), row, velocity in zip(moving, rows, velocities, strict=True):

@@ -2,7 +2,7 @@
 
 A role is a callable `role(message) -> list[Message]`. Messages for the next role and messages for the
 head (core.UPWARD) come back in one list; the worker parts them. A role forwards what it does not consume, keeps its
-state per session in a dict and drops it at Close, so interleaved sessions cannot touch each other and
+state per session in a dict and takes it out at Close, so interleaved sessions cannot touch each other and
 a chain may live for ever. One session's refusal (InputError) becomes Failed; anything else is a fault
 of the rank and goes through.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 
@@ -23,6 +24,7 @@ from liveavatar.diffusion.denoise import euler, noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
 from liveavatar.models.audio_encoder import AudioTokens
 from liveavatar.models.cache import Sink, StepCache
+from liveavatar.models.layers import to_device
 from liveavatar.models.rows import ALONE, Exchange, Row, forward_rows
 from liveavatar.models.s2v import CausalS2V, TextCache
 from liveavatar.runtime.graphs import GraphedForward, Recorder
@@ -143,8 +145,8 @@ class Conditioner:
         size = self.geometry.frames_per_block
         lids = torch.from_numpy(lid_closure(mine.seed, message.session, index * size, size)) if self.lids else None
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=latents.to(self.device, self.dtype), features=features.to(self.device), lids=lids, observe=message.observe,
-                     finish_after=message.finish_after)
+                     latents=to_device(latents.to(self.dtype), self.device), features=to_device(features, self.device), lids=lids,
+                     observe=message.observe, finish_after=message.finish_after)
 
 
 # ---------------------------------------------------------------- denoise
@@ -152,12 +154,17 @@ class Conditioner:
 
 @dataclass
 class Identity:
-    """Who a session shows, as all steps of a stage see it. text: K/V of the prompt; sink: shared, un-rotated K/V."""
+    """Who a session shows, as all steps of a stage see it. text: K/V of the prompt; sink: shared, un-rotated K/V; caches: of each step.
 
-    reference: torch.Tensor  # [16,1,h,w]
-    motion: torch.Tensor  # [16,M,h,w]
+    What is large stays where it is: a new prompt or portrait is written over the old one, and a session that opens takes what one
+    that has closed leaves, so that nothing is allocated while a stream runs and captured forwards stay true (graphs.py).
+    """
+
     text: TextCache
     sink: Sink
+    reference: torch.Tensor | None = None  # [16,1,h,w]
+    motion: torch.Tensor | None = None  # [16,M,h,w]
+    caches: dict[int, StepCache] = field(default_factory=dict)
 
 
 class StageSinks:
@@ -170,33 +177,48 @@ class StageSinks:
     def __init__(self, model: CausalS2V, exchange: Exchange = ALONE):
         self.model, self.exchange = model, exchange
         self.sessions: dict[str, Identity] = {}
+        self.spare: list[Identity] = []  # of closed sessions: as many as were open at once, which the engine bounds (runtime.sessions)
         self.audio: AudioTokens | None = None
 
     @torch.inference_mode()
     def __call__(self, message: Message) -> list[Message]:
-        old = self.sessions.get(message.session)
         match message:
             case Open() | SetPrompt() | SetReference() | Refresh():
-                self.sessions[message.session] = self._identity(message, old)
+                self.sessions[message.session] = self._identity(message)
             case Close():
-                self.sessions.pop(message.session, None)
+                self._close(message.session)
             case Block():
                 self.audio = self.model.encode_audio(message.features)
         return [message]
 
-    def _identity(self, message, old: Identity | None) -> Identity:
+    def _identity(self, message) -> Identity:
+        """The session's, as it is from `message` on."""
         context, reference, motion = (getattr(message, name, None) for name in ("context", "reference", "motion"))
-        reference = old.reference if reference is None else reference
-        motion = old.motion if motion is None else motion
-        text = old.text if context is None else self.model.encode_text(context.to(self.model.device))
+        mine = self.sessions.get(message.session) or (self.spare.pop() if self.spare else None)
+        text = mine.text if context is None else self.model.encode_text(context.to(self.model.device))
+        reference = mine.reference if reference is None else reference
+        motion = mine.motion if motion is None else motion
         sink = self.model.prefill(reference, motion, text)
         if self.exchange.shards > 1:
             sink = Sink(self.exchange.own_heads(sink.k), self.exchange.own_heads(sink.v))
-        return Identity(reference, motion, text, sink)
+        if mine is None:
+            return Identity(text, sink, reference, motion)
+        for kept, made in zip((mine.sink.k, mine.sink.v, *chain(*mine.text.layers)), (sink.k, sink.v, *chain(*text.layers)), strict=True):
+            kept.copy_(made)
+        mine.reference, mine.motion = reference, motion
+        return mine
+
+    def _close(self, session: str) -> None:
+        if session not in self.sessions:
+            return  # its Open was refused
+        mine = self.sessions.pop(session)
+        for cache in mine.caches.values():
+            cache.reset()
+        self.spare.append(mine)
 
 
 class Denoiser:
-    """One denoising step of every session: one ring per session, at this step's noise level.
+    """One denoising step of every session: one ring per session (Identity.caches), at this step's noise level.
 
     All Denoisers of a stage share `model` and `sinks`. last: of all steps. The step that makes a block clean, this one or where
     the block says so an earlier one, reports the first clean latent a new portrait leads to (CleanLatent). observe: report the
@@ -209,7 +231,6 @@ class Denoiser:
         self.forward = GraphedForward(model, recorder) if recorder else model
         self.model, self.index, self.step, self.sinks, self.geometry = model, index, step, sinks, geometry
         self.last, self.observe = last, observe
-        self.caches: dict[str, StepCache] = {}
         self.fresh: set[str] = set()  # sessions whose portrait has not led to a block yet
 
     @torch.inference_mode()
@@ -221,18 +242,22 @@ class Denoiser:
                     self.fresh.add(message.session)
             case Close():
                 self.fresh.discard(message.session)
-                self.caches.pop(message.session, None)
             case Block():
                 return self._denoise(message)
         return [message]
 
     def _take_sink(self, session: str) -> None:
         g, h, w = self.geometry, self.geometry.latent_height, self.geometry.latent_width
-        if session not in self.caches:
-            self.caches[session] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks, self._cache)
-        self.model.set_sink(self.caches[session], self.sinks.sessions[session].sink, h, w)
+        mine = self.sinks.sessions[session]
+        if self.index not in mine.caches:
+            mine.caches[self.index] = self.model.new_cache(h, w, g.block_latents, g.ring_blocks, g.anchor_blocks, self._new_cache)
+        self.model.set_sink(mine.caches[self.index], mine.sink, h, w)
 
-    def _cache(self, *, heads: int, **sizes) -> StepCache:
+    def cache(self, session: str) -> StepCache:
+        """The session's history at this step."""
+        return self.sinks.sessions[session].caches[self.index]
+
+    def _new_cache(self, *, heads: int, **sizes) -> StepCache:
         """A StepCache of this rank's heads."""
         return StepCache(heads=heads // self.sinks.exchange.shards, **sizes)
 
@@ -254,7 +279,7 @@ class Denoiser:
 
     def _left_out(self, block: Block) -> list[Message]:
         """The block is clean already. With the next one that comes here history begins anew: no ring was ever trained with a gap."""
-        self.caches[block.session].forget()
+        self.cache(block.session).forget()
         return self.done(block, block.latents, torch.zeros_like(block.latents))
 
     def row(self, block: Block) -> Row:
@@ -262,8 +287,8 @@ class Denoiser:
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
         x, pose = block.latents.to(self.model.device), None
         if block.lids is not None:
-            pose = lid_planes(block.lids.to(self.model.device), self.model.config.cond_dim, *x.shape[-2:])
-        return Row(x, self.sinks.audio, self.sinks.sessions[block.session].text, self.caches[block.session],
+            pose = lid_planes(to_device(block.lids, self.model.device), self.model.config.cond_dim, *x.shape[-2:])
+        return Row(x, self.sinks.audio, self.sinks.sessions[block.session].text, self.cache(block.session),
                    self.geometry.first_block + block.index, block.sink_distance, pose)
 
     def done(self, block: Block, latents: torch.Tensor, velocity: torch.Tensor) -> list[Message]:

@@ -1,4 +1,4 @@
-"""One rank: connect to the head, build the roles of its stage, warm up, pump messages until told to stop.
+"""One rank: connect to the head, build the roles of its stage, which warms them up, pump messages until told to stop.
 
 The control connection carries heartbeats, messages for the head and errors; the data link carries
 messages from rank to rank. Everything a rank needs to know comes from the head as a `Job`, so every
@@ -40,7 +40,7 @@ MESSAGE_FRAME, NOTE_FRAME = b"M", b"J"  # first byte of a frame to the head: an 
 
 
 class Source(Protocol):
-    """Who makes the roles; picklable. None in its place means the checkpoint's own (runtime.stage_roles)."""
+    """Who makes the roles, ready for the first block; picklable. None in its place means the checkpoint's own (runtime.stage_roles)."""
 
     def build_stage(self, config: Config, stage_names: Sequence[str], device: torch.device) -> Sequence[Callable]: ...
 
@@ -149,6 +149,12 @@ def device_of(config: Config, rank: int) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
 
 
+def use(device: torch.device) -> None:
+    """From here on this thread's device: kernels of ours, events and pinned memory go to the current one, which each thread has by itself."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def threads_of(config: Config, world: int) -> int:
     """CPU threads of one rank: what the config says, else an equal share of the cores, at least 1."""
     return config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // world)
@@ -184,7 +190,6 @@ class Neighbours:
         """A group for tensors if every rank has a GPU of its own, else None; all ranks answer alike."""
         mine = "cpu"
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             mine = f"{host_identity()}/{torch.cuda.get_device_properties(self.device).uuid}"
         store.set(f"device{self.rank}", mine)
         devices = [store.get(f"device{rank}").decode() for rank in range(self.world)]
@@ -220,16 +225,12 @@ def traced(config: Config, rank: int) -> int | None:
 
 
 def build(job: Job, rank: int, device: torch.device, exchange: Bands | None = None) -> Sequence[Callable]:
-    """The roles of this rank, each warmed up if it knows how. exchange: with those who share its stage. Raises whatever loading raises."""
+    """The roles of this rank, warm. exchange: with those who share its stage. Raises whatever loading raises."""
     source = job.source
     if source is None:
         from liveavatar.runtime import stage_roles as source  # only ranks load models; the head never does
     shared = () if exchange is None else (exchange,)
-    roles = source.build_stage(job.config, seats_of(job.config)[rank].roles, device, *shared)
-    for role in roles:
-        if hasattr(role, "warm"):
-            role.warm()
-    return roles
+    return source.build_stage(job.config, seats_of(job.config)[rank].roles, device, *shared)
 
 
 def inbox_room(config: Config) -> int:
@@ -247,16 +248,17 @@ def read_inlet(connection: Connection, inbox: QueueLink) -> None:
 
 
 def work(job: Job, rank: int, control: Control, inlet: Connection | None) -> None:
-    """Build, warm, say ready, pump. Raises LinkBroken, and what building or a role raises."""
+    """Join, build, say ready, pump. Raises LinkBroken, and what building or a role raises."""
     torch.set_num_threads(threads_of(job.config, job.world))
     device = device_of(job.config, rank)
+    use(device)
     neighbours = Neighbours(job, rank, device)
     before, after, followers = neighbours.links()
     inbox = QueueLink(inbox_room(job.config))
     up = control.message if neighbours.seat.shard == 0 else lambda message: None  # the leader says it
     pump = Pump(build(job, rank, device, neighbours.exchange()), inbox, after, up, control.beat, traced(job.config, rank), followers)
     control.pump = pump
-    receiver = ReceiveAhead(before, inbox) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
+    receiver = ReceiveAhead(before, inbox, lambda: use(device)) if before else threading.Thread(target=read_inlet, args=(inlet, inbox), daemon=True)
     receiver.start()
     control.beat()
     control.note("ready")

@@ -27,7 +27,7 @@ from liveavatar.serving.testcard import start_test_card
 from liveavatar.serving.traffic import watch_session
 from liveavatar.telemetry import now as monotonic
 
-WARM_BLOCKS = 6  # made before anybody is let in; the first pays for what is compiled and cached
+WARM_BLOCKS = 6  # made before anybody is let in, to see how fast the chain is; its ranks are warm by then
 WATCH_SECONDS = 0.05  # between two looks at the chain and at how the sessions do
 PAUSES = (0.0, 1.0, 5.0, 15.0, 30.0)  # before starting a dead chain again, seconds; the last goes on for ever
 GROUP = "0"  # the metrics' name of the one chain a studio has
@@ -79,7 +79,7 @@ class Studio:
         return await Engine.start(engine, clock=self.clock, watch=self._notes)
 
     async def _warm(self) -> None:
-        """Run a few blocks, measure how many times faster than real time they come (BP-4) and how long one takes alone."""
+        """Before a chain is given to sessions: run a few blocks, measure how many times faster than real time they come (BP-4) and how long one takes alone."""
         g = self.engine.geometry
         session = await self.engine.open(torch.full((3, g.height, g.width), 128, dtype=torch.uint8), name="warm-up")
         await session.push_audio(np.zeros((WARM_BLOCKS + 1) * g.samples_per_block - 1, np.float32))  # the last one lacks its look-ahead
@@ -197,7 +197,9 @@ class Studio:
             await asyncio.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
             try:
                 self.engine = await self._launch(self._folded(attempt // TRIES_PER_CUT))
+                await self._warm()  # on fewer ranks it is slower, and its blocks go so much earlier
             except LiveAvatarError as error:
+                await self.engine.aclose()
                 self.watch("engine_failed", {"reason": str(error), "attempt": attempt + 1})
                 continue
             self._shorten()
