@@ -2,7 +2,8 @@
 # All that a lent GPU should tell, within 560 seconds, the most wanted first. Each part has its own limit and writes its JSON row by
 # row, so that a cut leaves what was done; a part whose JSON is complete is not run again. Nothing here needs more than 64 GB of GPU
 # memory. Results go to $OUT (default bench/results): seven JSONs and a log.
-#   bash bench/gpu_all.sh            PYTHON=python3 by default; BUDGET=560: less where an installation came before it
+#   LIVEAVATAR_COMMIT=$(git rev-parse --short HEAD) bash bench/gpu_all.sh    the JSONs' commit, where the machine has neither git nor history
+#                                    PYTHON=python3 by default; BUDGET=560: less where an installation came before it
 #   bash bench/gpu_all.sh --list     seconds and names of the parts, and their sum
 #   SCALE=1 bash bench/gpu_all.sh    small models on a CPU, to show that it runs
 # The lent machine has all that the parts import but diffusers, which decode wants: carry its wheel.

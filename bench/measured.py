@@ -28,12 +28,12 @@ def machine() -> dict:
 
 
 def commit() -> str:
-    """Commit of the working tree, with + when it is changed; "unknown" in a copy without its history."""
-    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True)  # noqa: E731
-    head = run("rev-parse", "--short", "HEAD")
-    if head.returncode:
+    """Commit of the working tree, with + when it is changed; in a copy without its history, or without git, LIVEAVATAR_COMMIT or "unknown"."""
+    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    try:
+        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
         return os.environ.get("LIVEAVATAR_COMMIT", "unknown")
-    return head.stdout.strip() + ("+" if run("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 
 
 def settle(device: torch.device) -> None:

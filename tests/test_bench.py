@@ -46,6 +46,13 @@ def test_a_step_that_is_cut_off_leaves_its_rows(bench, tmp_path, monkeypatch):
     assert not kept["complete"] and [row["way"] for row in kept["rows"]] == ["plain"] and read_measured(out) == {"step": 2.0}
 
 
+def test_a_machine_without_git_has_results_too(bench, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert bench("measured").commit() == "unknown"
+    monkeypatch.setenv("LIVEAVATAR_COMMIT", "abc1234")
+    assert bench("measured").commit() == "abc1234"
+
+
 def test_all_for_a_gpu_fits_into_one_command_of_ten_minutes():
     """The lent machine takes 600 s a command, installation included."""
     said = subprocess.run(["bash", str(BENCH / "gpu_all.sh"), "--list"], capture_output=True, text=True, check=True).stdout.split()
