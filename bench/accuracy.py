@@ -8,6 +8,8 @@ is added to. FP8 runs by its dequantising reference where there are no FP8 units
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from liveavatar.models.layers import BlockModulation, TransformerBlock
 from liveavatar.runtime.parity import Forwards
 from liveavatar.runtime.sources import Fixture
 
-from measured import HERE, earlier, parser_of, show, write
+from measured import HERE, Rows, earlier, parser_of, show
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -42,7 +44,7 @@ PATHS = {
     "kernels fp8 all bf16": (BF16, FastConfig(packed_qkv=True, fp8=True, fp8_cache=True, attention="fp8")),
     "compiled bf16": (BF16, FastConfig(kernels=False, attention="torch", compile=True)),  # last: it takes longest
 }
-COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e"}
+COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e", "problem": ""}
 TOKENS, KEYS, TEXT = 64, 256, 64
 
 
@@ -113,26 +115,29 @@ class FullWidth:
         return distance(self.update(block, way), self.expected)
 
 
+def measure(distance_at: Callable[[torch.dtype, FastConfig], dict], dtype: torch.dtype, way: FastConfig) -> dict:
+    """One row."""
+    torch._dynamo.reset()
+    ops.use_attention(way.attention)
+    with ops.own_kernels(way.kernels):
+        return distance_at(dtype, way)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__, "accuracy-cpu.json")
+    parser = parser_of(__doc__, "accuracy-cpu.json", resume=True)
     parser.add_argument("--fixture", type=Path, default=HERE.parent / "tests" / "golden" / "causal_s2v")
     parser.add_argument("--width", type=int, default=5120)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=[name for name in PATHS if DEVICE.type == "cuda" or "kernels" not in name])
     args = parser.parse_args(arguments)
     with DEVICE:
-        layer, rows = FullWidth(args.width), []
-    said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, "rows": rows}
-    before = earlier(args.compare, ("where", "path"))
-    for name in args.paths:
-        dtype, way = PATHS[name]
-        torch._dynamo.reset()
-        ops.use_attention(way.attention)
-        with ops.own_kernels(way.kernels):
-            rows.append({"where": args.fixture.name, "path": name, **on_fixture(args.fixture, dtype, way)})
-            rows.append({"where": f"a layer of {args.width}", "path": name, **layer.row(dtype, way)})
-        write(args.out, complete=False, **said)
-    show("distance from the plain path", rows, COLUMNS, ("where", "path"), before, ("rms_error",))
-    write(args.out, **said)
+        layer = FullWidth(args.width)
+    places = {args.fixture.name: lambda dtype, way: on_fixture(args.fixture, dtype, way), f"a layer of {args.width}": layer.row}
+    said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}}
+    rows, before = Rows(args.out, ("where", "path"), DEVICE, lambda rows: said, args.resume), earlier(args.compare, ("where", "path"))
+    for name, (where, distance_at) in itertools.product(args.paths, places.items()):
+        rows.add({"where": where, "path": name}, lambda: measure(distance_at, *PATHS[name]))
+    show("distance from the plain path", rows.made, COLUMNS, ("where", "path"), before, ("rms_error",))
+    rows.write()
 
 
 if __name__ == "__main__":

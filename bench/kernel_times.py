@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from liveavatar import ops
 
-from measured import earlier, parser_of, seconds, show, write
+from measured import Rows, earlier, parser_of, seconds, show
 
 WIDTH, HEADS, KEYS = 5120, 40, 15_312
 LONGEST = 0.05  # seconds of a timing: so many calls, up to 100, that launches do not count
-COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f"}
+COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f", "problem": ""}
 
 
 def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
@@ -51,25 +51,29 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(seconds(lambda: [call() for _ in range(inner)], device, 5, warm=2)) / inner
 
 
+def measure(call: Callable[[], object], size: int, device: torch.device) -> dict:
+    """One row."""
+    got, took = call().clone().float(), timed(call, device)
+    with ops.own_kernels(False):
+        expected, plain = call().clone().float(), timed(call, device)
+    return {"error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took, "reference_seconds": plain, "gain": plain / took,
+            "gb_per_second": size / took / 1e9}  # fmt: skip
+
+
 @torch.inference_mode()
 def main() -> None:
-    parser = parser_of(__doc__, "kernels.json")
+    parser = parser_of(__doc__, "kernels.json", resume=True)
     parser.add_argument("--tokens", type=int, default=3168)
     args = parser.parse_args()
     if not torch.cuda.is_available() or not ops.own_kernels_available():
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
     ops.use_attention("fp8")
-    device, rows, before = torch.device("cuda"), [], earlier(args.compare, ("kernel",))
-    said = {"config": {"tokens": args.tokens, "width": WIDTH}, "rows": rows}
+    device, before = torch.device("cuda"), earlier(args.compare, ("kernel",))
+    rows = Rows(args.out, ("kernel",), device, lambda rows: {"config": {"tokens": args.tokens, "width": WIDTH}}, args.resume)
     for name, (call, size) in cases(args.tokens, device).items():
-        got, took = call().clone().float(), timed(call, device)
-        with ops.own_kernels(False):
-            expected, plain = call().clone().float(), timed(call, device)
-        rows.append({"kernel": name, "error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took,
-                     "reference_seconds": plain, "gain": plain / took, "gb_per_second": size / took / 1e9})  # fmt: skip
-        write(args.out, complete=False, **said)
-    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), before)
-    write(args.out, **said)
+        rows.add({"kernel": name}, lambda: measure(call, size, device))
+    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows.made, COLUMNS, ("kernel",), before)
+    rows.write()
 
 
 if __name__ == "__main__":
