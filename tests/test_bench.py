@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from liveavatar import ops
 from liveavatar.config import FastConfig
+from liveavatar.models.layers import TransformerBlock
 from liveavatar.runtime.forecast import read_measured
+from liveavatar.runtime.graphs import GraphedForward
+from test_fast import Playback
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -99,6 +103,20 @@ def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
     bench("decode").main(["--scale", "--ways", "one latent a call", "channels last + bytes", "--repeat", "1", "--out", str(out)])
     rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
     assert read_measured(out) == {"decode": rows["channels last + bytes"]["seconds"]}, "with the pictures' way to the host"
+
+
+def test_accuracy_is_against_the_plain_path_and_graphs_are_replayed(bench, tmp_path, monkeypatch):
+    accuracy, out, seen, update, recorder = bench("accuracy"), tmp_path / "accuracy.json", [], TransformerBlock.forward, Playback()
+    monkeypatch.setattr(TransformerBlock, "forward", lambda *a: [seen.append((ops._own_kernels, ops._attention)), update(*a)][1])
+    accuracy.FullWidth(128), accuracy.ShortStream(128)
+    assert set(seen) == {(False, "torch")} and not torch.backends.cudnn.allow_tf32
+    accuracy.main(["--width", "128", "--paths", "plain fp32", "attention cudnn bf16", "graphs bf16", "--out", str(out)])
+    rows = {(row["path"], row["where"].split()[1] if " " in row["where"] else "fixture"): row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 7 and all(rows["plain fp32", where]["rms_error"] < 1e-6 for where in ("fixture", "layer", "stream"))
+    assert rows["attention cudnn bf16", "layer"]["problem"] == rows["graphs bf16", "stream"]["problem"] == "needs a GPU"
+    monkeypatch.setattr(bench("step"), "GraphedForward", lambda model: GraphedForward(model, recorder))
+    assert accuracy.ShortStream(128).row(torch.float32, accuracy.PATHS["graphs bf16"][1])["rms_error"] < 1e-6
+    assert recorder.recorded == 4 and recorder.played > 2 * recorder.recorded, "each place of the ring is captured, and comes again"
 
 
 def test_the_14b_forward_launches_fewer_than_1500_kernels(bench):
