@@ -105,6 +105,25 @@ def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
     assert read_measured(out) == {"decode": rows["channels last + bytes"]["seconds"]}, "with the pictures' way to the host"
 
 
+def test_the_chain_is_timed_through_the_runtimes_roles(bench, tmp_path, monkeypatch):
+    out, chain = tmp_path / "chain.json", bench("chain")
+    from liveavatar.runtime import roles, stage_roles
+
+    monkeypatch.setattr(stage_roles, "open_source", None)  # put back afterwards
+    monkeypatch.setattr(chain, "WARM", 1)
+    called, act = [], roles.Denoiser._denoise
+    monkeypatch.setattr(roles.Denoiser, "_denoise", lambda self, message: [called.append(self.index), act(self, message)][1])
+    chain.main(["--scale", "--ways", "bf16", "--steps", "2", "4", "--blocks", "2", "--out", str(out)])
+    three, four, *beside = json.loads(out.read_text())["rows"]
+    blocks = chain.WARM + chain.ALONE + 3
+    assert called.count(0) == 2 * blocks and called.count(3) == blocks and {row["problem"] for row in beside} == {"needs a GPU"}
+    for row in (three, four):
+        assert row["fps"] == pytest.approx(12 / row["seconds"]) and row["of_block"] == pytest.approx(row["seconds"] / 0.48) and row["alone"] > 0
+    monkeypatch.setattr(roles.Decoder, "pictures", lambda self, block: 1 / 0)
+    chain.main(["--scale", "--ways", "bf16", "--steps", "3", "--decode", "after", "--out", str(out)])
+    assert json.loads(out.read_text())["rows"][0]["problem"].startswith("ZeroDivisionError")
+
+
 def test_accuracy_is_against_the_plain_path_and_graphs_are_replayed(bench, tmp_path, monkeypatch):
     accuracy, out, seen, update, recorder = bench("accuracy"), tmp_path / "accuracy.json", [], TransformerBlock.forward, Playback()
     monkeypatch.setattr(TransformerBlock, "forward", lambda *a: [seen.append((ops._own_kernels, ops._attention)), update(*a)][1])
