@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     places = {args.fixture.name: lambda dtype, way: on_fixture(args.fixture, dtype, way), f"a layer of {args.width}": layer.row,
               f"a stream of {BLOCKS} blocks": stream.row}  # fmt: skip
     said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}}
-    rows, before = Rows(args.out, ("where", "path"), DEVICE, lambda rows: said, args.resume), earlier(args.compare, ("where", "path"))
+    rows, before = Rows(args.out, ("where", "path"), DEVICE, said, args.resume), earlier(args.compare, ("where", "path"))
     for name, (where, distance_at) in itertools.product(args.paths, places.items()):
         if PATHS[name][1].graphs and where != f"a stream of {BLOCKS} blocks":
             continue  # too short for a replay

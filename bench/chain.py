@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     width, height = map(int, size.split("x"))
     geometry = Geometry(height=height, width=width)
     said = {"config": {"model": model.to_dict(), "vae": vae, "dtype": str(torch.bfloat16), "blocks": args.blocks, "scaled": args.scale}}
-    rows, before = Rows(args.out, KEYS, device, lambda rows: said, args.resume), earlier(args.compare, KEYS)
+    rows, before = Rows(args.out, KEYS, device, said, args.resume), earlier(args.compare, KEYS)
     for way, where, steps in itertools.product(args.ways, args.decode, args.steps):
         fast = replace(WAYS[way], graphs=device.type == "cuda")
         config = Config(model=ModelConfig(device=device.type, fast=fast), sampler=SamplerConfig(finish_after=steps),

@@ -1,10 +1,11 @@
-"""The VAE decoder with random weights: seconds of one block of 3 latents, plain, channels last, compiled, and latent by latent.
+"""The VAE decoder with random weights: seconds of one block of 3 latents, plain, channels last, compiled, searched, and latent by latent.
 
     python bench/decode.py                      # 704x384 and 384x256 at the size of Wan2.1; one GPU
     python bench/decode.py --scale              # a small decoder on a CPU, to show that it runs
 
 The stream runs (the caches of the convolutions are full); pictures stay on the device, "bytes" adds their way to uint8 on the
-host, which the decode rank has to go too. "roles" in the JSON is what `liveavatar plan --measured` reads.
+host, which the decode rank has to go too. "searched": cuDNN tries its algorithms for every shape it meets (cudnn.benchmark), which
+the runtime does not ask for. `liveavatar plan --measured` reads the rows of what the runtime does, by model.fast.compile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from liveavatar.runtime.roles import to_bytes
 from measured import Rows, earlier, matmul_rate, parser_of, seconds, show, spread_of
 
 SCALED = {"base_dim": 16, "z_dim": 16}
-WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "compiled + bytes")
+WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "channels last + bytes, searched", "compiled + bytes")
+RUNTIME = {"channels last + bytes": {"compile": False}, "compiled + bytes": {"compile": True}}  # way -> options of model.fast that make it
 COLUMNS = {"size": "", "way": "", "seconds": ".4f", "worst": ".4f", "tflops": ".1f", "matmul_share": ".1%", "memory_gb": ".1f", "state_gb": ".2f", "problem": ""}
 
 
@@ -50,9 +52,10 @@ def measure(config: dict, geometry: Geometry, way: str, device: torch.device, dt
     def block() -> None:
         for part in parts:
             pictures = vae.decode(part, state)
-            if way.endswith("bytes"):
+            if "bytes" in way:
                 to_bytes(pictures)
 
+    torch.backends.cudnn.benchmark = "searched" in way
     row = spread_of(seconds(block, device, repeat, warm=4))  # two latents fill the caches, then shapes are constant
     row["tflops"] = decode_flops(config, geometry) / row["seconds"] / 1e12
     return row | {"matmul_share": row["tflops"] / rate, "state_gb": state.nbytes / 1e9,
@@ -71,17 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = args.sizes or (["64x64"] if args.scale else ["704x384", "384x256"])
     rate, before = matmul_rate(device, 512 if device.type == "cpu" else 8192), earlier(args.compare, ("size", "way"))
 
-    def said(rows: list[dict]) -> dict:
-        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-        whole = [row for row in timed if row["way"].endswith("bytes")] or timed
-        return {"matmul_tflops": {"bf16": rate}, "roles": {"decode": min(row["seconds"] for row in whole)} if whole else {},
-                "config": {"vae": config, "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}}  # fmt: skip
+    said = {"matmul_tflops": {"bf16": rate}, "config": {"vae": config, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}}
 
     def measured(size: str, way: str) -> dict:
         width, height = map(int, size.split("x"))
-        return measure(config, Geometry(height=height, width=width), way, device, dtype, args.repeat, rate)
+        row = measure(config, Geometry(height=height, width=width), way, device, dtype, args.repeat, rate)
+        return row | ({"role": "decode", "fast": RUNTIME[way]} if way in RUNTIME else {})
 
-    torch.backends.cudnn.benchmark = True  # shapes are constant
     rows = Rows(args.out, ("size", "way"), device, said, args.resume)
     for size, way in itertools.product(sizes, args.ways):
         rows.add({"size": size, "way": way}, lambda: measured(size, way))

@@ -69,7 +69,7 @@ def main() -> None:
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
     ops.use_attention("fp8")
     device, before = torch.device("cuda"), earlier(args.compare, ("kernel",))
-    rows = Rows(args.out, ("kernel",), device, lambda rows: {"config": {"tokens": args.tokens, "width": WIDTH}}, args.resume)
+    rows = Rows(args.out, ("kernel",), device, {"config": {"tokens": args.tokens, "width": WIDTH}}, args.resume)
     for name, (call, size) in cases(args.tokens, device).items():
         rows.add({"kernel": name}, lambda: measure(call, size, device))
     show(f"kernels at {args.tokens} tokens of {WIDTH}", rows.made, COLUMNS, ("kernel",), before)

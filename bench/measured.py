@@ -101,10 +101,10 @@ def write(out: Path, *, complete: bool = True, **content: object) -> None:
 class Rows:
     """Rows of a bench, one after the other: each is in the JSON before the next begins, and one that fails is a row that says why.
 
-    keys: what names a row. said: rows -> what else the JSON has. resume: rows that `out` has from this commit are not made again.
+    keys: what names a row. said: what else the JSON has. resume: rows that `out` has from this commit are not made again.
     """
 
-    def __init__(self, out: Path, keys: Sequence[str], device: torch.device, said: Callable[[list[dict]], dict], resume: bool = False):
+    def __init__(self, out: Path, keys: Sequence[str], device: torch.device, said: dict, resume: bool = False):
         self.out, self.keys, self.device, self.said = out, keys, device, said
         before = json.loads(out.read_text(encoding="utf-8")) if resume and out.exists() else {}
         self.made: list[dict] = before["rows"] if before.get("commit") == commit() else []
@@ -131,7 +131,7 @@ class Rows:
 
     def write(self, complete: bool = True) -> None:
         """The JSON as it stands."""
-        write(self.out, complete=complete, **self.said(self.made), rows=self.made)
+        write(self.out, complete=complete, **self.said, rows=self.made)
 
     def _lost(self) -> bool:
         """After an illegal access every call to the GPU fails until the process ends."""

@@ -6,7 +6,7 @@
 
 Ways: the plain forward, each optimisation alone, all together, and all together with FP8 linears, cache and attention. The ring is full, text keys
 and modulation are ready, as in a stream that runs. A block is timed alone, from latents on the device to velocity, and waited for.
-"roles" in the JSON is what `liveavatar plan --measured` reads: the fastest way of the first size.
+`liveavatar plan --measured` reads the rows: of the way whose options, "fast", are those of its config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -175,17 +175,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"matmul: {rates.bf16:.4g} TFLOP/s bf16, {'no' if rates.fp8 is None else format(rates.fp8, '.4g')} FP8; attention by {ops.best_attention()}")
     before, theirs = earlier(args.compare, ("size", "way")), earlier(args.reference, ("size",))
 
-    def said(rows: list[dict]) -> dict:
-        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-        fastest = min(timed, key=lambda row: row["seconds"], default=None)
-        return {"matmul_tflops": {"bf16": rates.bf16, "fp8": rates.fp8}, "way": fastest and fastest["way"],
-                "config": {"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale},
-                "roles": {"step": fastest["seconds"]} if fastest else {}}  # fmt: skip
+    said = {"matmul_tflops": {"bf16": rates.bf16, "fp8": rates.fp8},
+            "config": {"model": config.to_dict(), "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}}  # fmt: skip
 
     def measured(size: str, way: FastConfig) -> dict:
         width, height = map(int, size.split("x"))
         row, reference = measure(config, Geometry(height=height, width=width), way, device, dtype, args.repeat, rates), theirs.get((size,))
-        return row | {"gain": reference["seconds"] / row["seconds"] if reference else None}
+        return row | {"gain": reference["seconds"] / row["seconds"] if reference else None, "role": "step", "fast": asdict(way)}
 
     rows = Rows(args.out, ("size", "way"), device, said, args.resume)
     for size, name in itertools.product(sizes, args.ways):

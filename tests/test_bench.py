@@ -10,11 +10,13 @@ import pytest
 import torch
 from liveavatar import ops
 from liveavatar.config import FastConfig
+from liveavatar.core import Geometry, InputError
 from liveavatar.models.layers import TransformerBlock
 from liveavatar.runtime.forecast import read_measured
 from liveavatar.runtime.graphs import GraphedForward
 from test_fast import Playback
 
+SMALL = Geometry(height=64, width=64)
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -37,8 +39,11 @@ def test_step_measures_compares_and_feeds_the_planner(bench, tmp_path, capsys):
     rows = {row["way"]: row for row in kept["rows"]}
     assert rows["all"]["problem"] == "needs a GPU" and rows["plain"]["gain"] > 100
     assert 0 < rows["plain"]["roofline_share"] < 1.5 and rows["plain"]["matmul_share"] == pytest.approx(rows["plain"]["tflops"] / kept["matmul_tflops"]["bf16"])
-    assert read_measured(out) == {"step": min(rows[way]["seconds"] for way in ("plain", "eager fp8"))}
-    assert {"machine", "commit", "config", "rows", "roles"} <= kept.keys() and kept["complete"] and "before" in capsys.readouterr().out
+    for way, fast in (("plain", FastConfig(kernels=False, attention="torch")), ("eager fp8", FastConfig(packed_qkv=True, fp8=True))):
+        assert read_measured([out], fast, SMALL) == {"step": rows[way]["seconds"]}, "of the config's own way, not of the fastest"
+    with pytest.raises(InputError, match="64x64 with no option; there is: .*model.fast.packed_qkv=true model.fast.fp8=true"):
+        read_measured([out], FastConfig(), SMALL)
+    assert {"machine", "commit", "config", "rows"} <= kept.keys() and kept["complete"] and "before" in capsys.readouterr().out
 
 
 def ways_of(out: Path) -> dict:
@@ -100,9 +105,16 @@ def test_all_for_a_gpu_fits_into_one_command_of_ten_minutes():
 
 def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
     out = tmp_path / "decode.json"
-    bench("decode").main(["--scale", "--ways", "one latent a call", "channels last + bytes", "--repeat", "1", "--out", str(out)])
-    rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
-    assert read_measured(out) == {"decode": rows["channels last + bytes"]["seconds"]}, "with the pictures' way to the host"
+    ways, step = ["one latent a call", "channels last + bytes", "channels last + bytes, searched"], tmp_path / "step.json"
+    bench("decode").main(["--scale", "--ways", *ways, "--repeat", "1", "--out", str(out)])
+    assert ways_of(out).keys() == set(ways)
+    seconds = ways_of(out)["channels last + bytes"]["seconds"]
+    step.write_text(json.dumps({"roles": {"step": 0.2}}))
+    assert read_measured([step, out], FastConfig(), SMALL) == {"step": 0.2, "decode": seconds}, "as the runtime decodes"
+    with pytest.raises(InputError, match="compile=true"):
+        read_measured([out], FastConfig(compile=True), SMALL)
+    with pytest.raises(InputError, match="704x384"):
+        read_measured([out], FastConfig(), Geometry(height=384, width=704))
 
 
 def test_the_chain_is_timed_through_the_runtimes_roles(bench, tmp_path, monkeypatch):
