@@ -10,7 +10,7 @@ from test_cli import run
 from liveavatar.config import FastConfig, load
 from liveavatar.core import ConfigError, Geometry, InputError
 from liveavatar.runtime.forecast import SHARE, Speeds, accelerator, accelerators, forecast, model_shape, overview, plot, read_measured, sweep
-from liveavatar.runtime.placement import forward_flops, transformer_bytes
+from liveavatar.runtime.placement import Device, check_together, forward_flops, plan, transformer_bytes
 
 WIDE = Geometry(height=384, width=704)
 CONFIG = load(None, ["runtime.sessions=1"])
@@ -61,6 +61,15 @@ def test_a_shift_register_gains_where_reading_the_weights_is_the_work():
     for geometry, least, most in ((WIDE, 0.97, 1.03), (small, 1.5, 4.0)):
         one, together = (forecast(config, model_shape("14b"), geometry, speeds, 1).fps for config in (CONFIG, shifted))
         assert least < together / one < most
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 5])
+def test_a_shipped_config_can_be_run_and_fits(gpus):
+    config = load(f"configs/serve_{gpus}gpu.yaml")
+    check_together(config, config.stages)
+    devices = [Device(name="H100", kind="cuda", memory=80 * 10**9)] * gpus
+    assert not plan(config, model_shape("14b"), WIDE, devices, host=10**12).problems
+    assert config.model.fast.fp8 and config.model.fast.graphs and config.runtime.decode_beside == (gpus < 5)
 
 
 def test_other_sizes_have_the_parameters_their_names_promise():
