@@ -6,17 +6,17 @@
 #   LIVEAVATAR_COMMIT=$(git rev-parse --short HEAD) bash bench/gpu_all.sh    the JSONs' commit, where the machine has neither git nor history
 #                                    PYTHON=python3 by default; BUDGET=560: less where an installation came before it
 #   bash bench/gpu_all.sh --list     seconds and names of the parts, and their sum
-#   SCALE=1 bash bench/gpu_all.sh    small models on a CPU, to show that it runs
+#   SCALE=1 bash bench/gpu_all.sh    small models on a CPU, to show that it runs; SCALE=4: with four times the seconds, on a busy one
 # The lent machine has all that the parts import but diffusers, which decode wants: carry its wheel.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${OUT:-bench/results}" python="${PYTHON:-python3}" list="${1:-}" scale="${SCALE:-}" sum=0
-end=$((SECONDS + ${BUDGET:-560}))
+end=$((SECONDS + ${BUDGET:-560} * ${scale:-1}))
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | sed 's/^NVIDIA //; s/[^A-Za-z0-9-]/-/g' | tr 'A-Z' 'a-z')"
 gpu="${gpu:-cpu}"
 part() { # seconds, name of its JSON (of tests there is none), command
-  local limit="$1" name="$2" stop left status
+  local limit=$(($1 * ${scale:-1})) name="$2" stop left status
   shift 2
   sum=$((sum + limit))
   if [ "$list" = --list ]; then echo "$limit $name"; return; fi

@@ -11,6 +11,7 @@ import torch
 from liveavatar import ops
 from liveavatar.config import FastConfig
 from liveavatar.core import Geometry, InputError
+from liveavatar.evaluation.traces import Stream
 from liveavatar.models.layers import TransformerBlock
 from liveavatar.runtime.forecast import read_measured
 from liveavatar.runtime.graphs import GraphedForward
@@ -148,6 +149,20 @@ def test_accuracy_is_against_the_plain_path_and_graphs_are_replayed(bench, tmp_p
     monkeypatch.setattr(bench("step"), "GraphedForward", lambda model: GraphedForward(model, recorder))
     assert accuracy.ShortStream(128).row(torch.float32, accuracy.PATHS["graphs bf16"][1])["rms_error"] < 1e-6
     assert recorder.recorded == 4 and recorder.played > 2 * recorder.recorded, "each place of the ring is captured, and comes again"
+
+
+def test_a_trace_says_how_full_the_pipe_is(bench):
+    """Two ranks of .1 and .2 s, a block each .2 s but for one of .5 behind the new sink; two blocks inside."""
+    ready = [0.4, 0.6, 0.8, 1.0, 1.2, 1.7, *(1.9 + 0.2 * n for n in range(8))]
+    stream = Stream("s", "offline", 0.0)
+    stream["ready"].extend({"block": n, "t": t} for n, t in enumerate(ready))
+    stream["admitted"].extend({"block": n, "t": t - 0.3} for n, t in enumerate(ready))
+    stream["step"].extend([{"t": 1.3, "what": "refresh"}, {"t": 0.0, "what": "portrait"}])
+    stream["span"].extend({"block": n, "rank": rank, "start": 0.0, "end": end} for n in range(14) for rank, end in ((0, 0.04), (0, 0.06), (1, 0.2)))
+    pipe = bench("pipeline").pipe_of(stream)
+    assert pipe == {"slowest_ms": 200.0, "period_ms": pytest.approx(1000 * (ready[11] - ready[2]) / 9, abs=0.01), "latency_ms": 300.0,
+                    "efficiency": pytest.approx(0.2 / ((ready[11] - ready[2]) / 9), abs=1e-4), "aas_gap": 2.5}  # fmt: skip
+    assert bench("pipeline").pipe_of(Stream("s", "offline", 0.0)) == {}
 
 
 def test_the_14b_forward_launches_fewer_than_1500_kernels(bench):
