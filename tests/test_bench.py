@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_all_for_a_gpu_fits_into_one_command_of_ten_minutes():
     said = subprocess.run(["bash", str(BENCH / "gpu_all.sh"), "--list"], capture_output=True, text=True, check=True).stdout.split()
     *seconds, total = map(int, said[::2])
     assert total == sum(seconds) <= 560 and len(set(said[1:-2:2])) < 8, "eight files come back at most, one of them the log"
+
+
+def test_all_for_a_gpu_goes_on_in_another_process_where_one_broke_the_gpu(tmp_path):
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncase "$(grep -c chain {calls}):$2" in 1:--scale) exit 75 ;; *decode*) exit 1 ;; esac\n')
+    python.chmod(0o755)
+    said = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "SCALE": "1"}
+    subprocess.run(["bash", str(BENCH / "gpu_all.sh")], env=said, capture_output=True, timeout=60)
+    ran = calls.read_text().splitlines()
+    parts = [line.split()[0].removeprefix("bench/").removesuffix(".py") for line in ran]
+    assert parts == ["step", "chain", "chain", "decode", "-m", "accuracy", "chain", "step", "step", "step"], "again after 75, not after 1"
+    assert ran[1] == ran[2] and "--resume --out" in ran[1] and "--out" not in ran[4]
+    assert "chain: ended with 75" in (tmp_path / "out" / "gpu_all.log").read_text()
 
 
 def test_decode_measures_and_feeds_the_planner(bench, tmp_path):
