@@ -1,11 +1,11 @@
-"""The VAE decoder with random weights: seconds of one block of 3 latents, plain, channels last, compiled, searched, and latent by latent.
+"""The VAE decoder with random weights: seconds of one block of 3 latents, plain, channels last, compiled, and latent by latent.
 
     python bench/decode.py                      # 704x384 and 384x256 at the size of Wan2.1; one GPU
     python bench/decode.py --scale              # a small decoder on a CPU, to show that it runs
 
 The stream runs (the caches of the convolutions are full); pictures stay on the device, "bytes" adds their way to uint8 on the
-host, which the decode rank has to go too. "searched": cuDNN tries its algorithms for every shape it meets (cudnn.benchmark), which
-the runtime does not ask for. `liveavatar plan --measured` reads the rows of what the runtime does, by model.fast.compile.
+host, which the decode rank has to go too. cuDNN searches its algorithms for every shape (cudnn.benchmark), as build_stage asks of it,
+but for "unsearched". `liveavatar plan --measured` reads the rows of what the runtime does, by model.fast.compile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from liveavatar.runtime.roles import to_bytes
 from measured import Rows, earlier, matmul_rate, parser_of, seconds, show, spread_of
 
 SCALED = {"base_dim": 16, "z_dim": 16}
-WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "channels last + bytes, searched", "compiled + bytes")
+WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "channels last + bytes, unsearched", "compiled + bytes")
 RUNTIME = {"channels last + bytes": {"compile": False}, "compiled + bytes": {"compile": True}}  # way -> options of model.fast that make it
 COLUMNS = {"size": "", "way": "", "seconds": ".4f", "worst": ".4f", "tflops": ".1f", "matmul_share": ".1%", "memory_gb": ".1f", "state_gb": ".2f", "problem": ""}
 
@@ -55,7 +55,7 @@ def measure(config: dict, geometry: Geometry, way: str, device: torch.device, dt
             if "bytes" in way:
                 to_bytes(pictures)
 
-    torch.backends.cudnn.benchmark = "searched" in way
+    torch.backends.cudnn.benchmark = "unsearched" not in way
     row = spread_of(seconds(block, device, repeat, warm=4))  # two latents fill the caches, then shapes are constant
     row["tflops"] = decode_flops(config, geometry) / row["seconds"] / 1e12
     return row | {"matmul_share": row["tflops"] / rate, "state_gb": state.nbytes / 1e9,

@@ -40,7 +40,7 @@ if [ -n "$scale" ]; then wide=(--scale) small=(--scale) toy=(--scale) layer=(--w
 part  40 kernels  bench/kernel_times.py
 part 100 step     bench/step.py   "${wide[@]}" --ways all "all fp8" eager plain --repeat 5
 part 100 chain    bench/chain.py  ${toy[@]+"${toy[@]}"} --ways fp8 --blocks 8
-part  60 decode   bench/decode.py "${wide[@]}" --ways "channels last + bytes" "channels last + bytes, searched" plain "compiled + bytes" --repeat 5
+part  60 decode   bench/decode.py "${wide[@]}" --ways "channels last + bytes" "channels last + bytes, unsearched" plain "compiled + bytes" --repeat 5
 part  40 tests    -m pytest -q -m gpu tests/test_gpu.py tests/test_beside.py
 part  40 accuracy bench/accuracy.py ${layer[@]+"${layer[@]}"}
 part  30 chain    bench/chain.py  ${toy[@]+"${toy[@]}"} --ways bf16 --steps 4 --decode after --blocks 8
