@@ -1,13 +1,20 @@
-"""How far each fast path lies from the plain one: on the parity fixture, and on one layer of full width with random weights.
+"""How far each fast path lies from the plain one: on the parity fixture, on one layer of full width and on a stream of two, random weights.
 
     python bench/accuracy.py [--fixture tests/golden/causal_s2v] [--width 5120] [--out bench/results/accuracy-cpu.json]
 
-Reference is the fixture itself, and for the layer its plain fp32 forward; the update a layer makes is compared, not the stream it
-is added to. FP8 runs by its dequantising reference where there are no FP8 units: the rounding is the same.
+References: the fixture itself; for layer and stream what this machine makes of them in fp32 without our kernels, without TF32, with the
+attention written out. Of a layer the update it makes is compared, not what it is added to. The stream is long enough for every
+CUDA graph of its full ring to be captured and then replayed. FP8 linears and FP8 attention run by their dequantising references where
+there are no FP8 units: the same rounding, summed in another order. Attention by name is that backend alone, and no other in its place.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,11 +23,15 @@ from liveavatar import ops
 from liveavatar.config import FastConfig
 from liveavatar.models.fast import compile_halves, pack, to_fp8
 from liveavatar.models.fast import prepare as prepared
+from liveavatar.core import Geometry
 from liveavatar.models.layers import BlockModulation, TransformerBlock
+from liveavatar.models.s2v import S2VConfig
 from liveavatar.runtime.parity import Forwards
 from liveavatar.runtime.sources import Fixture
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from measured import HERE, earlier, parser_of, show, write
+from measured import HERE, Rows, earlier, parser_of, show
+from step import Stream, random_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -40,10 +51,30 @@ PATHS = {
     "kernels bf16": (BF16, FastConfig(packed_qkv=True)),
     "kernels fp8 bf16": (BF16, FastConfig(packed_qkv=True, fp8=True)),
     "kernels fp8 all bf16": (BF16, FastConfig(packed_qkv=True, fp8=True, fp8_cache=True, attention="fp8")),
+    **{f"attention {name} bf16": (BF16, FastConfig(kernels=False, attention=name)) for name in ("torch", "cudnn", "flash2", "flash3")},
+    "graphs bf16": (BF16, FastConfig(kernels=False, attention="torch", graphs=True)),
+    "kernels graphs bf16": (BF16, FastConfig(packed_qkv=True, graphs=True)),
+    "kernels graphs fp8 bf16": (BF16, FastConfig(packed_qkv=True, fp8=True, graphs=True)),
+    "kernels graphs fp8 all bf16": (BF16, FastConfig(packed_qkv=True, fp8=True, fp8_cache=True, attention="fp8", graphs=True)),
     "compiled bf16": (BF16, FastConfig(kernels=False, attention="torch", compile=True)),  # last: it takes longest
 }
-COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e"}
+COLUMNS = {"where": "", "path": "", "cosine": ".6f", "max_error": ".2e", "rms_error": ".2e", "problem": ""}
 TOKENS, KEYS, TEXT = 64, 256, 64
+BLOCKS = 16  # of the stream: a ring of 4 is full after 4, the last of its places is captured at block 10
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Nothing fast: what the others are compared with."""
+    ops.use_attention("torch")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # and so it stays
+    with ops.own_kernels(False), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def needs_gpu(name: str) -> bool:
+    """On a CPU the path would be another one."""
+    return "kernels" in name or "graphs" in name or name.startswith("attention ")
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -85,7 +116,8 @@ class FullWidth:
         self.modulation = BlockModulation(*(0.3 * torch.randn(1, 1, dim) + (row in (2, 5)) for row in range(6)))
         self.past = [torch.randn(1, KEYS, heads, 128) for _ in "kv"]
         self.text = tuple(torch.randn(1, TEXT, heads, 128) for _ in "kv")
-        self.expected = self.update(self.block, PLAIN)
+        with reference():
+            self.expected = self.update(self.block, PLAIN)
 
     @torch.inference_mode()
     def update(self, block: TransformerBlock, way: FastConfig) -> torch.Tensor:
@@ -113,26 +145,55 @@ class FullWidth:
         return distance(self.update(block, way), self.expected)
 
 
+class ShortStream:
+    """A model of two layers with random weights, and the velocities of BLOCKS blocks in plain fp32."""
+
+    def __init__(self, dim: int):
+        config = replace(S2VConfig(), dim=dim, ffn_dim=round(2.7 * dim / 128) * 128, num_heads=dim // 128, num_layers=2, audio_inject_layers=(0, 1))
+        self.model = random_model(config, FP32, DEVICE)
+        with reference():
+            self.expected = self.velocities(self.model, PLAIN)
+
+    @torch.inference_mode()
+    def velocities(self, model: torch.nn.Module, way: FastConfig) -> torch.Tensor:
+        stream = Stream(model, Geometry(height=64, width=64), way.graphs)
+        return torch.stack([stream.block() for _ in range(BLOCKS)])
+
+    def row(self, dtype: torch.dtype, way: FastConfig) -> dict[str, float]:
+        return distance(self.velocities(prepared(copy.deepcopy(self.model).cast(dtype), way), way), self.expected)
+
+
+def measure(distance_at: Callable[[torch.dtype, FastConfig], dict], dtype: torch.dtype, way: FastConfig) -> dict:
+    """One row."""
+    torch._dynamo.reset()
+    ops.use_attention(way.attention)
+    if way.attention == "cudnn":  # ops falls back where it refuses; here that is an error
+        q = torch.zeros(1, 8, TOKENS, 128, dtype=dtype, device=DEVICE)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            F.scaled_dot_product_attention(q, q, q)
+    with ops.own_kernels(way.kernels):
+        return distance_at(dtype, way)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__, "accuracy-cpu.json")
+    parser = parser_of(__doc__, "accuracy-cpu.json", resume=True)
     parser.add_argument("--fixture", type=Path, default=HERE.parent / "tests" / "golden" / "causal_s2v")
     parser.add_argument("--width", type=int, default=5120)
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=[name for name in PATHS if DEVICE.type == "cuda" or "kernels" not in name])
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=[name for name in PATHS if DEVICE.type == "cuda" or not needs_gpu(name)])
     args = parser.parse_args(arguments)
     with DEVICE:
-        layer, rows = FullWidth(args.width), []
-    said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}, "rows": rows}
-    before = earlier(args.compare, ("where", "path"))
-    for name in args.paths:
-        dtype, way = PATHS[name]
-        torch._dynamo.reset()
-        ops.use_attention(way.attention)
-        with ops.own_kernels(way.kernels):
-            rows.append({"where": args.fixture.name, "path": name, **on_fixture(args.fixture, dtype, way)})
-            rows.append({"where": f"a layer of {args.width}", "path": name, **layer.row(dtype, way)})
-        write(args.out, complete=False, **said)
-    show("distance from the plain path", rows, COLUMNS, ("where", "path"), before, ("rms_error",))
-    write(args.out, **said)
+        layer, stream = FullWidth(args.width), ShortStream(args.width)
+    places = {args.fixture.name: lambda dtype, way: on_fixture(args.fixture, dtype, way), f"a layer of {args.width}": layer.row,
+              f"a stream of {BLOCKS} blocks": stream.row}  # fmt: skip
+    said = {"config": {"fixture": args.fixture.name, "width": args.width, "tokens": TOKENS, "keys": KEYS + TOKENS}}
+    rows, before = Rows(args.out, ("where", "path"), DEVICE, said, args.resume), earlier(args.compare, ("where", "path"))
+    for name, (where, distance_at) in itertools.product(args.paths, places.items()):
+        if PATHS[name][1].graphs and where != f"a stream of {BLOCKS} blocks":
+            continue  # too short for a replay
+        problem = "needs a GPU" if needs_gpu(name) and DEVICE.type == "cpu" else None
+        rows.add({"where": where, "path": name}, lambda: measure(distance_at, *PATHS[name]), problem)
+    show("distance from the plain path", rows.made, COLUMNS, ("where", "path"), before, ("rms_error",))
+    rows.write()
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@
     python bench/decode.py --scale              # a small decoder on a CPU, to show that it runs
 
 The stream runs (the caches of the convolutions are full); pictures stay on the device, "bytes" adds their way to uint8 on the
-host, which the decode rank has to go too. "roles" in the JSON is what `liveavatar plan --measured` reads.
+host, which the decode rank has to go too. cuDNN searches its algorithms for every shape (cudnn.benchmark), as build_stage asks of it,
+but for "unsearched". `liveavatar plan --measured` reads the rows of what the runtime does, by model.fast.compile.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from liveavatar.core import Geometry
@@ -15,10 +18,11 @@ from liveavatar.models.vae import StreamingVAE, build_module, compile_decoder, s
 from liveavatar.runtime.placement import WAN_VAE, decode_flops
 from liveavatar.runtime.roles import to_bytes
 
-from measured import earlier, matmul_rate, parser_of, seconds, show, spread_of, write
+from measured import Rows, earlier, matmul_rate, parser_of, seconds, show, spread_of
 
 SCALED = {"base_dim": 16, "z_dim": 16}
-WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "compiled + bytes")
+WAYS = ("plain", "channels last", "compiled", "one latent a call", "channels last + bytes", "channels last + bytes, unsearched", "compiled + bytes")
+RUNTIME = {"channels last + bytes": {"compile": False}, "compiled + bytes": {"compile": True}}  # way -> options of model.fast that make it
 COLUMNS = {"size": "", "way": "", "seconds": ".4f", "worst": ".4f", "tflops": ".1f", "matmul_share": ".1%", "memory_gb": ".1f", "state_gb": ".2f", "problem": ""}
 
 
@@ -48,9 +52,10 @@ def measure(config: dict, geometry: Geometry, way: str, device: torch.device, dt
     def block() -> None:
         for part in parts:
             pictures = vae.decode(part, state)
-            if way.endswith("bytes"):
+            if "bytes" in way:
                 to_bytes(pictures)
 
+    torch.backends.cudnn.benchmark = "unsearched" not in way
     row = spread_of(seconds(block, device, repeat, warm=4))  # two latents fill the caches, then shapes are constant
     row["tflops"] = decode_flops(config, geometry) / row["seconds"] / 1e12
     return row | {"matmul_share": row["tflops"] / rate, "state_gb": state.nbytes / 1e9,
@@ -58,7 +63,7 @@ def measure(config: dict, geometry: Geometry, way: str, device: torch.device, dt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__, "decode.json")
+    parser = parser_of(__doc__, "decode.json", resume=True)
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT", help="default: 704x384 384x256; with --scale 64x64")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeat", type=int, default=10)
@@ -67,27 +72,20 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, dtype = dict(SCALED if args.scale else WAN_VAE), torch.bfloat16
     sizes = args.sizes or (["64x64"] if args.scale else ["704x384", "384x256"])
-    rate, rows, before = matmul_rate(device, 512 if device.type == "cpu" else 8192), [], earlier(args.compare, ("size", "way"))
+    rate, before = matmul_rate(device, 512 if device.type == "cpu" else 8192), earlier(args.compare, ("size", "way"))
 
-    def keep(complete: bool) -> None:
-        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-        whole = [row for row in timed if row["way"].endswith("bytes")] or timed
-        write(args.out, complete=complete, rows=rows, matmul_tflops={"bf16": rate}, roles={"decode": min(row["seconds"] for row in whole)} if whole else {},
-              config={"vae": config, "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale})  # fmt: skip
+    said = {"matmul_tflops": {"bf16": rate}, "config": {"vae": config, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}}
 
-    torch.backends.cudnn.benchmark = True  # shapes are constant
-    for size in sizes:
+    def measured(size: str, way: str) -> dict:
         width, height = map(int, size.split("x"))
-        for way in args.ways:
-            row = {"size": size, "way": way}
-            try:
-                row |= measure(config, Geometry(height=height, width=width), way, device, dtype, args.repeat, rate)
-            except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-                row["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            rows.append(row)
-            keep(complete=False)
-    show("one block of the decoder", rows, COLUMNS, ("size", "way"), before)
-    keep(complete=True)
+        row = measure(config, Geometry(height=height, width=width), way, device, dtype, args.repeat, rate)
+        return row | ({"role": "decode", "fast": RUNTIME[way]} if way in RUNTIME else {})
+
+    rows = Rows(args.out, ("size", "way"), device, said, args.resume)
+    for size, way in itertools.product(sizes, args.ways):
+        rows.add({"size": size, "way": way}, lambda: measured(size, way))
+    show("one block of the decoder", rows.made, COLUMNS, ("size", "way"), before)
+    rows.write()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from liveavatar import ops
 
-from measured import earlier, parser_of, seconds, show, write
+from measured import Rows, earlier, parser_of, seconds, show
 
 WIDTH, HEADS, KEYS = 5120, 40, 15_312
 LONGEST = 0.05  # seconds of a timing: so many calls, up to 100, that launches do not count
-COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f"}
+COLUMNS = {"kernel": "", "error": ".2e", "seconds": ".2e", "reference_seconds": ".2e", "gain": ".1f", "gb_per_second": ",.0f", "problem": ""}
 
 
 def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
@@ -37,7 +37,7 @@ def cases(tokens: int, device: torch.device) -> dict[str, tuple[Callable[[], obj
             "rope_cache": (lambda: torch.cat([ops.rope_cache(q, k, v, angles, keys, values).flatten(), keys.flatten(), values.flatten()]), 12 * row),
             "quantise_rows": (lambda: ops.quantise_rows(wide)[0], 3 * tokens * 13824),
             "round_heads": (lambda: (ops.put(k, small, angles), small.values)[1], 3 * row),
-            "restore_heads": (lambda: ops.restored(small, torch.bfloat16), 3 * row),
+            "restore_heads": (lambda: ops.restored(kept[0][0, :tokens], torch.bfloat16), 3 * row),
             "norm_round": (lambda: ops.norm_modulate(x, shift, scale, 1e-6, ops.E4M3).values, 5 * row),
             "layer_norm": (lambda: ops.layer_norm(x, weight, weight, 1e-6, torch.bfloat16), 6 * row),
             "gelu and quantise_rows": (lambda: ops.gelu(wide[None], ops.E4M3).values, 3 * tokens * 13824),
@@ -51,25 +51,29 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(seconds(lambda: [call() for _ in range(inner)], device, 5, warm=2)) / inner
 
 
+def measure(call: Callable[[], object], size: int, device: torch.device) -> dict:
+    """One row."""
+    got, took = call().clone().float(), timed(call, device)
+    with ops.own_kernels(False):
+        expected, plain = call().clone().float(), timed(call, device)
+    return {"error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took, "reference_seconds": plain, "gain": plain / took,
+            "gb_per_second": size / took / 1e9}  # fmt: skip
+
+
 @torch.inference_mode()
 def main() -> None:
-    parser = parser_of(__doc__, "kernels.json")
+    parser = parser_of(__doc__, "kernels.json", resume=True)
     parser.add_argument("--tokens", type=int, default=3168)
     args = parser.parse_args()
     if not torch.cuda.is_available() or not ops.own_kernels_available():
         parser.error("needs a GPU and Triton; on a CPU tests/test_kernels.py runs the kernels in Triton's interpreter")
     ops.use_attention("fp8")
-    device, rows, before = torch.device("cuda"), [], earlier(args.compare, ("kernel",))
-    said = {"config": {"tokens": args.tokens, "width": WIDTH}, "rows": rows}
+    device, before = torch.device("cuda"), earlier(args.compare, ("kernel",))
+    rows = Rows(args.out, ("kernel",), device, {"config": {"tokens": args.tokens, "width": WIDTH}}, args.resume)
     for name, (call, size) in cases(args.tokens, device).items():
-        got, took = call().clone().float(), timed(call, device)
-        with ops.own_kernels(False):
-            expected, plain = call().clone().float(), timed(call, device)
-        rows.append({"kernel": name, "error": float((got - expected).abs().max() / expected.abs().max()), "seconds": took,
-                     "reference_seconds": plain, "gain": plain / took, "gb_per_second": size / took / 1e9})  # fmt: skip
-        write(args.out, complete=False, **said)
-    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows, COLUMNS, ("kernel",), before)
-    write(args.out, **said)
+        rows.add({"kernel": name}, lambda: measure(call, size, device))
+    show(f"kernels at {args.tokens} tokens of {WIDTH}", rows.made, COLUMNS, ("kernel",), before)
+    rows.write()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What every bench has in common: its options, the machine, the commit, seconds of a call, the JSON and the table."""
+"""What every bench has in common: its options, the machine, the commit, seconds of a call, rows that outlive each other, the JSON and the table."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+GPU_LOST = 75  # exit status: a kernel has broken this process's GPU; another one, with --resume, goes on
+TRIES = 2  # at a row that never ended (a crash, the time was up), over all runs with --resume
 
 
 def machine() -> dict:
@@ -28,12 +32,12 @@ def machine() -> dict:
 
 
 def commit() -> str:
-    """Commit of the working tree, with + when it is changed; "unknown" in a copy without its history."""
-    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True)  # noqa: E731
-    head = run("rev-parse", "--short", "HEAD")
-    if head.returncode:
+    """Commit of the working tree, with + when it is changed; in a copy without its history, or without git, LIVEAVATAR_COMMIT or "unknown"."""
+    run = lambda *args: subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    try:
+        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
         return os.environ.get("LIVEAVATAR_COMMIT", "unknown")
-    return head.stdout.strip() + ("+" if run("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 
 
 def settle(device: torch.device) -> None:
@@ -72,12 +76,14 @@ def matmul_rate(device: torch.device, size: int, fp8: bool = False) -> float:
     return 2 * size**3 / statistics.median(seconds(call, device, 10, warm=3)) / 1e12
 
 
-def parser_of(doc: str, out: str, compare: bool = True) -> argparse.ArgumentParser:
-    """Options of a bench that explains itself by `doc`: --out (default: results/`out`) and, if its rows can be compared, --compare."""
+def parser_of(doc: str, out: str, compare: bool = True, resume: bool = False) -> argparse.ArgumentParser:
+    """Options of a bench that explains itself by `doc`: --out (default: results/`out`), if its rows can be compared --compare, if it has Rows --resume."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=RESULTS / out)
     if compare:
         made.add_argument("--compare", type=Path, metavar="JSON", help="of an earlier run: its figures become columns")
+    if resume:
+        made.add_argument("--resume", action="store_true", help="keep the rows that --out has from this commit, and make the others")
     return made
 
 
@@ -90,6 +96,50 @@ def write(out: Path, *, complete: bool = True, **content: object) -> None:
     os.replace(partial, out)
     if complete:
         print(out)
+
+
+class Rows:
+    """Rows of a bench, one after the other: each is in the JSON before the next begins, and one that fails is a row that says why.
+
+    keys: what names a row. said: what else the JSON has. resume: rows that `out` has from this commit are not made again.
+    """
+
+    def __init__(self, out: Path, keys: Sequence[str], device: torch.device, said: dict, resume: bool = False):
+        self.out, self.keys, self.device, self.said = out, keys, device, said
+        before = json.loads(out.read_text(encoding="utf-8")) if resume and out.exists() else {}
+        self.made: list[dict] = before["rows"] if before.get("commit") == commit() else []
+
+    def add(self, name: dict, measure: Callable[[], dict], problem: str | None = None) -> None:
+        """The row `name` with what measure() finds. problem: why it is not even tried. Ends the process where its GPU is lost."""
+        found = next((row for row in self.made if all(row.get(key) == name.get(key) for key in self.keys)), None)
+        if found is not None and found.get("tries", TRIES) >= TRIES:
+            return
+        row, lost = name | {"problem": "did not end", "tries": (found or {}).get("tries", 0) + 1}, False
+        self.made = [other for other in self.made if other is not found] + [row]
+        self.write(complete=False)
+        try:
+            result = {"problem": problem} if problem else measure()
+        except Exception as error:  # whatever it is, the other ways are wanted too
+            result = {"problem": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            lost = self._lost()
+        self.made[-1] = name | result
+        print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.made[-1].items()), flush=True)
+        self.write(complete=False)
+        if lost:
+            sys.exit(GPU_LOST)
+        gc.collect()
+
+    def write(self, complete: bool = True) -> None:
+        """The JSON as it stands."""
+        write(self.out, complete=complete, **self.said, rows=self.made)
+
+    def _lost(self) -> bool:
+        """After an illegal access every call to the GPU fails until the process ends."""
+        try:
+            settle(self.device)
+        except RuntimeError:
+            return True
+        return False
 
 
 def earlier(path: Path | None, keys: Sequence[str]) -> dict[tuple, dict]:

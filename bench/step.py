@@ -6,17 +6,17 @@
 
 Ways: the plain forward, each optimisation alone, all together, and all together with FP8 linears, cache and attention. The ring is full, text keys
 and modulation are ready, as in a stream that runs. A block is timed alone, from latents on the device to velocity, and waited for.
-"roles" in the JSON is what `liveavatar plan --measured` reads: the fastest way of the first size.
+`liveavatar plan --measured` reads the rows: of the way whose options, "fast", are those of its config.
 """
 
 from __future__ import annotations
 
-import gc
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.runtime.graphs import GraphedForward
 from liveavatar.runtime.placement import attention_flops, linear_flops
 
-from measured import earlier, matmul_rate, parser_of, seconds, settle, show, spread_of, write
+from measured import Rows, earlier, matmul_rate, parser_of, seconds, settle, show, spread_of
 
 SCALED = S2VConfig(dim=256, ffn_dim=512, freq_dim=64, text_dim=64, text_len=64, num_heads=2, num_layers=4, audio_dim=64, audio_layers=2,
                    audio_inject_layers=(0, 2))  # fmt: skip
@@ -149,29 +149,15 @@ def traced(call: Callable[[], object], device: torch.device) -> dict[str, int]:
             "kernels": sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)}  # fmt: skip
 
 
-def rows_of(config: S2VConfig, sizes: list[str], ways: list[str], device: torch.device, dtype: torch.dtype, repeat: int, rates: Rates) -> Iterator[dict]:
-    """Every way at every size; what a machine cannot run is a row that says why."""
-    for size in sizes:
-        width, height = map(int, size.split("x"))
-        geometry = Geometry(height=height, width=width)
-        for name in ways:
-            row = {"size": size, "way": name}
-            if WAYS[name].graphs and device.type != "cuda":
-                row["problem"] = "needs a GPU"
-            elif (WAYS[name].fp8 or WAYS[name].fp8_cache) and device.type == "cuda" and rates.fp8 is None:
-                row["problem"] = "no FP8 units"
-            else:
-                try:
-                    row |= measure(config, geometry, WAYS[name], device, dtype, repeat, rates)
-                except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-                    row["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            gc.collect()
-            print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
-            yield row
+def refusal(way: FastConfig, device: torch.device, rates: Rates) -> str | None:
+    """Why this machine cannot run it."""
+    if way.graphs and device.type != "cuda":
+        return "needs a GPU"
+    return "no FP8 units" if (way.fp8 or way.fp8_cache) and device.type == "cuda" and rates.fp8 is None else None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_of(__doc__, "step.json")
+    parser = parser_of(__doc__, "step.json", resume=True)
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT", help="default: 704x384 384x256; with --scale 64x64")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeat", type=int, default=10)
@@ -187,21 +173,21 @@ def main(arguments: list[str] | None = None) -> None:
     sizes, dtype = args.sizes or (["64x64"] if args.scale else ["704x384", "384x256"]), torch.bfloat16
     rates = Rates(matmul_rate(device, 512 if device.type == "cpu" else 8192), matmul_rate(device, 8192, fp8=True) if ops.fp8_matmul_available() else None)
     print(f"matmul: {rates.bf16:.4g} TFLOP/s bf16, {'no' if rates.fp8 is None else format(rates.fp8, '.4g')} FP8; attention by {ops.best_attention()}")
-    rows, before, theirs = [], earlier(args.compare, ("size", "way")), earlier(args.reference, ("size",))
+    before, theirs = earlier(args.compare, ("size", "way")), earlier(args.reference, ("size",))
 
-    def keep(complete: bool) -> None:
-        timed = [row for row in rows if "seconds" in row and row["size"] == sizes[0]]
-        fastest = min(timed, key=lambda row: row["seconds"], default=None)
-        write(args.out, complete=complete, rows=rows, matmul_tflops={"bf16": rates.bf16, "fp8": rates.fp8}, way=fastest and fastest["way"],
-              config={"model": config.to_dict(), "sizes": sizes, "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale},
-              roles={"step": fastest["seconds"]} if fastest else {})  # fmt: skip
+    said = {"matmul_tflops": {"bf16": rates.bf16, "fp8": rates.fp8},
+            "config": {"model": config.to_dict(), "dtype": str(dtype), "repeat": args.repeat, "scaled": args.scale}}  # fmt: skip
 
-    for row in rows_of(config, sizes, args.ways, device, dtype, args.repeat, rates):
-        reference = theirs.get((row["size"],))
-        rows.append(row | {"gain": reference["seconds"] / row["seconds"] if reference and "seconds" in row else None})
-        keep(complete=False)
-    show("one forward", rows, COLUMNS, ("size", "way"), before)
-    keep(complete=True)
+    def measured(size: str, way: FastConfig) -> dict:
+        width, height = map(int, size.split("x"))
+        row, reference = measure(config, Geometry(height=height, width=width), way, device, dtype, args.repeat, rates), theirs.get((size,))
+        return row | {"gain": reference["seconds"] / row["seconds"] if reference else None, "role": "step", "fast": asdict(way)}
+
+    rows = Rows(args.out, ("size", "way"), device, said, args.resume)
+    for size, name in itertools.product(sizes, args.ways):
+        rows.add({"size": size, "way": name}, lambda: measured(size, WAYS[name]), refusal(WAYS[name], device, rates))
+    show("one forward", rows.made, COLUMNS, ("size", "way"), before)
+    rows.write()
 
 
 if __name__ == "__main__":

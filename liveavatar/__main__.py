@@ -237,7 +237,7 @@ def plan(
     device: Annotated[Optional[str], typer.Option(metavar="NAME", help="Forecast for GPUs of this name (H800, H100, H200, A100, B200, L40S, RTX4090, ...): the chain is simulated.")] = None,
     model: Annotated[str, typer.Option(metavar="14b|30b|100b|WIDTHxLAYERS", help="With --device: size of the transformer.")] = "14b",
     precision: Annotated[Optional[str], typer.Option(metavar="bf16|fp8", help="With --device: of its linear layers. Default: as model.fast.fp8 says.")] = None,
-    measured: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="With --device: seconds per role from bench/step.py instead of arithmetic.")] = None,
+    measured: Annotated[Optional[list[Path]], typer.Option(metavar="FILE.json", help="With --device: seconds per role from bench/step.py or bench/decode.py instead of arithmetic, of the way that the config's model.fast names; may be given again.")] = None,
     price: Annotated[Optional[float], typer.Option(min=0.0, callback=_finite, help="With --device: dollars per GPU and hour.")] = None,
     plot: Annotated[Optional[Path], typer.Option(metavar="FILE.svg", help="With --device: pictures per second and latency against the number of GPUs.")] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="With --device: the forecasts as JSON.")] = None,
@@ -394,7 +394,7 @@ def _devices(config: Config, memory: float | None, tflops: float | None) -> list
     return [dataclasses.replace(device, rate=rate) for device in local_devices(config.model.device, count)]
 
 
-def _forecast(config: Config, ranks: int | None, device: str, model: str, precision: str | None, measured: Path | None, price: float | None,
+def _forecast(config: Config, ranks: int | None, device: str, model: str, precision: str | None, measured: list[Path] | None, price: float | None,
               plot: Path | None, json_file: Path | None) -> int:
     """Print what to expect of `ranks` GPUs, or of every number of them; 1 if none of that fits."""
     from rich.console import Console
@@ -404,13 +404,15 @@ def _forecast(config: Config, ranks: int | None, device: str, model: str, precis
 
     precision = precision or ("fp8" if config.model.fast.fp8 else "bf16")
     one_of("--precision", precision, ("bf16", "fp8"))
-    times, console = f.read_measured(measured) if measured else None, Console()
+    geometry, console = _official_geometry(config), Console()
+    times = f.read_measured(measured or (), dataclasses.replace(config.model.fast, fp8=precision == "fp8"), geometry)
     speeds = f.Speeds(device=f.accelerator(device), precision=precision, measured=times)
-    what = config, f.model_shape(model), _official_geometry(config), speeds
+    what = config, f.model_shape(model), geometry, speeds
     made = [f.forecast(*what, ranks, name=device, price=price)] if ranks else f.sweep(*what, name=device, price=price)
     console.print(f.table(made, f"{model} on {device}, {precision}"))
-    console.print(made[-1].plan.table() if ranks else "", f"roles {'as measured in ' + str(measured) if measured else 'by arithmetic'}; "
-                  f"{f.SHARE:.0%} of the stated peak assumed where nothing was measured", sep="\n")  # fmt: skip
+    shares = f"bf16 {f.SHARE:.0%}, FP8 linears {f.FP8_SHARE:.0%}, decode {f.DECODE_SHARE:.0%}"
+    console.print(made[-1].plan.table() if ranks else "", "measured: " + (", ".join(f"{role} {1000 * t:.0f} ms" for role, t in times.items()) or "nothing")
+                  + f"; the rest by arithmetic, assuming of the stated peak: {shares}", sep="\n")  # fmt: skip
     if plot is not None:
         f.plot(made, f"{model} on {device}, {precision}, {config.runtime.sessions} session(s)", plot)
     if json_file is not None:

@@ -24,11 +24,12 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class FastConfig:
-    """How the transformer is made faster, each against the plain way checked by bench/accuracy.py. The defaults change no result."""
+    """How the transformer is made faster (docs/speed.md), each compared with the plain way by bench/accuracy.py. The defaults change no result
+    on a CPU; on a GPU kernels and attention sum in another order than torch's own."""
 
     kernels: bool = True  # our Triton kernels where there is a GPU; False: the torch references everywhere
     packed_qkv: bool = False  # one matmul for q, k and v of self-attention
-    fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, about 3 % error each
+    fp8: bool = False  # linears of blocks and injectors in E4M3, a scale per row; half the memory, 7 % rms error of a forward
     compile: bool = False  # torch.compile of what stands around self-attention, and of the decoder; minutes at start
     graphs: bool = False  # CUDA graphs of a step; needs a GPU
     fp8_cache: bool = False  # keys and values of sink and ring in E4M3, a scale per token and head; half the memory of a session

@@ -58,13 +58,15 @@ def use_attention(name: str) -> None:
 
 @functools.cache
 def best_attention(index: int | None = None) -> str:
-    """The fastest that CUDA device `index` (None: the current one) has: FlashAttention 3, cuDNN (both from compute capability 9.0
-    on), FlashAttention 2, or what torch chooses."""
+    """The fastest that CUDA device `index` (None: the current one) has: FlashAttention 3 (its kernels are Hopper's, compute capability 9.x,
+    alone), cuDNN (from there on), FlashAttention 2, or what torch chooses."""
     if not torch.cuda.is_available():
         return "torch"
-    hopper = torch.cuda.get_device_capability(index) >= (9, 0)
-    if hopper:
-        return "flash3" if importlib.util.find_spec("flash_attn_interface") is not None else "cudnn"
+    major, _ = torch.cuda.get_device_capability(index)
+    if major == 9 and importlib.util.find_spec("flash_attn_interface") is not None:
+        return "flash3"
+    if major >= 9:
+        return "cudnn"
     return "flash2" if importlib.util.find_spec("flash_attn") is not None else "torch"
 
 

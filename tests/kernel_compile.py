@@ -1,42 +1,57 @@
-"""Compile every Triton kernel for compute capability 9.0, which needs no GPU: run by test_kernels.py in a process of its own.
-Prints JSON: kernel -> bytes of its machine code."""
+"""Compile every Triton kernel for compute capability 9.0 as the 14B model launches it: widths, tiles, warps, stages. Needs no GPU; run by
+test_kernels.py in a process of its own. Prints JSON: kernel -> [bytes of machine code, of shared memory] of each of its launches."""
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib import import_module
+from pathlib import Path
 
+import torch
 import triton
+from liveavatar import ops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import kernel_times
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TENSORS = {"unit": "*fp32", "shift": "*fp32", "scale": "*fp32", "gate": "*fp32", "angles": "*fp32"}  # all other pointers are bf16
-E4M3 = {("quantise_rows", "out"), ("round_heads", "out"), ("norm_round", "out"), ("restore_heads", "x"), *(("attention_fp8", name) for name in "qkv")}
-NUMBERS = {"width", "run", "tokens", "pairs", "head_pairs", "eps", "size", "heads", "keys", "queries", "factor"}
-FILES = {"restore_heads": "round_heads", "norm_round": "norm_modulate"}
-CONSTANTS = {"BLOCK": 128, "LARGEST": 448.0, "SMALLEST": 1e-12, "ROWS": 64, "COLUMNS": 64, "TURN": True, "GELU": True, "PLUS": 1.0}
+KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv", int: "i32", float: "fp32"}
+ALIGNED = [["tt.divisibility", 16]]
+TOKENS = 32
+made: dict[str, dict[str, list[int]]] = {}
 
 
-def kind(kernel: str, argument: str) -> str:
-    """The type of an argument in Triton's spelling."""
-    if argument in CONSTANTS:
-        return "constexpr"
-    if argument in NUMBERS and (kernel, argument) != ("rope_cache", "keys") or argument.endswith(("stride", "_head", "_element")):
-        return "fp32" if argument in ("eps", "factor") else "i32"
-    return "*fp8e4nv" if (kernel, argument) in E4M3 else "*fp32" if argument.endswith("_scale") else TENSORS.get(argument, "*bf16")
+def launch(kernel: JITFunction, given: tuple, options: dict) -> None:
+    """In place of a launch: what Triton would compile for these arguments on a GPU."""
+    arguments = dict(zip(kernel.arg_names, given)) | {name: value for name, value in options.items() if name in kernel.arg_names}
+    constants = {name: value for name, value in arguments.items() if name.isupper() or (isinstance(value, int) and value == 1)}
+    types = {name: "constexpr" if name in constants else KINDS[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+             for name, value in arguments.items()}  # fmt: skip
+    even = {(at,): ALIGNED for at, (name, value) in enumerate(arguments.items())
+            if name not in constants and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0))}  # fmt: skip
+    asked = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    key = str((types, constants, even.keys(), asked))
+    if key not in (mine := made.setdefault(kernel.__name__, {})):
+        found = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=even), target=HOPPER, options=asked)
+        mine[key] = [len(found.asm["cubin"]), found.metadata.shared]
 
 
+@torch.inference_mode()
 def main() -> None:
-    made = {}
-    for name in ("norm_modulate", "gate_residual", "rms_rows", "rotate_rows", "rope_cache", "quantise_rows", "round_heads", "restore_heads", "attention_fp8",
-                 "norm_round"):
-        function = getattr(import_module(f"liveavatar_kernels.{FILES.get(name, name)}"), "_" + name)
-        types = {argument: kind(name, argument) for argument in function.arg_names}
-        source = ASTSource(fn=function, signature=types, constexprs={a: CONSTANTS[a] for a, t in types.items() if t == "constexpr"})
-        made[name] = len(triton.compile(source, target=HOPPER).asm["cubin"])
-    json.dump(made, sys.stdout)
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *given, **options: launch(kernel, given, options)
+    kernel_times.KEYS = 512
+    cases = kernel_times.cases(TOKENS, torch.device("cpu"))
+    keys = torch.randn(TOKENS, kernel_times.HEADS, 128).bfloat16()
+    ops._fused, ops.fp8_matmul_available = lambda *tensors: True, lambda index=None: True
+    ops.use_attention("fp8")
+    for call, _ in cases.values():
+        call()
+    ops.put(keys, ops.Rounded.zeros(*keys.shape, device="cpu"))  # values, which are not turned
+    ops.quantise_rows(torch.randn(TOKENS, kernel_times.WIDTH).bfloat16())
+    json.dump({name: list(launches.values()) for name, launches in made.items()}, sys.stdout)
 
 
 if __name__ == "__main__":

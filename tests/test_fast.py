@@ -1,6 +1,8 @@
 """Every fast path of the transformer against the plain one; graphs with a recorder that runs on the CPU."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +106,30 @@ def test_an_fp8_cache_stays_near(attention, anchors, limit, plain, attention_as)
     made = stream(model, anchors=anchors)
     assert 1e-4 < relative(made, stream(tiny_model(), anchors=anchors) if anchors else plain) < limit
     assert torch.equal(stream(model, GraphedForward(model, Playback()), anchors=anchors), made)
+
+
+@pytest.mark.parametrize("capability,packages,chosen", [
+    ((8, 0), {"flash_attn"}, "flash2"), ((8, 9), {"flash_attn", "flash_attn_interface"}, "flash2"), ((8, 6), set(), "torch"),
+    ((9, 0), {"flash_attn", "flash_attn_interface"}, "flash3"), ((9, 0), {"flash_attn"}, "cudnn"), ((9, 0), set(), "cudnn"),
+    ((10, 0), {"flash_attn", "flash_attn_interface"}, "cudnn"), ((12, 0), set(), "cudnn")])  # fmt: skip
+def test_the_best_attention_of_a_gpu(capability, packages, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: name if name in packages else None)
+    assert ops.best_attention.__wrapped__(0) == chosen
+
+
+@pytest.mark.parametrize("said,called", [("auto", "flash_attn_interface"), ("flash3", "flash_attn_interface"), ("flash2", "flash_attn")])
+def test_the_chosen_attention_is_the_one_that_is_called(said, called, monkeypatch, attention_as):
+    """FlashAttention 3 in its first releases, which gave the log-sum too."""
+    q, made = torch.zeros(1, 3, 2, 8), {"flash_attn_interface": ("flash_attn_interface", None), "flash_attn": "flash_attn"}
+    for name, out in made.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=lambda q, k, v, out=out: out))
+    monkeypatch.setattr(ops, "best_attention", lambda index: "flash3")
+    attention_as(said)
+    assert ops._gpu_attention(q, q, q) == called
+    attention_as("torch")
+    assert ops._gpu_attention(q, q, q).shape == q.shape
 
 
 def test_fp8_attention_of_many_keys_is_attention():

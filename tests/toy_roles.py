@@ -136,14 +136,19 @@ class ToySource:
         return ToyStep(int(name[4:]), last=name == f"step{config.steps_run - 1}")
 
 
+PAYLOAD = {"latents": ((16, 3, 48, 88), torch.bfloat16), "features": ((25, 1024, 12), torch.float32)}  # at 704x384
+
+
 @dataclass
 class FixedRole:
-    """Sleeps for its time on every block, a step also on a new sink; passes the rest on as roles do. last: reports a clean latent."""
+    """Sleeps for its time on every block, a step also on a new sink; passes the rest on as roles do. last: reports a clean latent.
+    payload: blocks carry what the 14B model's carry, on this device; None: nothing."""
 
     name: str
     seconds: float
     refresh: float = 0.0
     last: bool = False
+    payload: torch.device | None = None
 
     def __call__(self, message):
         time.sleep(self.seconds if isinstance(message, core.Audio | core.Block) else 0.0)
@@ -154,7 +159,10 @@ class FixedRole:
 
     def after(self, message):
         if isinstance(message, core.Audio) and self.name == "condition":
-            message = core.Block(message.session, index=message.index, epoch=message.epoch)
+            made = {name: torch.zeros(shape, dtype=dtype, device=self.payload) for name, (shape, dtype) in PAYLOAD.items()} if self.payload else {}
+            message = core.Block(message.session, index=message.index, epoch=message.epoch, **made)
+        if self.payload and isinstance(message, core.Block):
+            assert message.latents.device.type == message.features.device.type == self.payload.type, (message.latents.device, self.payload)
         if not isinstance(message, core.Block):
             if isinstance(message, core.Refresh) and self.name.startswith("step"):
                 time.sleep(self.refresh)
@@ -187,14 +195,16 @@ class FixedRegister(Register):
 @dataclass(frozen=True)
 class FixedSource:
     """Picklable source of FixedRoles. seconds: by role; refresh: what a new sink costs a step; together: as FixedRegister's, with
-    runtime.shift_register."""
+    runtime.shift_register. payload: blocks carry tensors, on the stage's device."""
 
     seconds: dict
     refresh: float = 0.0
     together: tuple = (1.0,)
+    payload: bool = False
 
     def build_stage(self, config, stage_names, device):
-        roles = [FixedRole(name, self.seconds[name], self.refresh, name == f"step{config.steps_run - 1}") for name in stage_names]
+        device = torch.device(device) if self.payload else None
+        roles = [FixedRole(name, self.seconds[name], self.refresh, name == f"step{config.steps_run - 1}", device) for name in stage_names]
         steps = [role for role in roles if role.name.startswith("step")]
         if not config.runtime.shift_register or len(steps) < 2:
             return roles

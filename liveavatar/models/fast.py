@@ -1,6 +1,7 @@
 """What a loaded transformer may be turned into before it runs: packed projections, FP8 linears and caches, compiled halves of a block.
 
-Each is asked for in the config (model.fast) and checked against the plain model by bench/accuracy.py and tests/test_fast.py.
+Each is asked for in the config (model.fast). tests/test_fast.py checks it against the plain model, on the CPU and with a compiler backend
+that changes nothing; bench/accuracy.py measures how far it lies from it, compiled and on a GPU too where there is one (tests/test_gpu.py).
 A changed model is for inference alone: it has other tensors than its checkpoint.
 """
 

@@ -1,9 +1,9 @@
 """What a chain will do on given devices: seconds per role from FLOPs or a measurement, the rest from the simulation.
 
-Where nothing was measured a role takes max(arithmetic / (peak x share), bytes of weights / bandwidth). SHARE is what large
-forwards reach of the stated peak with the kernels of today (model.md section 18: 790 of 989 TFLOP/s is the roofline that
-was measured for one matmul; 0.64 is this project's bf16 target of 195 ms). It is the assumption a forecast rests on, and it is
-printed with it.
+Where nothing was measured a role takes max(arithmetic / (peak x share), bytes of weights / bandwidth). The shares of a GPU's stated
+peak are assumptions, and a forecast prints them: SHARE of bf16 arithmetic, passes over memory included, is this project's target of
+195 ms on an H200 (a matmul alone reaches .8 of it, model.md section 18); FP8_SHARE is less, as only products are faster in FP8
+and the passes between them are not (141 ms, added up in bench/LOG.md); DECODE_SHARE is the target of 80 ms for the VAE.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD
-from liveavatar.config import Config, build
+from liveavatar.config import Config, FastConfig, build
 from liveavatar.core import FPS, ConfigError, Geometry, InputError
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.runtime.placement import WAN_VAE, Device, Plan, attention_flops, cut, decode_flops, linear_flops, plan, steps_of, transformer_bytes
@@ -30,7 +30,8 @@ from liveavatar.runtime.simulation import Costs, Simulation, turn_seconds
 from liveavatar.runtime.sources import REFRESH_BLOCK
 
 SHARE = 0.64
-DECODE_SHARE = 0.35  # of the peak in the VAE's convolutions: this project's target of 80 ms on an H200
+FP8_SHARE = 0.54  # in FP8 linears
+DECODE_SHARE = 0.35  # in the VAE's convolutions
 HOP_SECONDS = 50e-6  # of a send and a receive, whatever their size
 BLOCKS = 80  # simulated for a rate
 LIVE_SECONDS = 40.0  # simulated for real time
@@ -86,12 +87,11 @@ def model_shape(name: str) -> S2VConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """How fast one rank works. precision: "bf16" or "fp8", of the linear layers. share: of the stated peak. measured: seconds per role,
-    or per kind ("step", "decode", "condition"), wins."""
+    """How fast one rank works. precision: "bf16" or "fp8", of the linear layers. measured: seconds per role, or per kind ("step",
+    "decode", "condition"), wins."""
 
     device: Accelerator
     precision: str = "bf16"
-    share: float = SHARE
     measured: Mapping[str, float] | None = None
 
     @property
@@ -103,11 +103,12 @@ class Speeds:
         if self.fp8 and self.device.fp8 is None:
             raise ConfigError("this device has no FP8 units: say --precision bf16")
         linear, attention = linear_flops(model, geometry), attention_flops(model, geometry)
-        fast = (self.device.fp8 if self.fp8 else self.device.bf16) * 1e12 * self.share
-        slow = self.device.bf16 * 1e12 * self.share
+        slow = self.device.bf16 * 1e12 * SHARE
+        fast = self.device.fp8 * 1e12 * FP8_SHARE if self.fp8 else slow
         weights = transformer_bytes(model, torch.bfloat16, self.fp8) / (self.device.bandwidth * 1e12)
         work = linear / fast + attention / slow
-        seconds = {"condition": 0.0, "step": max(work, weights), "decode": decode_flops(vae, geometry) / slow * (self.share / DECODE_SHARE), **(self.measured or {})}
+        decode = decode_flops(vae, geometry) / (self.device.bf16 * 1e12 * DECODE_SHARE)
+        seconds = {"condition": 0.0, "step": max(work, weights), "decode": decode, **(self.measured or {})}
         g, latents, features = geometry, 2 * model.in_dim * geometry.block_latents, 4 * model.audio_layers * model.audio_dim
         size = latents * g.latent_height * g.latent_width + features * g.frames_per_block  # bytes of a block: bf16 and fp32
         return Costs(
@@ -117,16 +118,37 @@ class Speeds:
         )  # fmt: skip
 
 
-def read_measured(path: Path) -> dict[str, float]:
-    """Seconds per role from a file of bench/step.py, bench/decode.py or {"roles": {"step": 0.19, ...}}. Raises InputError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: no measurement: {error}") from None
-    roles = value.get("roles") if isinstance(value, dict) else None
-    if not isinstance(roles, dict) or not roles or not all(isinstance(v, (int, float)) and v >= 0 for v in roles.values()):
-        raise InputError(f'{path}: holds no "roles" with seconds per role, as bench/step.py writes them')
-    return {name: float(seconds) for name, seconds in roles.items()}
+def read_measured(paths: Iterable[Path], fast: FastConfig, geometry: Geometry) -> dict[str, float]:
+    """Seconds per role from files of bench/step.py and bench/decode.py, or of {"roles": {"step": 0.19, ...}}. Of a bench's rows those are taken
+    that ran with the options `fast` at this size; "fast" of a row: options of FastConfig that bear on it. Raises InputError."""
+    found: dict[str, float] = {}
+    for path in paths:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: no measurement: {error}") from None
+        value = value if isinstance(value, dict) else {}
+        roles = value.get("roles") or _roles_of([row for row in value.get("rows", []) if "role" in row and "seconds" in row], fast, geometry, path)
+        if not isinstance(roles, dict) or not all(isinstance(v, (int, float)) and v >= 0 for v in roles.values()):
+            raise InputError(f'{path}: "roles" must be seconds per role')
+        found |= {name: float(seconds) for name, seconds in roles.items()}
+    return found
+
+
+def _roles_of(rows: list[dict], fast: FastConfig, geometry: Geometry, path: Path) -> dict[str, float]:
+    size = f"{geometry.width}x{geometry.height}"
+    if not rows:
+        raise InputError(f'{path}: holds neither rows of bench/step.py or bench/decode.py nor "roles" with seconds per role')
+    fitting = {row["role"]: row["seconds"] for row in rows if row["size"] == size and all(getattr(fast, name) == on for name, on in row["fast"].items())}
+    if not fitting:
+        known = "; ".join(f"{row['size']} with {_said(row['fast'])}" for row in rows)
+        raise InputError(f"{path}: nothing was measured at {size} with {_said(asdict(fast))}; there is: {known}")
+    return fitting
+
+
+def _said(options: Mapping) -> str:
+    """Options of model.fast as one would write them, but for those that say nothing new."""
+    return " ".join(f"model.fast.{name}={str(on).lower()}" for name, on in options.items() if getattr(FastConfig, name) != on) or "no option"
 
 
 # ---------------------------------------------------------------- forecast
@@ -152,6 +174,11 @@ class Forecast:
     watt_hours: float
     dollars: float
 
+    @property
+    def missing(self) -> float:
+        """Share of the time without a fresh picture, as it is shown."""
+        return round(self.underrun / LIVE_SECONDS, 3)
+
     def rows(self) -> list[tuple[str, str]]:
         """For people."""
         stage = "+".join(self.plan.ranks[self.bottleneck].roles)
@@ -160,7 +187,7 @@ class Forecast:
             ("time to first frame", f"{self.first_frame:.2f} s"), ("turn, voice faster than real time", f"{self.turn_voice:.2f} s"),
             ("turn, live microphone", f"{self.turn_microphone:.2f} s"), ("bottleneck", f"rank {self.bottleneck} ({stage})"),
             ("load at 25 pictures per second", ", ".join(f"{b:.0%}" for b in self.busy)),
-            ("pictures missing", "none" if self.underrun < 0.02 else f"{self.underrun / LIVE_SECONDS:.0%} of the time: not real time"),
+            ("pictures missing", f"{self.missing:.1%} of the time{': not real time' if self.real_time < 1 else ''}" if self.missing else "none"),
             ("energy per minute on air", f"{self.watt_hours:.1f} Wh"), ("cost per minute on air", f"${self.dollars:.3f} on {self.devices} GPU(s)"),
         ]  # fmt: skip
 
@@ -213,7 +240,7 @@ def table(forecasts: list[Forecast], title: str) -> Table:
     for f in forecasts:
         shown.add_row(str(f.devices), "no" if f.plan.problems else "yes", f"{f.fps:.1f}", f"{f.real_time:.2f}", f"{f.first_frame:.2f}s",
                       f"{f.turn_voice:.2f}s", f"{f.turn_microphone:.2f}s", _runs(f"{b:.0%}" for b in f.busy),
-                      f"{f.underrun / LIVE_SECONDS:.0%}", f"{f.watt_hours:.1f}", f"{f.dollars:.2f}")  # fmt: skip
+                      f"{f.missing:.1%}", f"{f.watt_hours:.1f}", f"{f.dollars:.2f}")  # fmt: skip
     return shown
 
 
