@@ -293,3 +293,14 @@ def test_angles_by_axis_are_those_of_every_token():
     model = copy.copy(tiny_model())
     for times in (range(3), range(2**31, 2**31 + 3), [-1]):
         assert torch.equal(model.angles_at(times, 6, 10), rope_angles(grid_positions(times, range(3), range(5)), 24))
+
+
+def test_of_the_old_person_nothing_is_left_in_the_new_ones_history(tiny_folder):
+    """Two sessions that differ in the first person alone are one from the new portrait on."""
+    config = Config(model=ModelConfig(path=str(tiny_folder)))
+    roles = stage_roles._denoisers(open_source(config), [0, 1], torch.float32, torch.device("cpu"), config, ALONE)
+    one, other = spoken("a", 12, 0), spoken("b", 12, 0)
+    other[0] = core.Open("b", reference=other[0].reference.flip(1), motion=other[0].motion.flip(1), context=other[0].context)
+    other = [message for message in other if not isinstance(message, core.Refresh)]
+    same = [torch.equal(x, y) for x, y in zip(through(roles, one), through(roles, other), strict=True)]
+    assert same == [False] * 8 + [True] * 4

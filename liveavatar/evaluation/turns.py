@@ -99,7 +99,7 @@ def compose(line: Line, render: Callable[[Line], Rendered]) -> Scene:
         at, number = after, number + 1
     phones[-1] = replace(phones[-1], end=line.seconds)
     other = render(replace(line, eventful=False, identity=line.identity + OTHERS, seconds=1.0)).portrait
-    return Scene(made.portrait, other, pcm, tuple(phones), made.caption, tuple(events))
+    return Scene(made.portrait, other, pcm, tuple(phones), "", tuple(events))
 
 
 def _whole(phones: Sequence[Phone]) -> int:

@@ -238,6 +238,8 @@ class Denoiser:
         match message:
             case Open() | SetPrompt() | SetReference() | Refresh():
                 self._take_sink(message.session)
+                if isinstance(message, SetReference):
+                    self.cache(message.session).forget()  # or the old person would live on in the new one's history
                 if isinstance(message, Open | SetReference):
                     self.fresh.add(message.session)
             case Close():
