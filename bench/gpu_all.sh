@@ -39,12 +39,12 @@ if [ -n "$scale" ]; then wide=(--scale) small=(--scale) toy=(--scale) layer=(--w
 [ -n "$scale" ] ||
 part  40 kernels  bench/kernel_times.py
 part 100 step     bench/step.py   "${wide[@]}" --ways all "all fp8" eager plain --repeat 5
-part 100 chain    bench/chain.py  ${toy[@]+"${toy[@]}"} --ways fp8 --blocks 8
+part 115 chain    bench/chain.py  ${toy[@]+"${toy[@]}"} --ways fp8 --blocks 8
 part  60 decode   bench/decode.py "${wide[@]}" --ways "channels last + bytes" "channels last + bytes, unsearched" plain "compiled + bytes" --repeat 5
-part  40 tests    -m pytest -q -m gpu tests/test_gpu.py tests/test_beside.py
+part  35 tests    -m pytest -q -m gpu tests/test_gpu.py tests/test_beside.py
 part  40 accuracy bench/accuracy.py ${layer[@]+"${layer[@]}"}
-part  30 chain    bench/chain.py  ${toy[@]+"${toy[@]}"} --ways bf16 --steps 4 --decode after --blocks 8
-part  70 step     bench/step.py   "${wide[@]}" --ways "all fp8 attention" "all fp8 cache" attention kernels fp8 packed graphs --repeat 3
+part  40 chain    bench/chain.py  ${toy[@]+"${toy[@]}"} --ways bf16 --steps 4 --decode after --blocks 8
+part  60 step     bench/step.py   "${wide[@]}" --ways "all fp8 attention" "all fp8 cache" attention kernels fp8 packed graphs --repeat 3
 part  30 step     bench/step.py   "${small[@]}" --ways all "all fp8" plain --repeat 5
-part  50 step     bench/step.py   "${wide[@]}" --ways "all+compile fp8" "all+compile" compile --repeat 3
+part  40 step     bench/step.py   "${wide[@]}" --ways "all+compile fp8" "all+compile" compile --repeat 3
 if [ "$list" = --list ]; then echo "$sum sum"; else ls -l "$out"/*"-$gpu.json"; fi
