@@ -54,7 +54,8 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     elif stage_names[-1] == source.chain[-1]:
         roles.append(ChainEnd())
     if device.type == "cuda":
-        warm(roles, source, stage_names, dtype, device, 1), warm(roles, source, stage_names, dtype, device, config.runtime.sessions)
+        warm(roles, source, stage_names, dtype, device, 1)
+        warm(roles, source, stage_names, dtype, device, config.runtime.sessions)  # again, and every seat: see graphs.py
         torch.cuda.synchronize(device)
     elif fast.compile:
         warm(roles, source, stage_names, dtype, device, 1)
