@@ -63,8 +63,8 @@ class Pump:
     busy: (role, message, monotonic time it began) while a role runs, else None. Time spent waiting for
     a full link is not busy time: the blame belongs to whoever does not empty it. After a role raised it
     still says which and at what. announce: called before and after a SLOW message. traced: the rank's
-    number if the head wants a Span of every role's work, else None; of what a GPU works on it comes when that is over. followers: links to the ranks that
-    share this stage; they are given every message before it is worked on.
+    number if the head wants a Span of every role's work, else None; of what a GPU works on it comes when that is over. followers:
+    links to the ranks that share this stage; they are given every message before it is worked on.
     """
 
     def __init__(self, roles: Sequence[Callable], inbox: QueueLink, down: Link | None, up: Callable[[Message], None],

@@ -94,7 +94,8 @@ def silence(session: str, source: StageSource, stage_names: Sequence[str], dtype
     """A session of so many blocks as it comes to a stage, from opening to closing; all zeros."""
     g, c = source.geometry, source.model_config
     zeros = partial(torch.zeros, dtype=dtype, device=device)
-    latents, features = zeros(c.in_dim, g.block_latents, g.latent_height, g.latent_width), torch.zeros(c.audio_layers, c.audio_dim, g.frames_per_block)
+    features = torch.zeros(c.audio_layers, c.audio_dim, g.frames_per_block)
+    latents = zeros(c.in_dim, g.block_latents, g.latent_height, g.latent_width)
     motion = zeros(c.in_dim, 1 + (g.motion_frames - 1) // FRAMES_PER_LATENT, g.latent_height, g.latent_width)
     opened = Open(session, reference=latents[:, :1], motion=motion, context=torch.zeros(1, c.text_dim))
     if "condition" in stage_names:
