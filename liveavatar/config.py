@@ -123,7 +123,7 @@ class RuntimeConfig:
     batch: int = 1  # blocks of so many sessions go through a step together where they wait for it together
     ray_address: str | None = None
     trace: str | None = None  # file for the trace of the run (telemetry.py), replaced if it exists
-    spans: bool = False  # ranks tell how long each role took, trace or none: who serves watches it. A GPU is waited for after each role
+    spans: bool = False  # ranks tell how long each role took, trace or none: who serves watches it
 
     def __post_init__(self):
         one_of("runtime.launcher", self.launcher, LAUNCHERS)
