@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,7 +325,12 @@ def test_worst_items_are_drawn_even_without_a_face(tmp_path, monkeypatch):
     for item in small.manifest.items:
         shutil.copy(small.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
         items.append(Item(id=item.id, picture={"width": 64}))
-    assert closeup.draw(small, tmp_path / "videos", items, tmp_path / "plots") == ("plots/lag.svg", "plots/worst.svg")
+    assert closeup.draw(small, tmp_path / "videos", items, tmp_path / "plots") == ("plots/worst.svg",), "nothing was measured, so no curve means anything"
+    items[1] = replace(items[1], measures=(Measure(name="sync_index", value=0.1, unit="", better="higher", n=1),))
+    drawn = [f"plots/{name}.svg" for name in ("worst", "lag", "mouth", "response")]
+    assert closeup.draw(small, tmp_path / "videos", items, tmp_path / "plots") == tuple(drawn)
+    lags, sheet = ((tmp_path / f"plots/{name}.svg").read_text() for name in ("lag", "worst"))
+    assert ">i1<" in lags and ">i0<" not in lags and ">i0: not measured<" in sheet
     assert closeup.draw(small, tmp_path / "videos", [], tmp_path / "plots") == ()
     assert "synthetic suite" in (tmp_path / "plots/worst.svg").read_text()
 

@@ -18,27 +18,31 @@ MOST = 6
 
 
 def draw(suite: Suite, videos: Path, items: Sequence[Item], folder: Path) -> tuple[str, ...]:
-    """Lag curves and a contact sheet of the worst items, the mouth and the response of the very worst; returns plots/NAME.svg of each."""
+    """A contact sheet of the worst items, first those that could not be measured; lag curves of the worst of the others, mouth and
+    response of the very worst; returns plots/NAME.svg of each."""
     return tuple(f"plots/{name}.svg" for name in _drawn(suite, videos, items, folder))
 
 
 def _drawn(suite: Suite, videos: Path, items: Sequence[Item], folder: Path) -> Iterator[str]:
     """Names of the plots, as they are drawn."""
-    ranked = sorted((item for item in items if item.picture), key=_headline)[:MOST]
+    ranked = sorted((item for item in items if item.picture), key=_headline)
     if not ranked:
         return
     known = {item.id: item for item in suite.manifest.items}
-    clips = {item.id: VideoFile(videos / f"{item.id}.mp4") for item in ranked}
-    tracks = {name: Track.through(clip) for name, clip in clips.items()}
     synthetic = suite.manifest.synthetic
+    sheet = {_caption(item): _middle(VideoFile(videos / f"{item.id}.mp4")) for item in ranked[:MOST]}
+    plots.contacts(folder / "worst.svg", sheet, "Worst items by sync_index", synthetic)
+    yield "worst"
+    measured = [item.id for item in ranked if math.isfinite(_headline(item))][:MOST]  # a face in three pictures correlates with anything
+    if not measured:
+        return
+    clips = {name: VideoFile(videos / f"{name}.mp4") for name in measured}
+    tracks = {name: Track.through(clip) for name, clip in clips.items()}
     said_in = {name: sync.heard(clip.sound(), known[name].text)[0] for name, clip in clips.items()}
     plots.lag_curves(folder / "lag.svg", {name: sync.lag_curve(track, said_in[name]) for name, track in tracks.items()}, synthetic)
-    plots.contacts(folder / "worst.svg", {_caption(item): _middle(clips[item.id]) for item in ranked}, "Worst items by sync_index", synthetic)
-    yield from ("lag", "worst")
-    worst = ranked[0].id
+    yield "lag"
+    worst = measured[0]
     track, said = tracks[worst], said_in[worst]
-    if not track.seen.any():
-        return
     wanted = dict(zip(("gap", "width"), expected_mouth(said, track.times), strict=True))
     plots.mouth(folder / "mouth.svg", track.times, {"gap": track.gap, "width": track.width}, wanted, synthetic)
     yield "mouth"
