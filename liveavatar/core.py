@@ -54,6 +54,11 @@ class SessionClosed(LiveAvatarError):
 # ---------------------------------------------------------------- geometry
 
 
+def latents_of(pictures: int) -> int:
+    """Latents that the causal VAE makes of so many pictures: one of the first, one of every further FRAMES_PER_LATENT (model.md 12)."""
+    return 1 + (pictures - 1) // FRAMES_PER_LATENT
+
+
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Sizes of one stream, computed once from what the user said.

@@ -11,7 +11,7 @@ import torch
 
 from liveavatar import ops
 from liveavatar.config import Config
-from liveavatar.core import FRAMES_PER_LATENT, Audio, Block, Close, ConfigError, Message, Open
+from liveavatar.core import Audio, Block, Close, ConfigError, Message, Open, latents_of
 from liveavatar.diffusion.rollout import Step
 from liveavatar.models.rows import ALONE, Exchange
 from liveavatar.runtime.beside import decoder_on
@@ -96,7 +96,7 @@ def silence(session: str, source: StageSource, stage_names: Sequence[str], dtype
     zeros = partial(torch.zeros, dtype=dtype, device=device)
     features = torch.zeros(c.audio_layers, c.audio_dim, g.frames_per_block)
     latents = zeros(c.in_dim, g.block_latents, g.latent_height, g.latent_width)
-    motion = zeros(c.in_dim, 1 + (g.motion_frames - 1) // FRAMES_PER_LATENT, g.latent_height, g.latent_width)
+    motion = zeros(c.in_dim, latents_of(g.motion_frames), g.latent_height, g.latent_width)
     opened = Open(session, reference=latents[:, :1], motion=motion, context=torch.zeros(1, c.text_dim))
     if "condition" in stage_names:
         if source.has_vae:

@@ -18,7 +18,7 @@ import torch
 from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
 from liveavatar.conditioning.behaviour import closure_of
 from liveavatar.config import one_of
-from liveavatar.core import FRAMES_PER_LATENT, ConfigError
+from liveavatar.core import FRAMES_PER_LATENT, ConfigError, latents_of
 from liveavatar.diffusion.rollout import ClipCondition
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.vae import StreamingVAE
@@ -99,7 +99,7 @@ class ForcingConfig:
     @property
     def past_latents(self) -> int:
         """Latents of a clip that stage `forcing` gives as motion frames; 0: the portrait's."""
-        return 1 + (self.motion_frames - 1) // FRAMES_PER_LATENT if self.motion == "past" else 0
+        return latents_of(self.motion_frames) if self.motion == "past" else 0
 
 
 # ---------------------------------------------------------------- latents

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from liveavatar.core import ConfigError, PlacementError
+from liveavatar.core import ConfigError, PlacementError, latents_of
 from liveavatar.models.folders import open_folder, resolve
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.models.weights import transformer_config
@@ -55,7 +55,7 @@ def clip_of(recipe: Recipe) -> ClipConfig:
 
 def clip_of_data(recipe: Recipe) -> ClipConfig:
     """Size of the clips that the data section makes."""
-    latents = 1 + (recipe.data.pictures - 1) // 4 - recipe.forcing.context_latents
+    latents = latents_of(recipe.data.pictures) - recipe.forcing.context_latents
     height, width = recipe.data.sides
     return ClipConfig(height=height, width=width, latents=latents, stride=recipe.vae.spatial_stride if recipe.vae else 8)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from liveavatar import config as settings
-from liveavatar.core import ConfigError
+from liveavatar.core import ConfigError, latents_of
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
@@ -89,7 +89,7 @@ class Recipe:
             raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is; dmd.judge says what Stage 2 is worth")
 
     def _check_lengths(self) -> None:
-        clip_latents = 1 + (self.data.pictures - 1) // 4 - self.forcing.context_latents
+        clip_latents = latents_of(self.data.pictures) - self.forcing.context_latents
         if clip_latents < 1 or clip_latents % self.forcing.block_latents:
             raise ConfigError(f"data.pictures={self.data.pictures}: {clip_latents} latents after the context are no whole number of blocks")
         sides, size = self.data.sides, self.data.size
