@@ -8,7 +8,7 @@
 # tiny192, before: the stages data, vae, decoder, text and latents at home (codec and clips are made there: pictures do not travel);
 # `touch runs/tiny192/text.done`, bench/carried.py shards and out, see there. A few calls of `true` take four shards each along, then
 #   carry runs/tiny192-gpu/carried, bash bench/gpu_train.sh tiny192       call after call: a machine kept warm keeps what it made
-# After: bench/carried.py in FILES runs/tiny192 at home, and there choose, lids and export. BUDGET=0 brings what is still to come.
+# After: bench/carried.py in FILES runs/tiny192 at home, and there choose, lids, lipreader, lips and export. BUDGET=0 brings what is still to come.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${OUT:-bench/results}" python="${PYTHON:-python3}" scale="${SCALE:-}" run="${RUN:-runs/tiny192-gpu}" sum=0
@@ -40,7 +40,7 @@ billions() {
   part 340 train-14b-dmd     bench/train_step.py --stage dmd     --steps 20 ${tiny[@]+"${tiny[@]}"}
 }
 tiny192() {
-  local config=configs/train_tiny192.yaml more=(choose=null lids=null export.stage=dmd "run=$run") stage all=done
+  local config=configs/train_tiny192.yaml more=(choose=null lids=null lips=null export.stage=dmd "run=$run") stage all=done
   if [ -n "$scale" ]; then # the micro recipe on clips of noise
     config=configs/train_micro.yaml more+=(text=null)
     "$python" - "$run" <<'CLIPS'

@@ -17,7 +17,7 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import casting, codec, data, forcing, levels, lids, losses, preview, progress, recipe, shards
+from liveavatar.training import casting, codec, data, forcing, levels, lids, lips, losses, preview, progress, recipe, shards, unpack
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth.head import HeadRenderer
@@ -110,6 +110,12 @@ def test_a_clip_has_what_it_says(micro):
     assert clip.mouth.shape == (33, 4) and clip.eyes.shape == (33, 2, 4) and clip.caption
 
 
+def test_lips_of_a_clip_are_those_of_the_pictures_of_its_latents(micro):
+    path = shards.clip_paths(micro[0].data.folder, "train")[0]
+    clip, made = shards.read_clip(path), forcing.read_encoded(Path(micro[0].run) / "latents" / "train" / path.name)
+    assert made.lips.shape == (9, 4, 2) and np.array_equal(made.lips[3, :, 0], clip.aperture[9:13]) and np.array_equal(made.lips[1:, :, 1].ravel(), clip.width[1:])
+
+
 def test_trained_blocks_get_the_sound_of_their_own_pictures(micro):
     r = micro[0]
     path = shards.clip_paths(Path(r.run) / "latents", "train")[0]
@@ -151,6 +157,91 @@ def test_the_face_is_learned_from_the_avatar_that_is_kept(micro):
     shirt = torch.zeros_like(weight)
     shirt[..., -1, :] = 5.0
     assert loss(shirt, kept) == loss(shirt, None)
+
+
+def lips_run(r, folder):
+    """A run with what stage lips needs, its avatar the forcing stage's."""
+    for name, there in (("latents", "latents"), ("lids.pt", "forcing.pt"), ("text.pt", "text.pt")):
+        (folder / name).symlink_to(Path(r.run) / there)
+    loop = dataclasses.replace(r.forcing.loop, batch=4, muon=True)
+    return dataclasses.replace(r.lips, reader=dataclasses.replace(loop, iterations=60), loop=dataclasses.replace(loop, iterations=60, lr=6e-3),
+                               weight=10.0, mouth=0.0, still=0.0)
+
+
+def test_a_mouth_is_pulled_to_what_is_read_of_it_and_a_killed_run_goes_on(micro, tmp_path):
+    r = micro[0]
+    config = lips_run(r, tmp_path)
+    lips.train_lipreader(config, r.forcing, tmp_path, r.seed, r.texts(), 0)
+    assert set(lips.read_held(config, tmp_path, r.seed)) == {"aperture", "width"}
+    (tmp_path / "again").mkdir()
+    for name in ("latents", "lids.pt", "text.pt", "lipreader.pt"):
+        (tmp_path / "again" / name).symlink_to(tmp_path / name)
+    made = lips.train_lips(config, r.forcing, r.export.sigmas, tmp_path, r.seed, r.texts(), 0)
+    parts = [lips.train_lips(config, r.forcing, r.export.sigmas, tmp_path / "again", r.seed, r.texts(), 0, stop_after=2) for _ in range(2)]
+    assert parts[0] + parts[1] == made[:4]
+    source = lips.LipsReader(config, tmp_path, r.forcing, r.texts(), 0)
+    kept, model = (casting.averaged_model(r.forcing, tmp_path, stage, r.seed)[0] for stage in ("lids", "lips"))
+    fresh, reader = (lips.new_reader(config, source.refresh() or source[0], r.seed) for _ in range(2))
+    casting.load_average(reader, tmp_path / "lipreader.pt")
+    pieces = [(source.pieces(draws_of(1, "judged", k), 4, hush=False), draws_of(1, "judged", k)) for k in range(6)]
+
+    def read(reader):
+        return np.mean([float(lips.reading_loss(reader, piece.batch, piece.lips, draws)[0].detach()) for piece, draws in pieces])
+
+    def loss(model):
+        return np.mean([float(lips.lips_loss(model, kept, reader, config, r.forcing, piece, draws, r.export.sigmas)[0].detach()) for piece, draws in pieces])
+
+    assert read(reader) < 0.75 * read(fresh)
+    assert loss(model) < 0.9 * loss(kept)
+    before, after = (load_checkpoint(tmp_path / name)["ema"] for name in ("lids.pt", "lips.pt"))
+    assert any(not torch.equal(before[name], after[name]) for name in before if "audio" in name)
+
+
+def test_the_avatar_as_it_was_has_nothing_to_change_outside_its_mouth(micro, tmp_path):
+    """Its own truth: what differs is the mean over time of still cells; and a reader that is content leaves no gradient at the mouth."""
+    r = micro[0]
+    config = dataclasses.replace(lips_run(r, tmp_path), still=0.0, weight=0.0)
+    model = casting.cast_of(r.forcing, r.run, r.seed).averaged("forcing", "student")[0]
+    source = lips.LipsReader(config, tmp_path, r.forcing, r.texts(), 0)
+    piece = source.pieces(draws_of(0, "lips", 0), 3)
+    reader = lips.new_reader(config, source[0], 0)
+
+    def loss(still):
+        made, _ = lips.lips_loss(model, model, reader, config, r.forcing, dataclasses.replace(piece, still=torch.full_like(piece.still, still)),
+                                 draws_of(0, "lips", 1), r.export.sigmas)
+        return float(made.detach())
+
+    assert loss(False) < 1e-10 < 1e-4 < loss(True)
+
+
+def test_a_clip_that_falls_silent_comes_to_rest(micro):
+    r = micro[0]
+    source = lips.LipsReader(dataclasses.replace(r.lips, hush_share=1.0), r.run, r.forcing, r.texts(), 0)
+    piece = source.pieces(draws_of(3, "lips", 0), 8)
+    silence = source.silence[None].expand_as(piece.batch.features)
+    for row in range(8):
+        silent = (piece.batch.features[row] == silence[row]).all(0).all(0)
+        at = int(torch.arange(len(silent))[~silent].max()) + 1 if (~silent).any() else 0
+        flat, asked = piece.lips[row].reshape(-1, 2), piece.asked[row].reshape(-1)
+        assert silent[at:].all() and (flat[at:, 0] == 0).all() and (flat[at:, 1] == flat[-1, 1]).all()
+        if at + lips.SETTLING < len(silent):
+            assert not asked[at : at + lips.SETTLING].any() and asked[at + lips.SETTLING :].all()
+
+
+def test_an_avatar_taken_apart_is_the_avatar(micro, tmp_path):
+    """Unpacked and put together again, every tensor is the folder's own."""
+    r = micro[0]
+    recipe.run("export", MICRO, micro[1])
+    unpack.unpack(r.export.folder, r.forcing, r.text, tmp_path, r.seed)
+    again, _ = casting.averaged_model(r.forcing, tmp_path, "avatar", r.seed)
+    first = load_transformer(r.export.folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), first.state_dict().values(), strict=True))
+    words = recipe.textcode.text_encoder_of(r.forcing.model, r.seed, r.text, tmp_path)
+    assert torch.equal(words.encode("a red shirt"), load_text_encoder(r.export.folder).encode("a red shirt"))
+    vae = StreamingVAE.from_folder(tmp_path / "vae")
+    assert all(torch.equal(a, b) for a, b in zip(vae.module.state_dict().values(), load_vae(r.export.folder).module.state_dict().values(), strict=True))
+    with pytest.raises(ConfigError, match="other sizes"):
+        unpack.unpack(r.export.folder, dataclasses.replace(r.forcing, model=r.forcing.model | {"num_layers": 4}), r.text, tmp_path, r.seed)
 
 
 def test_eyes_that_are_opened_are_those_around_the_blink():

@@ -255,19 +255,20 @@ def measure_statistics(module: AutoencoderKLWan, paths: list[Path]) -> tuple[lis
     return mean.tolist(), std.tolist()
 
 
-def finish_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int) -> StreamingVAE:
-    """EMA weights with measured latent statistics, saved as a diffusers folder RUN/vae.
-
-    The decoder is the one trained alone where there is one.
-    """
+def finish_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int, measured: bool = True) -> StreamingVAE:
+    """EMA weights with latent statistics, saved as a diffusers folder RUN/vae; the decoder is the one trained alone where there is one.
+    measured: False leaves the statistics as RUN/vae has them, for latents that others have learned from already."""
     module = new_module(config, seed)
     iterations = {"vae": load_average(module, Path(run) / "vae.pt")}
+    paths = shards.clip_paths(data_folder, "train")
     if (Path(run) / "decoder.pt").exists():
         iterations["decoder"] = load_average(decoder_parts(module), Path(run) / "decoder.pt")
     module.eval().requires_grad_(False)
-    paths = shards.clip_paths(data_folder, "train")
-    step = max(1, len(paths) // config.statistics_clips)
-    mean, std = measure_statistics(module, paths[::step])
+    if measured:
+        mean, std = measure_statistics(module, paths[:: max(1, len(paths) // config.statistics_clips)])
+    else:
+        known = AutoencoderKLWan.load_config(Path(run) / "vae")
+        mean, std = known["latents_mean"], known["latents_std"]
     module.register_to_config(latents_mean=mean, latents_std=std)
     module.save_pretrained(Path(run) / "vae")
     (Path(run) / "vae" / "training.json").write_text(json.dumps({"iterations": iterations, "clips": len(paths)}))

@@ -55,7 +55,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "best", "lids"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "best", "lids", "lips"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -81,7 +81,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block},
-                         control=LIDS if config.stage == "lids" else None, dtype=DTYPES[config.dtype])
+                         control=LIDS if config.stage in ("lids", "lips") else None, dtype=DTYPES[config.dtype])
     if config.gates:
         add_gates(folder, Path(config.gates))
     if config.portrait:

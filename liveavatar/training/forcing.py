@@ -110,7 +110,8 @@ class Encoded:
     """What training reads of a clip: latents float16 [z,F,h,w] (normalised), reference [z,1,h,w], motion
     [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes; portraits
     [n,z,M,h,w], motion of the same person dressed otherwise; card: the clip's, with what is other there under "exchanged". Not in files
-    of before there were controls: closure float32 [F,4] of the lids, of the first latent 0, and eyes bool [F,h,w], the cells they are in."""
+    of before there were controls: closure float32 [F,4] of the lids, of the first latent 0, and eyes bool [F,h,w], the cells they are in; not
+    of before lips were read: lips float32 [F,4,2], the gap and the width of them in eye distances, of the first latent its one picture's."""
 
     latents: np.ndarray
     reference: np.ndarray
@@ -121,6 +122,7 @@ class Encoded:
     card: dict
     closure: np.ndarray | None = None
     eyes: np.ndarray | None = None
+    lips: np.ndarray | None = None
 
 
 def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
@@ -142,13 +144,19 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, oth
     eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, 0.0, 1.0) > 1
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
                    torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
-                   card, closure_by_latent(clip.lid), eyes.numpy())
+                   card, closure_by_latent(clip.lid), eyes.numpy(), lips_by_latent(clip))
 
 
 def closure_by_latent(lid: np.ndarray) -> np.ndarray:
     """Opening [1 + 4n] of the lids of a clip -> closure float32 [1 + n, 4] of the pictures of its latents; 0 of the first one's."""
     later = closure_of(lid)[1:].reshape(-1, FRAMES_PER_LATENT)
     return np.concatenate([np.zeros_like(later[:1]), later])
+
+
+def lips_by_latent(clip: shards.Clip) -> np.ndarray:
+    """Gap and width of the lips of a clip, as the probe's labels have them: float32 [F,4,2] of the pictures of its latents."""
+    lips = np.stack([clip.aperture, clip.width], axis=-1)
+    return np.concatenate([np.repeat(lips[:1, None], FRAMES_PER_LATENT, 1), lips[1:].reshape(-1, FRAMES_PER_LATENT, 2)])
 
 
 def encoded_path(run: str | Path, clip: Path) -> Path:
@@ -165,7 +173,7 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
     for path in counted(todo, "encoded clips"):
         made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
-        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits", "closure", "eyes")}
+        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits", "closure", "eyes", "lips")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)
     if base and part == 0:
         stored.store_conditions(base, run, (shards.read_arrays(p)[0]["caption"] for p in paths), front_end)

@@ -199,18 +199,19 @@ class Trainer:
         """The precision of forwards."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16, **how)
 
-    def step(self, loss_of: LossOf) -> dict[str, float]:
+    def step(self, loss_of: LossOf, keep_casts: bool = True) -> dict[str, float]:
         """One iteration; returns its metrics."""
         rate = learning_rate(self.config, self.iteration)
-        with self.autocast():
+        with self.autocast(cache_enabled=keep_casts):
             loss, metrics = loss_of(draws_of(self.seed, self.stage, self.iteration, self.rank))
         loss.backward()
         norm = self.learner.update(rate, self.iteration + 1)
         return {"loss": float(loss.detach()), "norm": norm, "lr": rate, **metrics}
 
-    def run(self, loss_of: LossOf, stop_after: int | None = None) -> list[float]:
-        """Iterate one loss to the end (or `stop_after` iterations more); returns the losses of this call."""
-        return self.run_steps(lambda: self.step(loss_of), stop_after)
+    def run(self, loss_of: LossOf, stop_after: int | None = None, keep_casts: bool = True) -> list[float]:
+        """Iterate one loss to the end (or `stop_after` iterations more); returns the losses of this call. keep_casts: False where the
+        trained module is run without gradients first: casts made there would cut the graph of the forward that learns."""
+        return self.run_steps(lambda: self.step(loss_of, keep_casts), stop_after)
 
     def run_steps(self, step: Callable[[], dict[str, float]], stop_after: int | None = None) -> list[float]:
         """As run, where an iteration is more than one loss. step: does iteration `self.iteration`, returns metrics with "loss"."""

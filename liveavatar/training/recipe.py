@@ -20,8 +20,8 @@ from liveavatar.core import ConfigError, latents_of
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
-    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, judging, lids, ode, planning, preview, probing, progress, shards, teacher,
-    students, textcode,
+    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, judging, lids, lips, ode, planning, preview, probing, progress, shards, teacher,
+    students, textcode, unpack,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.groups import device_of, grouped, join, launched, meet, rank_and_world
@@ -49,6 +49,7 @@ class Recipe:
     dmd: dmd.DmdConfig | None = None
     choose: choose.ChooseConfig | None = None
     lids: lids.LidsConfig | None = None
+    lips: lips.LipsConfig | None = None
     ablations: ablations.AblationConfig = ablations.AblationConfig()
     preview: str | None = None  # stage that `preview` looks at; None: the one that is exported
     seed: int = 0
@@ -67,7 +68,7 @@ class Recipe:
         self._check_distillation()
 
     def _check_strategies(self) -> None:
-        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd", "lids") if (section := getattr(self, name))}
+        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd", "lids", "lips") if (section := getattr(self, name))}
         if self.vae and self.vae.decoder:
             loops["vae.decoder"] = self.vae.decoder
         for key, loop in loops.items():
@@ -84,7 +85,7 @@ class Recipe:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
         if lacking:
             raise ConfigError(f"missing section {lacking[0]!r}")
-        surplus = [name for name in ("vae", "text", "teacher", "probe", "choose", "lids") if self.forcing.base and getattr(self, name)]
+        surplus = [name for name in ("vae", "text", "teacher", "probe", "choose", "lids", "lips") if self.forcing.base and getattr(self, name)]
         if surplus:
             raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is; dmd.judge says what Stage 2 is worth")
 
@@ -168,7 +169,7 @@ def run_decoder(recipe: Recipe) -> None:
     """Train the decoder alone and write RUN/vae again; latents stay valid."""
     codec.train_decoder(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
     if first_rank():
-        codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed)
+        codec.finish_codec(recipe.vae, recipe.data.folder, recipe.run, recipe.seed, measured=False)
 
 
 def run_probe(recipe: Recipe) -> None:
@@ -241,6 +242,24 @@ def run_lids(recipe: Recipe) -> None:
     lids.train_lids(recipe.lids, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
+def run_lipreader(recipe: Recipe) -> None:
+    """Train what reads lips off latents, and write what it is worth on the held-out clips: RUN/lipreader.json."""
+    lips.train_lipreader(recipe.lips, recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+    if first_rank():
+        worth = lips.read_held(recipe.lips, recipe.run, recipe.seed)
+        (Path(recipe.run) / "lipreader.json").write_text(json.dumps(worth, indent=1), encoding="utf-8")
+
+
+def run_lips(recipe: Recipe) -> None:
+    """Teach the finished transformer's mouth to follow what is said."""
+    lips.train_lips(recipe.lips, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
+
+
+def run_unpack(recipe: Recipe) -> None:
+    """The avatar that the recipe exports, taken apart to train on: its codec, its text encoder, and its transformer as stage `avatar`."""
+    unpack.unpack(recipe.export.folder, recipe.forcing, recipe.text, recipe.run, recipe.seed)
+
+
 def run_export(recipe: Recipe) -> None:
     """Put the averages of the last checkpoints together as a checkpoint folder; training may go on meanwhile."""
     if first_rank() and recipe.forcing.base:
@@ -270,13 +289,13 @@ def run_ablations(recipe: Recipe) -> None:
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "latents": run_latents, "teacher": run_teacher,
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
-          "choose": run_choose, "lids": run_lids, "export": run_export}
+          "choose": run_choose, "lids": run_lids, "lipreader": run_lipreader, "lips": run_lips, "export": run_export}
 # The sections that ask for them.
 OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids",
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids", "lipreader": "lips", "lips": "lips", "unpack": "vae",
             "preview": "vae", "ablations": "vae"}  # both look at rendered heads through the codec that the recipe trained
-SIDE_STAGES = {"pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
-ALONE = ("data", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
+SIDE_STAGES = {"unpack": run_unpack, "pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
+ALONE = ("data", "unpack", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
@@ -328,7 +347,7 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 def _why_not(recipe: Recipe, name: str) -> str:
     base, lacking = recipe.forcing.base, f"the recipe has no {OPTIONAL[name]} section"
-    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids"):
+    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids", "lipreader", "lips"):
         return f"that part of {base.folder} is used as it is; a recipe over a base trains adapters only"
     if base and name in SIDE_STAGES:
         return (f"{lacking}, and over a base it can have none: export the adapter, name {recipe.export.folder}/liveavatar.safetensors as "
