@@ -8,7 +8,7 @@
 # tiny192, before: the stages data, vae, decoder, text and latents at home (codec and clips are made there: pictures do not travel);
 # `touch runs/tiny192/text.done`, bench/carried.py shards and out, see there. A few calls of `true` take four shards each along, then
 #   carry runs/tiny192-gpu/carried, bash bench/gpu_train.sh tiny192       call after call: a machine kept warm keeps what it made
-# After: bench/carried.py in FILES runs/tiny192 at home, and there choose, lids, lipreader, lips and export. BUDGET=0 brings what is still to come.
+# After: bench/carried.py in FILES runs/tiny192 at home, and there choose, lids, painter, lips and export. BUDGET=0 brings what is still to come.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${OUT:-bench/results}" python="${PYTHON:-python3}" scale="${SCALE:-}" run="${RUN:-runs/tiny192-gpu}" sum=0

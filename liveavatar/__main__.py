@@ -297,7 +297,7 @@ def serve(
     "liveavatar train plan --config configs/train_s2v14b.yaml --gpus 8 --memory 80   [dim]will it fit? nothing is started[/dim]",
 )
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, text, probe, latents, teacher, forcing, ode, consistency, dmd, choose, lids, lipreader, lips or export; all: those the recipe has, in order; unpack: the exported avatar, to go on training it; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="data, vae, decoder, text, probe, latents, teacher, forcing, ode, consistency, dmd, choose, lids, painter, lips or export; all: those the recipe has, in order; unpack: the exported avatar, to go on training it; preview: look at the last checkpoint; ablations: a table; teacher_clips: for the gates; pack: latents as tar shards; plan: memory and FLOP of each stage.")],
     config: Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the recipe, e.g. configs/train_tiny.yaml.")],
     overrides: Overrides = None,
     gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="plan: so many GPUs. Default: the recipe's processes.")] = None,

@@ -465,4 +465,4 @@ def test_refusals_of_distillation_name_the_key(micro):
         recipe.run("dmd", MICRO, [f"run={micro.run}", "dmd=null", "export.stage=forcing"])
     with pytest.raises(ConfigError, match="made for levels"):
         ode.read_trajectories(ode.trajectory_path(micro.run, 0), (1.0, 0.5, 0.0))
-    assert recipe.stages_of(micro)[-9:] == ["teacher", "forcing", "ode", "consistency", "dmd", "lids", "lipreader", "lips", "export"]
+    assert recipe.stages_of(micro)[-9:] == ["teacher", "forcing", "ode", "consistency", "dmd", "lids", "painter", "lips", "export"]

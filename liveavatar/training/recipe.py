@@ -242,12 +242,9 @@ def run_lids(recipe: Recipe) -> None:
     lids.train_lids(recipe.lids, recipe.forcing, recipe.export.sigmas, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
-def run_lipreader(recipe: Recipe) -> None:
-    """Train what reads lips off latents, and write what it is worth on the held-out clips: RUN/lipreader.json."""
-    lips.train_lipreader(recipe.lips, recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
-    if first_rank():
-        worth = lips.read_held(recipe.lips, recipe.run, recipe.seed)
-        (Path(recipe.run) / "lipreader.json").write_text(json.dumps(worth, indent=1), encoding="utf-8")
+def run_painter(recipe: Recipe) -> None:
+    """Train what paints mouths into latents."""
+    lips.train_painter(recipe.lips, recipe.forcing, recipe.run, recipe.seed, recipe.texts(), recipe.default_identity)
 
 
 def run_lips(recipe: Recipe) -> None:
@@ -289,10 +286,10 @@ def run_ablations(recipe: Recipe) -> None:
 
 STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "latents": run_latents, "teacher": run_teacher,
           "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
-          "choose": run_choose, "lids": run_lids, "lipreader": run_lipreader, "lips": run_lips, "export": run_export}
+          "choose": run_choose, "lids": run_lids, "painter": run_painter, "lips": run_lips, "export": run_export}
 # The sections that ask for them.
 OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids", "lipreader": "lips", "lips": "lips", "unpack": "vae",
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids", "painter": "lips", "lips": "lips", "unpack": "vae",
             "preview": "vae", "ablations": "vae"}  # both look at rendered heads through the codec that the recipe trained
 SIDE_STAGES = {"unpack": run_unpack, "pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "unpack", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
@@ -347,7 +344,7 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 def _why_not(recipe: Recipe, name: str) -> str:
     base, lacking = recipe.forcing.base, f"the recipe has no {OPTIONAL[name]} section"
-    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids", "lipreader", "lips"):
+    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids", "painter", "lips"):
         return f"that part of {base.folder} is used as it is; a recipe over a base trains adapters only"
     if base and name in SIDE_STAGES:
         return (f"{lacking}, and over a base it can have none: export the adapter, name {recipe.export.folder}/liveavatar.safetensors as "
