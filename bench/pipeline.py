@@ -98,8 +98,8 @@ def measure_fixed(ranks: int, launcher: str, slices: int) -> dict:
     period, gaps = (ready[last] - ready[first]) / (last - first), np.diff(ready[: behind + 3])
     one_pass = sum(FIXED.values())
     return {"ranks": ranks, "launcher": launcher, "slices": slices, "first_frame_seconds": round(wait, 3),
-            "slowest_ms": round(1000 * slowest, 1), "period_ms": round(1000 * period, 2), "efficiency": round(slowest / period, 4), "latency_ms": round(1000 * float(np.median(alone)), 1),
-            "pass_ms": round(1000 * one_pass, 1), "aas_gap": round(float(gaps.max()) / slowest, 3)}
+            "slowest_ms": round(1000 * slowest, 1), "period_ms": round(1000 * period, 2), "efficiency": round(slowest / period, 4),
+            "latency_ms": round(1000 * float(np.median(alone)), 1), "pass_ms": round(1000 * one_pass, 1), "aas_gap": round(float(gaps.max()) / slowest, 3)}
 
 
 async def _run_fixed(config: configs.Config, source) -> tuple[float, list[float], list[float]]:

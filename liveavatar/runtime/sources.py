@@ -39,7 +39,8 @@ class StageSource(Protocol):
 
     chain: role names. sigmas: levels, ending in 0; timesteps: one per step. sink_policy: a distance or
     "random". refresh_block: 0 is never; swap_block: the first to see the new sink, later where it is prefilled in slices.
-    lookahead_samples: of the audio front end. vae_config: diffusers mapping, None without a VAE. observe: every step reports its latents (parity). lids: the transformer is told when to blink.
+    lookahead_samples: of the audio front end. vae_config: diffusers mapping, None without a VAE. observe: every step reports its
+    latents (parity). lids: the transformer is told when to blink.
     """
 
     model_config: S2VConfig
