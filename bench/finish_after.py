@@ -65,7 +65,7 @@ class Avatar:
         noises = (noise(self.seed, "finish-after", b, shape).to(self.device, self.dtype) for b in range(blocks))
         state = self.vae.new_state()
         self.vae.decode(self.motion[:, :PRIMING_LATENTS], state)
-        course = Course.of(g, sink_distance(self.source.sink_policy, self.seed, 0), self.source.refresh_block)
+        course = Course.of(g, sink_distance(self.source.sink_policy, self.seed, 0), self.source.swap_block)
         for latents in cached_rollout(self.model, sigmas, noises, self.features(blocks), self.rows, self.reference, self.motion, course):
             yield latents.float().cpu(), to_bytes(self.vae.decode(latents, state))
 

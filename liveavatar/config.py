@@ -82,6 +82,7 @@ class SamplerConfig:
     finish_after: int | None = None  # pipeline.md section 4: run only this many of the steps, the last jumps to 0
     sink_distance: int | str = "checkpoint"  # rel in 4..30, "random" (a function of seed and block), or what the checkpoint says
     refresh_block: int | None = None  # AAS before this block; 0: never; None: what the checkpoint says
+    refresh_slices: int = 1  # blocks the new sink's prefill is spread over, a part before each; the last of them is the first to see it
     anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
     blinks: bool = True  # given to checkpoints that take them (conditioning/behaviour.py); False: eyes as the weights have them
     first_position: int = 0  # latent frames that the counter of time positions starts at: a stream as if so much had gone before
@@ -99,6 +100,8 @@ class SamplerConfig:
             raise ConfigError(f"sampler.sink_distance={self.sink_distance}: must be 4..30, random or checkpoint")
         if self.refresh_block is not None and self.refresh_block < 0:
             raise ConfigError(f"sampler.refresh_block={self.refresh_block}: must be >= 0 (0: never)")
+        if self.refresh_slices < 1:
+            raise ConfigError(f"sampler.refresh_slices={self.refresh_slices}: must be >= 1 (1: all of it before refresh_block)")
         if self.anchor_blocks < 0:
             raise ConfigError(f"sampler.anchor_blocks={self.anchor_blocks}: must be >= 0 (0: none)")
         if self.first_position < 0:

@@ -168,9 +168,16 @@ class SetReference(Message):
 
 @dataclass
 class Refresh(Message):
-    """Adaptive attention sink: from the next block on the reference latent is this one."""
+    """Adaptive attention sink: from the next block on the reference latent is this one, if this is the last slice of its prefill."""
 
     reference: torch.Tensor | None = None  # head: latents [16,1,h,w], came back as CleanLatent
+    slice: int = 0  # head: which part of the layers to prefill now, in order
+    slices: int = 1  # head: of how many
+
+    @property
+    def complete(self) -> bool:
+        """Whether blocks see the new sink behind it; until then nothing changes for them."""
+        return self.slice + 1 == self.slices
 
 
 @dataclass

@@ -69,7 +69,7 @@ class NoTrace:
     def _forget(self, *arguments, **values) -> None:
         return
 
-    note = open = received = admitted = span = sent = interrupt = closed = close = _forget
+    note = open = received = admitted = refresh = span = sent = interrupt = closed = close = _forget
 
 
 class Trace:
@@ -121,10 +121,15 @@ class Trace:
         *others, audio = messages
         for message in others:
             if isinstance(message, Refresh):
-                self.note("step", session=message.session, what="refresh")
+                self.refresh(message)
         start = self._used.get(audio.session, 0)
         self._used[audio.session] = start + max(0, round((before - after) * SAMPLE_RATE))
         self.note("admitted", session=audio.session, epoch=audio.epoch, block=audio.index, start=start, stop=self._used[audio.session])
+
+    def refresh(self, message: Refresh) -> None:
+        """Part of a new sink was sent; the pictures change behind the last."""
+        if message.complete:
+            self.note("step", session=message.session, what="refresh")
 
     def interrupt(self, session: str, epoch: int) -> None:
         """What waited was forgotten."""

@@ -201,6 +201,8 @@ def test_a_trace_says_how_full_the_pipe_is(bench):
     pipe = bench("pipeline").pipe_of(stream)
     assert pipe == {"slowest_ms": 200.0, "period_ms": pytest.approx(1000 * (ready[11] - ready[2]) / 9, abs=0.01), "latency_ms": 300.0,
                     "efficiency": pytest.approx(0.2 / ((ready[11] - ready[2]) / 9), abs=1e-4), "aas_gap": 2.5}  # fmt: skip
+    stream["step"][0]["t"] = 1.9  # with the last of four slices, the first of which went before block 5
+    assert bench("pipeline").pipe_of(stream, 4)["aas_gap"] == 2.5 and bench("pipeline").pipe_of(stream, 1)["aas_gap"] == 1.0
     assert bench("pipeline").pipe_of(Stream("s", "offline", 0.0)) == {}
 
 

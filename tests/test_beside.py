@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_register import config_of, played, script
 
-from liveavatar.core import Block, Frames, Span
+from liveavatar.core import Block, Close, Frames, Refresh, SetPrompt, Span
 from liveavatar.runtime.beside import Decoding, DecoderBeside, decoder_on
 from liveavatar.runtime.links import QueueLink
 from liveavatar.runtime.pump import Pump
@@ -155,6 +155,14 @@ def test_a_block_that_comes_while_another_is_decoded_is_taken_at_once():
     assert reached(4)[3:] == [("frames", 1)] and not waited
     pump.stop()
     running.join()
+
+
+def test_only_who_opens_or_closes_waits_for_a_decode():
+    """A slice of a new sink before each block would keep decoding from ever running beside the steps."""
+    holder, waited = device({0: True})
+    holder(Block("s", index=0))
+    assert [holder.holds_back(m) for m in (Refresh("s"), SetPrompt("s"), Close("t"), Close("s"))] == [False, False, False, True]
+    assert holder(Refresh("s")) == [] and not waited
 
 
 def test_what_the_device_has_done_leaves_between_two_roles():

@@ -38,10 +38,10 @@ def picture(seed: int) -> torch.Tensor:
 
 
 class Player:
-    """Sends a script and keeps what comes up, by (session, kind)."""
+    """Sends a script and keeps what comes up, by (session, kind). slices: of each refresh, one before each block from its own on."""
 
-    def __init__(self, chain):
-        self.chain, self.heard = chain, {}
+    def __init__(self, chain, slices: int = 1):
+        self.chain, self.slices, self.heard = chain, slices, {}
 
     def take(self, timeout: float) -> None:
         came = self.chain.receive(timeout)
@@ -73,8 +73,9 @@ class Player:
 
     def before(self, name: str, index: int) -> None:
         """What is said before block `index` of a session."""
-        if index == REFRESH_BLOCK:
-            self.chain.send(core.Refresh(name, reference=self.wait(name, "CleanLatent").latent))
+        if 0 <= index - REFRESH_BLOCK < self.slices:
+            latent = self.wait(name, "CleanLatent").latent
+            self.chain.send(core.Refresh(name, reference=latent, slice=index - REFRESH_BLOCK, slices=self.slices))
         if (name, index) == ("a", 5):  # new speech from here: the look-ahead of block 4 is forgotten
             self.chain.send(core.Interrupt(name, epoch=1, sample=5 * BLOCK))
         if (name, index) == ("a", 2):
@@ -83,11 +84,11 @@ class Player:
             self.chain.send(core.SetReference(name, picture=picture(9)))
 
 
-def run(folder, stages, launcher, pcm, **sampler) -> dict:
+def run(folder, stages, launcher, pcm, slices: int = 1, **sampler) -> dict:
     config = config_of(folder, stages, launcher)
     chain = launchers.launch(dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **sampler)))
     try:
-        player = Player(chain)
+        player = Player(chain, slices)
         player.play(pcm)
     finally:
         chain.stop()
@@ -140,6 +141,17 @@ def test_ray(tiny_folder, pcm, expected):
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: pip install liveavatar[ray]")
     assert run(tiny_folder, CUTS["2"], "ray", pcm) == expected
+
+
+def test_any_cut_with_a_sink_in_slices(tiny_folder, pcm, expected):
+    """Of three slices "a" sees none before block 6, behind an interrupt; "b" is closed after the first."""
+    one = run(tiny_folder, (CHAIN,), "inproc", pcm, 3)
+    assert all(run(tiny_folder, CUTS[cut], launcher, pcm, 3) == one for cut, launcher in (("2", "inproc"), ("5", "local")))
+    for name in BLOCKS:
+        assert [x[2] == y[2] for x, y in zip(one[name, "Frames"], expected[name, "Frames"])] == [n < REFRESH_BLOCK for n in range(BLOCKS[name])]
+    never = run(tiny_folder, (CHAIN,), "inproc", pcm, 0)
+    assert never["b", "Frames"] == one["b", "Frames"]
+    assert [x[2] == y[2] for x, y in zip(never["a", "Frames"], one["a", "Frames"])] == [n < REFRESH_BLOCK + 2 for n in range(BLOCKS["a"])]
 
 
 def test_each_control_message_matters(tiny_folder, pcm, expected, monkeypatch):

@@ -74,6 +74,7 @@ def test_a_misspelt_word_gets_the_nearest_right_one(tmp_path, text, wrong, right
         ("sampler: {finish_after: 5}", "sampler.finish_after"),
         ("sampler: {sink_distance: 31}", "sampler.sink_distance"),
         ("sampler: {refresh_block: -1}", "sampler.refresh_block"),
+        ("sampler: {refresh_slices: 0}", "sampler.refresh_slices"),
         ("video: {height: -64}", "video.height"),
         ("runtime: {queued_seconds: 0}", "runtime.queued_seconds"),
         ("model: [1]", "model"),

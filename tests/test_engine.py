@@ -145,6 +145,25 @@ def test_every_cut_gives_the_same_bytes(tiny_folder, portrait, whole, ranks, lau
     assert run(with_engine, config(tiny_folder, ranks, launcher), lambda engine: script(engine, portrait)) == whole
 
 
+def test_a_new_sink_in_slices_comes_at_its_block_whatever_the_cut(tiny_folder, portrait, whole):
+    """Slices before blocks 2, 3 and 4, a prompt before block 4 whether or not its slice went ahead: the rollout that refreshes at 4."""
+    def sliced(settings):
+        return dataclasses.replace(settings, sampler=dataclasses.replace(settings.sampler, refresh_slices=3))
+
+    one, *others = (run(with_engine, sliced(config(tiny_folder, ranks)), lambda engine: script(engine, portrait)) for ranks in (1, 2, 4))
+    assert others == [one, one]
+    assert [[x[3] == y[3] for x, y in zip(*pair)] for pair in zip(one, whole)] == [[True] * 2 + [False] * 7, [True] * 2 + [False] * 4]
+    pcm, small = speech(6 * 0.48 + AHEAD), portrait[:, :64, :64]
+
+    async def scenario(engine):
+        session = await engine.open(small, prompt="a person", seed=0, name=gate_runs.SESSION)
+        return np.concatenate([o.pictures for o in await speak(session, pcm)])[: 12 * 6]
+
+    alone = gate_runs.Avatar(sliced(config(tiny_folder)))
+    assert alone.source.swap_block == 4
+    assert np.array_equal(run(with_engine, sliced(config(tiny_folder)), scenario), alone.make(small.permute(1, 2, 0).numpy(), pcm, "a person", 6, 0)[1])
+
+
 def test_sessions_do_not_influence_each_other(tiny_folder, portrait, whole):
     async def scenario(engine):
         b = await engine.open(portrait.flip(2), seed=2, name="b")

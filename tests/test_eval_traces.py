@@ -94,7 +94,8 @@ def test_speech_inside_a_block_waits_for_its_own_picture(scene):
 
 def test_changes_on_the_way_stand_where_they_are_seen(scene):
     for block in range(3):
-        scene.at(100 + block).admitted([Refresh("s"), Audio("s", index=block)] if block == 1 else [Audio("s", index=block)], 0.48, 0.0)
+        slices = [Refresh("s", slice=block, slices=2)] if block < 2 else []  # nothing changes before the last
+        scene.at(100 + block).admitted([*slices, Audio("s", index=block)], 0.48, 0.0)
         scene.sent(100.5 + block, block, 0.48 * block, count=12)
     scene.at(103).note("step", session="s", what="portrait")  # never seen
     scene.trace.close()

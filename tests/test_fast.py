@@ -197,13 +197,15 @@ def test_a_graphed_stream_is_the_plain_one(changes):
         assert (recorder.recorded, recorder.played) == (4, BLOCKS - 7)
 
 
-def spoken(session: str, blocks: int, seed: int) -> list[core.Message]:
-    """A session as the steps of a stage see it, with a prompt, a refresh and a portrait between its blocks, closed at the end."""
+def spoken(session: str, blocks: int, seed: int, slices: int = 1) -> list[core.Message]:
+    """A session as the steps of a stage see it, with a prompt, a refresh and a portrait between its blocks, closed at the end. slices: of
+    the refresh, the last of them always before block 4."""
     draw = torch.Generator().manual_seed(seed)
     some = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
     said = [core.Open(session, reference=some(16, 1, 8, 8), motion=some(16, 3, 8, 8), context=some(5, 16))]
     for index in range(blocks):
-        said += [core.Refresh(session, reference=some(16, 1, 8, 8))] if index == 4 else []
+        own = some(16, 1, 8, 8) if index == 0 else own
+        said += [core.Refresh(session, reference=own, slice=index - 5 + slices, slices=slices)] if 4 - slices < index <= 4 else []
         said += [core.SetPrompt(session, context=some(9, 16))] if index == 6 else []
         said += [core.SetReference(session, reference=some(16, 1, 8, 8), motion=some(16, 3, 8, 8))] if index == 8 else []
         said.append(core.Block(session, index=index, latents=some(16, 3, 8, 8), features=some(1, 400, 12)))
@@ -220,8 +222,8 @@ def through(roles, messages) -> list[torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("anchors", [0, 2])
-def test_nothing_of_a_session_makes_its_stage_capture_again(anchors, tiny_folder, monkeypatch):
+@pytest.mark.parametrize("anchors, slices", [(0, 1), (2, 1), (0, 3)])
+def test_nothing_of_a_session_makes_its_stage_capture_again(anchors, slices, tiny_folder, monkeypatch):
     """Ring of 4: four places while it fills, three more (one with two anchors) that come round; each of two steps captures them once."""
     recorder, places = Playback(), 7 - anchors
     monkeypatch.setattr(stage_roles, "cuda_recorder", lambda device: recorder)
@@ -232,16 +234,50 @@ def test_nothing_of_a_session_makes_its_stage_capture_again(anchors, tiny_folder
 
     plain, graphed = stage(False), stage(True)
     for seed in range(2):  # as it is, then captured
-        through(graphed, spoken("first", places, seed))
+        through(graphed, spoken("first", places, seed, slices))
     assert recorder.recorded == recorder.played == 2 * places
     for seed, name in enumerate("ab"):
-        expected, got = (through(roles, spoken(name, 12, seed)) for roles in (plain, graphed))
+        expected, got = (through(roles, spoken(name, 12, seed, slices)) for roles in (plain, graphed))
         assert len(got) == 12 and all(map(torch.equal, got, expected))
     assert (recorder.recorded, recorder.played) == (2 * places, 2 * places + 2 * 2 * 12)
-    side_by_side = [m for pair in zip(spoken("c", 12, 5), spoken("d", 12, 6)) for m in pair]
+    side_by_side = [m for pair in zip(spoken("c", 12, 5, slices), spoken("d", 12, 6, slices)) for m in pair]
     assert all(map(torch.equal, through(graphed, side_by_side), through(plain, side_by_side)))
     assert recorder.recorded == 4 * places, "a session that is held beside another has memory, and so graphs, of its own"
     assert len(graphed[0].spare) == 2 and not graphed[0].sessions, "what closed sessions leave is kept for the next"
+
+
+def stage_of(folder) -> list:
+    """Two steps of one stage."""
+    config = Config(model=ModelConfig(path=str(folder)))
+    return stage_roles._denoisers(open_source(config), [0, 1], torch.float32, torch.device("cpu"), config, ALONE)
+
+
+@pytest.mark.parametrize("slices", [2, 3, 5])
+def test_a_sink_in_slices_is_the_whole_one_bit_for_bit(slices, tiny_folder):
+    """Its last slice goes where the whole would: every block before sees the old sink, every block behind the very same new one."""
+    roles = stage_of(tiny_folder)
+    whole = through(roles, spoken("a", 12, 0))
+    assert all(map(torch.equal, through(roles, spoken("b", 12, 0, slices)), whole)) and roles[0].spare[0].coming is None
+    without = through(roles, [m for m in spoken("c", 12, 0, slices) if not isinstance(m, core.Refresh)])
+    assert [torch.equal(x, y) for x, y in zip(without, whole)] == [True] * 4 + [False] * 4 + [True] * 4
+
+
+def test_a_prompt_between_slices_keeps_the_block_and_a_portrait_or_the_end_forgets_them(tiny_folder):
+    roles, prompt = stage_of(tiny_folder), core.SetPrompt("a", context=torch.ones(3, 16))
+    portrait = core.SetReference("a", reference=torch.ones(16, 1, 8, 8), motion=torch.zeros(16, 3, 8, 8))
+
+    def made(slices: int, message=None, only: int | None = None) -> list[torch.Tensor]:
+        """message: said before block 3. only: so many of the slices are sent."""
+        said = spoken("a", 6, 0, slices)
+        said = [m for m in said if not isinstance(m, core.Refresh) or only is None or m.slice < only]
+        at = next(n for n, m in enumerate(said) if isinstance(m, core.Block) and m.index == 3)
+        return through(roles, [*said[:at], *([message] if message else []), *said[at:]])
+
+    same = lambda one, two: all(map(torch.equal, one, two))  # noqa: E731
+    assert same(made(3, prompt), made(1, prompt)) and not same(made(3, prompt), made(3))
+    assert same(made(3, portrait, only=2), made(1, portrait, only=0))
+    assert same(made(3, only=2), made(1, only=0)), "closed between slices"
+    assert same(made(1), made(3)), "what a session left half done is not seen by the next in its place"
 
 
 @torch.inference_mode()
@@ -297,8 +333,7 @@ def test_angles_by_axis_are_those_of_every_token():
 
 def test_of_the_old_person_nothing_is_left_in_the_new_ones_history(tiny_folder):
     """Two sessions that differ in the first person alone are one from the new portrait on."""
-    config = Config(model=ModelConfig(path=str(tiny_folder)))
-    roles = stage_roles._denoisers(open_source(config), [0, 1], torch.float32, torch.device("cpu"), config, ALONE)
+    roles = stage_of(tiny_folder)
     one, other = spoken("a", 12, 0), spoken("b", 12, 0)
     other[0] = core.Open("b", reference=other[0].reference.flip(1), motion=other[0].motion.flip(1), context=other[0].context)
     other = [message for message in other if not isinstance(message, core.Refresh)]

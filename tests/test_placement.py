@@ -75,6 +75,8 @@ def test_sizes_of_the_14b_model_are_those_of_the_specification():
     assert 32.59e9 < step.fixed["transformer"] < 33.3e9  # bf16, the fp32 parts a little more
     assert step.per_session["1 x step cache"] == 819_200 * (12_672 + 2_640)
     assert step.per_session["sink"] == 819_200 * 2_640 and step.per_session["text"] == 819_200 * 512
+    sliced = plan(config(sampler=SamplerConfig(refresh_slices=8)), S2VConfig(), USUAL, gpus(5)).ranks[1]
+    assert sliced.per_session == {**step.per_session, "coming sink": step.per_session["sink"]}
     assert "vae" not in step.fixed and "transformer" not in decode.fixed
     assert decode.fixed["vae"] == 2 * 126_892_531
     assert decode.per_session["vae state"] == pytest.approx(1.28e9, rel=0.01)

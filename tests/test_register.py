@@ -106,6 +106,18 @@ def test_together_equals_one_after_the_other(runtime, most, tiny_folder, one_by_
     assert sum(sizes) == 3 * 6 * 4, "every block goes once through every step"
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_sink_in_slices_empties_the_register_once(slices, tiny_folder):
+    """One session whose blocks all wait: the slices before the last go by while its blocks are under way."""
+    said = [m for m in script() if m.session == "b" and not isinstance(m, core.Refresh)]
+    own = [core.Refresh("b", reference=torch.ones(16, 1, 8, 8) / 3, slice=n, slices=slices) for n in range(slices)]
+    for n, slice in enumerate(own):  # the last before block 4, whose place is the sixth
+        said.insert(6 + 2 * n - slices, slice)
+    heard, sizes = played(config_of(tiny_folder, shift_register=True), said)
+    compare(heard, played(config_of(tiny_folder), said)[0])
+    assert sizes == [1, 2, 3, 4, 3, 2, 1, 1, 2, 2, 2, 1]
+
+
 def test_each_control_message_matters(tiny_folder, one_by_one):
     """Equality above means something: without them other latents come out."""
     heard, _ = played(config_of(tiny_folder, shift_register=True), [m for m in script() if not isinstance(m, core.Refresh)])

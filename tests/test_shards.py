@@ -26,23 +26,24 @@ def shared(folder, launcher: str, shards: tuple[int, ...] | None):
     return replace(made, runtime=replace(made.runtime, shards=shards))
 
 
-def heard(config, pcm) -> dict:
+def heard(config, pcm, slices: int) -> dict:
     chain = launchers.launch(config)
     try:
-        player = Player(chain)
+        player = Player(chain, slices)
         player.play(pcm)
     finally:
         chain.stop()
     return player.heard
 
 
-def test_two_ranks_share_a_stage_and_make_the_same_pictures(tmp_path):
+@pytest.mark.parametrize("slices", [1, 2])
+def test_two_ranks_share_a_stage_and_make_the_same_pictures(slices, tmp_path):
     """gloo, local processes; the script of test_chain_equality: two sessions, a refresh, a prompt, a portrait, an interrupt; blinks."""
     from conftest import save_tiny, speech
 
     tiny_folder = save_tiny(tmp_path, control={"kind": "lids"})
     pcm = {name: torch.from_numpy(speech(5.0, seed)) for seed, name in enumerate("ab")}
-    together, alone = heard(shared(tiny_folder, "local", (1, 2, 1)), pcm), heard(shared(tiny_folder, "inproc", None), pcm)
+    together, alone = (heard(shared(tiny_folder, *how), pcm, slices) for how in (("local", (1, 2, 1)), ("inproc", None)))
     assert together.keys() == alone.keys()
     for key, messages in together.items():
         for mine, theirs in zip(messages, alone[key], strict=True):

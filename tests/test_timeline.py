@@ -16,8 +16,8 @@ from liveavatar.runtime.timeline import Timeline
 GEOMETRY, AHEAD, BLOCK = Geometry(height=64, width=64), 1320, 7680
 
 
-def timeline(refresh_block: int = 0) -> Timeline:
-    return Timeline("s", GEOMETRY, lookahead=AHEAD, refresh_block=refresh_block)
+def timeline(refresh_block: int = 0, slices: int = 1) -> Timeline:
+    return Timeline("s", GEOMETRY, lookahead=AHEAD, refresh_block=refresh_block, refresh_slices=slices)
 
 
 def pictures(value: int) -> torch.Tensor:
@@ -130,6 +130,32 @@ def test_refresh_on_demand_and_new_portrait():
     t.clean(CleanLatent("s", index=2, latent=torch.ones(1)))
     assert t.admit(0.0)[0].reference.item() == 1.0
     assert [len(t.admit(0.0)) for _ in range(3)] == [1, 1, 1]  # the automatic one is off
+
+
+def slices_of(t: Timeline, blocks: int) -> dict[int, list[tuple[int, bool]]]:
+    """By block: which slices go before it, and whether the sink is whole then."""
+    sent = [t.admit(0.0) for _ in range(blocks)]
+    return {audio.index: [(m.slice, m.complete) for m in before] for *before, audio in sent if before}
+
+
+def test_slices_of_a_new_sink_go_before_one_block_each_and_only_a_portrait_ends_them():
+    t = timeline(refresh_block=2, slices=3)
+    t.push(speech(20))
+    assert slices_of(t, 2) == {} and t.gated
+    t.clean(CleanLatent("s", index=0, latent=torch.zeros(1)))
+    assert slices_of(t, 1) == {2: [(0, False)]}
+    t.refresh()  # is under way
+    assert t.renew().slice == 1 and t.renew() is None, "a slice too goes ahead of its block"
+    t.interrupt()
+    t.push(speech(20))
+    assert slices_of(t, 4) == {4: [(2, True)]}
+    t.refresh()
+    assert slices_of(t, 2) == {7: [(0, False)], 8: [(1, False)]}
+    t.new_portrait()
+    assert slices_of(t, 4) == {}
+    t.refresh()
+    t.clean(CleanLatent("s", index=9, latent=torch.ones(1)))
+    assert slices_of(t, 4) == {13: [(0, False)], 14: [(1, False)], 15: [(2, True)]}
 
 
 def test_interrupt_drops_audio_pictures_and_what_is_inside():

@@ -53,7 +53,7 @@ class ToyStep:
             case core.Open():
                 self.rings[message.session] = torch.zeros(SIZE, SIZE)
                 self.sinks[message.session] = message.reference.float().mean()
-            case core.Refresh():
+            case core.Refresh(complete=True):
                 self.sinks[message.session] = message.reference.float().mean()
             case core.Close():
                 del self.rings[message.session], self.sinks[message.session]
@@ -165,7 +165,7 @@ class FixedRole:
             assert message.latents.device.type == message.features.device.type == self.payload.type, (message.latents.device, self.payload)
         if not isinstance(message, core.Block):
             if isinstance(message, core.Refresh) and self.name.startswith("step"):
-                time.sleep(self.refresh)
+                time.sleep(self.refresh / message.slices)
             last = {core.Open: core.Opened, core.Close: core.Closed}.get(type(message)) if self.name == "decode" else None
             return [last(message.session)] if last else [] if self.name == "decode" else [message]
         if self.name == "decode":

@@ -67,7 +67,7 @@ class Avatar:
             asked = [replace(block, lids=part) for block, part in zip(asked, parts)]
         state, latents, pictures = self.vae.new_state(), [], []
         self.vae.decode(opened.motion[:, :PRIMING_LATENTS], state)
-        course = Course.of(self.geometry, int(self.source.sink_policy), self.source.refresh_block)
+        course = Course.of(self.geometry, int(self.source.sink_policy), self.source.swap_block)
         for x in cached_rollout(self.model, self.source.sigmas, [b.latents for b in asked], [b.features for b in asked], opened.context,
                                 opened.reference, opened.motion, course, poses=self._poses(asked)):
             latents.append(x.float().cpu())

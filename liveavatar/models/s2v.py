@@ -8,7 +8,7 @@ once: the training path, equal to the streaming path at the same noise levels).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -225,6 +225,8 @@ class CausalS2V(nn.Module):
 
     def _sink_tokens(self, reference: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
         missing = MOTION_LATENTS - motion.shape[2]
+        if missing < 0:
+            raise ConfigError(f"{motion.shape[2]} motion latents: the frame packer holds at most {MOTION_LATENTS}")
         motion = F.pad(motion, (0, 0, 0, 0, missing, 0)) if missing else motion
         mask = self.trainable_cond_mask.weight
         return torch.cat([L.embed_patches(self.patch_embedding, reference) + mask[1], self.frame_packer(motion) + mask[2]], dim=1)
@@ -287,8 +289,6 @@ class CausalS2V(nn.Module):
 
         reference: [16, 1, h, w]; motion: [16, M, h, w], M <= 19, oldest first (zeros are put in front).
         """
-        if motion.shape[1] > MOTION_LATENTS:
-            raise ConfigError(f"{motion.shape[1]} motion latents: the frame packer holds at most {MOTION_LATENTS}")
         reference, motion = reference.to(self.device)[None], motion.to(self.device)[None]
         k, v = self.prefill_batch(reference, motion, text)
         return Sink(torch.cat(k), torch.cat(v))
@@ -347,14 +347,17 @@ class CausalS2V(nn.Module):
     def prefill_batch(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """prefill of a batch, differentiable: reference [B, 16, 1, h, w], motion [B, 16, 19 or fewer, h, w] -> lists over
         layers of k (un-rotated) and v, [B, S, heads, d]."""
+        keys, values = zip(*self.prefill_layers(reference, motion, text))
+        return list(keys), list(values)
+
+    def prefill_layers(self, reference: torch.Tensor, motion: torch.Tensor, text: TextCache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """prefill_batch layer by layer: each is computed when it is asked for, so that a stream can do so a few at a time."""
         tokens = self._sink_tokens(reference, motion)
         angles = self.sink_angles(*reference.shape[-2:])
         modulation = self.modulation(0.0)
-        keys, values = [], []
         for i, layer in enumerate(self.blocks):
             tokens, k, v = layer.prefill(tokens, modulation.blocks[i], angles, text.layers[i])
-            keys.append(k), values.append(v)
-        return keys, values
+            yield k, v
 
     def forward_clip(self, x: torch.Tensor, t: torch.Tensor, clip: Clip, *, pose: torch.Tensor | None = None, history_grad: bool = True) -> torch.Tensor:
         """All blocks of clips in one differentiable pass (training.md 2.1, 2.4 "level-parallel").

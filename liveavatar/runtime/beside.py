@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from liveavatar import core
-from liveavatar.core import Block, Message
+from liveavatar.core import Block, Close, Message, Open
 from liveavatar.runtime.roles import Decoder, to_levels
 from liveavatar.runtime.worktime import Work, mark
 
@@ -51,7 +51,7 @@ class DecoderBeside:
     def holds_back(self, message: Message) -> bool:
         if isinstance(message, Block):
             return len(self._queued) >= ROOM
-        return any(item.block.session == message.session for item in self._queued)
+        return isinstance(message, Open | Close) and any(item.block.session == message.session for item in self._queued)
 
     def beside(self) -> Work:
         return self._queued[0].work
@@ -65,7 +65,8 @@ class DecoderBeside:
     def __call__(self, message: Message) -> list[Message]:
         if isinstance(message, Block):
             self._queued.append(self._decode(message))
-            return []
+        if not isinstance(message, Open | Close):
+            return []  # a decoder does nothing on the others, so they need not wait for one
         with torch.cuda.stream(self.stream):
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
             made = self.decoder(message)

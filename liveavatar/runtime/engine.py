@@ -206,7 +206,7 @@ class Engine:
         """Nothing may be admitted yet: send a new sink that is ready, so that no block waits for its prefill."""
         for session in self.sessions.values():
             if not session.closing and (refresh := session.timeline.renew()):
-                self.trace.note("step", session=session.name, what="refresh")
+                self.trace.refresh(refresh)
                 await self._put(refresh)
                 return True
         return False

@@ -203,7 +203,7 @@ def forecast(config: Config, model: S2VConfig, geometry: Geometry, speeds: Speed
     devices = [Device(name=name, kind="cuda", memory=round(speeds.device.memory * 1e9))] * ranks
     planned = plan(config, model, geometry, devices, stages=stages, vae=vae, times=costs.roles)
     chain = {"lookahead": WAV2VEC_LOOKAHEAD, "refresh_block": REFRESH_BLOCK if refresh is None else refresh, **together}
-    chain |= {"credits": config.runtime.in_flight}
+    chain |= {"credits": config.runtime.in_flight, "refresh_slices": config.sampler.refresh_slices}
     pipe = Simulation(stages, costs, geometry, **chain).offline(BLOCKS // sessions + 8, sessions)
     live = Simulation(stages, costs, geometry, **chain).live(LIVE_SECONDS, sessions)
     busy = live.utilisation()

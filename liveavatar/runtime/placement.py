@@ -343,6 +343,7 @@ class Sizer:
 
     def __init__(self, config: Config, model: S2VConfig, geometry: Geometry, dtype: torch.dtype, vae: Mapping | None, text_encoder_bytes: int):
         self.runtime, self.fast, self.model, self.geometry, self.dtype = config.runtime, config.model.fast, model, geometry, dtype
+        self.sliced = config.sampler.refresh_slices > 1
         self.vae, self.text_encoder_bytes = vae, text_encoder_bytes
         self.vae_weights, self.vae_state = vae_bytes(vae, geometry, dtype) if vae is not None else (0, 0)
 
@@ -365,11 +366,13 @@ class Sizer:
                         seconds=None if None in seconds else sum(seconds) / seat.shards)
 
     def step_caches(self, steps: int, shards: int = 1) -> dict[str, int]:
-        """Per session: [sink | ring] of each step and the stage's one un-rotated sink, a rank's share of the heads; the prompt's K and V."""
+        """Per session: [sink | ring] of each step and the stage's one un-rotated sink, a rank's share of the heads, and another while it is
+        prefilled in slices; the prompt's K and V."""
         m, g, size = self.model, self.geometry, self.dtype.itemsize
         kept = E4M3 if self.fast.fp8_cache else self.dtype
         one = cache_bytes(m.num_layers, m.num_heads, m.head_dim, g.sink_tokens, g.ring_tokens, g.anchor_tokens, kept)
-        return {f"{steps} x step cache": steps * one // shards, "sink": 2 * m.num_layers * m.dim * g.sink_tokens * size // shards,
+        sink = 2 * m.num_layers * m.dim * g.sink_tokens * size // shards
+        return {f"{steps} x step cache": steps * one // shards, "sink": sink, **({"coming sink": sink} if self.sliced else {}),
                 "text": 2 * m.num_layers * m.dim * m.text_len * size}
 
     def working(self, roles: tuple[str, ...], shards: int = 1) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from liveavatar.core import Block, Message
+from liveavatar.core import Block, Message, Refresh
 from liveavatar.diffusion.denoise import euler
 from liveavatar.models.rows import Row, forward_rows, stack_modulations
 from liveavatar.models.s2v import StepModulation
@@ -61,6 +61,8 @@ class Register:
 
     def holds_back(self, message: Message) -> bool:
         """Whether something must advance before `message` may come in."""
+        if isinstance(message, Refresh) and not message.complete:
+            return False  # it changes nothing that a block sees
         if not isinstance(message, Block):
             return any(item.block.session == message.session for item in self.blocks)
         return must_wait(message.session, [(item.block.session, item.place) for item in self.blocks], shift=self.shift, batch=self.batch)

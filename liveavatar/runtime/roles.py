@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -153,6 +153,17 @@ class Conditioner:
 
 
 @dataclass
+class Coming:
+    """A sink that is prefilled in slices while blocks see the old one. sink: its layers so far, `done` of them; layers: keys and values
+    of the others, computed when they are asked for."""
+
+    reference: torch.Tensor
+    layers: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    sink: Sink
+    done: int = 0
+
+
+@dataclass
 class Identity:
     """Who a session shows, as all steps of a stage see it. text: K/V of the prompt; sink: shared, un-rotated K/V; caches: of each step.
 
@@ -165,6 +176,7 @@ class Identity:
     reference: torch.Tensor | None = None  # [16,1,h,w]
     motion: torch.Tensor | None = None  # [16,M,h,w]
     caches: dict[int, StepCache] = field(default_factory=dict)
+    coming: Coming | None = None
 
 
 class StageSinks:
@@ -183,8 +195,10 @@ class StageSinks:
     @torch.inference_mode()
     def __call__(self, message: Message) -> list[Message]:
         match message:
-            case Open() | SetPrompt() | SetReference() | Refresh():
+            case Open() | SetPrompt() | SetReference():
                 self.sessions[message.session] = self._identity(message)
+            case Refresh():
+                self._refresh(message)
             case Close():
                 self._close(message.session)
             case Block():
@@ -206,12 +220,42 @@ class StageSinks:
         for kept, made in zip((mine.sink.k, mine.sink.v, *chain(*mine.text.layers)), (sink.k, sink.v, *chain(*text.layers)), strict=True):
             kept.copy_(made)
         mine.reference, mine.motion = reference, motion
+        coming, mine.coming = mine.coming, None
+        if coming is not None and isinstance(message, SetPrompt):  # a portrait ends a refresh; a prompt does not, but its layers saw the old text
+            mine.coming = self._coming(mine, coming.reference, coming.sink)
+            self._prefill(mine.coming, coming.done)
         return mine
+
+    def _refresh(self, message: Refresh) -> None:
+        """A slice of the layers of a new reference's sink; with the last one it is the session's."""
+        mine = self.sessions[message.session]
+        if message.slice == 0:
+            # at once no block sees it half done, so it needs no memory of its own
+            sink = mine.sink if message.complete else Sink(torch.empty_like(mine.sink.k), torch.empty_like(mine.sink.v))
+            mine.coming = self._coming(mine, message.reference, sink)
+        assert mine.coming is not None, "slices come in order, from the first on"
+        self._prefill(mine.coming, len(self.model.blocks) * (message.slice + 1) // message.slices)
+        if message.complete:
+            mine.sink.k.copy_(mine.coming.sink.k)
+            mine.sink.v.copy_(mine.coming.sink.v)
+            mine.reference, mine.coming = mine.coming.reference, None
+
+    def _coming(self, mine: Identity, reference: torch.Tensor, sink: Sink) -> Coming:
+        device = self.model.device
+        return Coming(reference, self.model.prefill_layers(reference.to(device)[None], mine.motion.to(device)[None], mine.text), sink)
+
+    def _prefill(self, coming: Coming, end: int) -> None:
+        """Its layers up to `end`."""
+        for layer, (k, v) in zip(range(coming.done, end), coming.layers):
+            coming.sink.k[layer].copy_(self.exchange.own_heads(k)[0])
+            coming.sink.v[layer].copy_(self.exchange.own_heads(v)[0])
+        coming.done = end
 
     def _close(self, session: str) -> None:
         if session not in self.sessions:
             return  # its Open was refused
         mine = self.sessions.pop(session)
+        mine.coming = None
         for cache in mine.caches.values():
             cache.reset()
         self.spare.append(mine)
@@ -236,6 +280,8 @@ class Denoiser:
     @torch.inference_mode()
     def __call__(self, message: Message) -> list[Message]:
         match message:
+            case Refresh(complete=False):
+                return [message]
             case Open() | SetPrompt() | SetReference() | Refresh():
                 self._take_sink(message.session)
                 if isinstance(message, SetReference):

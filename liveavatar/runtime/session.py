@@ -71,7 +71,7 @@ class Session:
     def __init__(self, engine: Head, name: str, pace: str):
         self.name, self.pace = name, pace
         self.timeline = Timeline(name, engine.geometry, lookahead=engine.source.lookahead_samples,
-                                 refresh_block=engine.source.refresh_block)
+                                 refresh_block=engine.source.refresh_block, refresh_slices=engine.config.sampler.refresh_slices)
         self.playout, self.asked = Playout(), 0.0
         self.error: LiveAvatarError | None = None
         self.opened = self.closing = self.closed = self.parked = False
@@ -153,7 +153,7 @@ class Session:
         self._engine.trace.note("step", session=self.name, what="portrait")
 
     async def refresh(self) -> None:
-        """Make the generated first latent the sink (AAS) now, against drift."""
+        """Make the generated first latent the sink (AAS) now, or over the next blocks (sampler.refresh_slices), against drift."""
         self._check()
         self.timeline.refresh()
         self._engine.wake()

@@ -83,9 +83,9 @@ class Rank:
 
 
 class _Session:
-    def __init__(self, name: str, geometry: Geometry, lookahead: int, refresh_block: int, live: bool):
-        self.name, self.live, self.asked = name, live, 0.0
-        self.timeline, self.playout = Timeline(name, geometry, lookahead=lookahead, refresh_block=refresh_block), Playout()
+    def __init__(self, timeline: Timeline, live: bool):
+        self.name, self.live, self.asked = timeline.session, live, 0.0
+        self.timeline, self.playout = timeline, Playout()
         self.admitted: dict[int, float] = {}
         self.plays_until, self.last_idle, self.underrun = 0.0, True, 0.0
 
@@ -96,11 +96,11 @@ class Simulation:
     seconds of live pictures missing."""
 
     def __init__(self, stages: Sequence[Sequence[str]], costs: Costs, geometry: Geometry, *, lookahead: int = 0, refresh_block: int = 0,
-                 credits: int | None = None, shift: bool = False, batch: int = 1):
+                 refresh_slices: int = 1, credits: int | None = None, shift: bool = False, batch: int = 1):
         registers = [steps_of(roles) > 0 and (batch > 1 or (shift and steps_of(roles) > 1)) for roles in stages]
         self.ranks, self.costs, self.geometry = [Rank(tuple(roles), register) for roles, register in zip(stages, registers)], costs, geometry
         self.shift, self.batch = shift, batch
-        self.lookahead, self.refresh_block = lookahead, refresh_block
+        self.timeline = {"lookahead": lookahead, "refresh_block": refresh_block, "refresh_slices": refresh_slices}
         self.scheduler = Scheduler(credits=credits or blocks_inside(stages, shift) + 1, longest=float(geometry.block_seconds),
                                    pipe_time=PipeTime(self.pass_seconds))  # fmt: skip
         self.steps = max((int(role[4:]) for roles in stages for role in roles if role.startswith("step")), default=0)
@@ -151,7 +151,7 @@ class Simulation:
         return self._run(seconds)
 
     def _open(self, name: str, live: bool) -> _Session:
-        session = self.sessions[name] = _Session(name, self.geometry, self.lookahead, self.refresh_block, live)
+        session = self.sessions[name] = _Session(Timeline(name, self.geometry, **self.timeline), live)
         return session
 
     def _push(self, name: str, samples: int, last: bool) -> None:
@@ -256,6 +256,8 @@ class Simulation:
         under_way = [(other.session, place) for other, place in rank.under_way]
         if isinstance(message, Audio):
             return must_wait(message.session, under_way, shift=self.shift, batch=self.batch)
+        if isinstance(message, Refresh) and not message.complete:
+            return False
         return any(session == message.session for session, _ in under_way)
 
     def _enter(self, index: int, message: Audio) -> None:
@@ -282,7 +284,7 @@ class Simulation:
     def _seconds(self, rank: Rank, message: Message) -> float:
         if isinstance(message, Audio):
             return self._seconds_of(rank.roles)
-        return self.costs.refresh * len(rank.steps) if isinstance(message, Refresh) else 0.0
+        return self.costs.refresh * len(rank.steps) / message.slices if isinstance(message, Refresh) else 0.0
 
     def _seconds_of(self, roles: Sequence[str]) -> float:
         return sum(self.costs.roles[role] for role in roles)

@@ -38,8 +38,9 @@ class StageSource(Protocol):
     """What build_stage and the head need to know.
 
     chain: role names. sigmas: levels, ending in 0; timesteps: one per step. sink_policy: a distance or
-    "random". refresh_block: 0 is never. lookahead_samples: of the audio front end. vae_config: diffusers
-    mapping, None without a VAE. observe: every step reports its latents (parity). lids: the transformer is told when to blink.
+    "random". refresh_block: 0 is never; swap_block: the first to see the new sink, later where it is prefilled in slices.
+    lookahead_samples: of the audio front end. vae_config: diffusers mapping, None without a VAE. observe: every step reports its
+    latents (parity). lids: the transformer is told when to blink.
     """
 
     model_config: S2VConfig
@@ -49,6 +50,7 @@ class StageSource(Protocol):
     timesteps: list[float]
     sink_policy: int | str
     refresh_block: int
+    swap_block: int
     lookahead_samples: int
     vae_config: Mapping | None
     text_encoder_bytes: int
@@ -96,6 +98,7 @@ class FolderSource:
         self.sink_policy = sampler.get("sink_distance", SINK_DISTANCE) if said == "checkpoint" else said
         said = config.sampler.refresh_block
         self.refresh_block = sampler.get("refresh_block", REFRESH_BLOCK) if said is None else said
+        self.swap_block = self.refresh_block and self.refresh_block + config.sampler.refresh_slices - 1
         self.lookahead_samples = self._lookahead()
         self.text_encoder_bytes = self._text_encoder_bytes()
         self.lids = self._takes_lids() and config.sampler.blinks
@@ -286,7 +289,7 @@ class FixtureSource:
         self.model_config, self.geometry = self.fixture.model_config(), self.fixture.geometry()
         self.sigmas, self.timesteps = facts["sigmas"], facts["stage_timesteps"]
         self.chain = ("condition", *(f"step{k}" for k in range(len(self.timesteps))))
-        self.refresh_block = facts.get("sink_reprefill_before_block") or 0
+        self.refresh_block = self.swap_block = facts.get("sink_reprefill_before_block") or 0
 
     def dtype(self, device: torch.device) -> torch.dtype:
         return torch.float32

@@ -50,12 +50,14 @@ class Timeline:
     """PCM in; Audio, Refresh and Interrupt messages down; Output up.
 
     lookahead: samples the audio front end needs beyond a block. refresh_block: the sink is replaced by
-    the stream's own first latent before this block, 0: never (model.md section 14).
+    the stream's own first latent before this block, 0: never (model.md section 14). refresh_slices: its prefill is sent in so many
+    parts, the first before refresh_block and one before each block behind it; with the last the sink is replaced.
     """
 
-    def __init__(self, session: str, geometry: Geometry, *, lookahead: int, refresh_block: int):
+    def __init__(self, session: str, geometry: Geometry, *, lookahead: int, refresh_block: int, refresh_slices: int = 1):
         self.session, self.geometry, self.lookahead = session, geometry, lookahead
-        self.refresh_at: int | None = refresh_block or None
+        self.refresh_at: int | None = refresh_block or None  # the next slice goes before this block
+        self.refresh_slices, self._slice = refresh_slices, 0
         self.epoch, self.next_block, self.ended = 0, 0, False
         self.received = 0  # samples pushed so far
         self._used, self._silence = 0, 0  # of those, before the next block; samples of idle silence in front of the others
@@ -149,11 +151,12 @@ class Timeline:
 
     def new_portrait(self) -> None:
         """From the next block on another portrait: the latent of the old one must not come back."""
-        self.refresh_at, self._anchor, self._clean = None, self.next_block, None
+        self.refresh_at, self._slice, self._anchor, self._clean = None, 0, self.next_block, None
 
     def refresh(self) -> None:
-        """Make the generated first latent the sink before the next block that can have it."""
-        self.refresh_at = max(self.next_block, self._anchor + 1)
+        """Make the generated first latent the sink, from the next block that can have it on; slices that are under way do just that."""
+        if not self._slice:
+            self.refresh_at = max(self.next_block, self._anchor + 1)
 
     def observe(self) -> int:
         """The next block is to report what each step makes of it; returns its index."""
@@ -167,11 +170,13 @@ class Timeline:
         return self.next_block * self.geometry.samples_per_block
 
     def renew(self) -> Refresh | None:
-        """The new sink the next block is to see, once its latent is there; sent ahead of that block, it is prefilled while ranks wait."""
+        """The new sink the next block is to see, or a slice of it, once its latent is there; sent ahead of that block, it is prefilled
+        while ranks wait."""
         if self.refresh_at != self.next_block or self._clean is None:
             return None
-        self.refresh_at = None
-        return Refresh(self.session, reference=self._clean)
+        refresh = Refresh(self.session, reference=self._clean, slice=self._slice, slices=self.refresh_slices)
+        self.refresh_at, self._slice = (None, 0) if refresh.complete else (self.next_block + 1, self._slice + 1)
+        return refresh
 
     def admit(self, now: float, finish_after: int | None = None) -> list[Message]:
         """Messages that send the next block down the chain. now: clock seconds, for measuring the pipe. finish_after: see core.Audio."""
