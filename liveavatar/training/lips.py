@@ -1,7 +1,7 @@
 """Stages `painter` and `lips`: a finished avatar's mouth learns to do what is said, and nothing else changes.
 
 Regressing on clips trains a mouth to its mean, because where the head is is not said; distribution matching needs a teacher that is
-better than the student. Here the truth is made: of what the avatar as it was makes of the same noise, the cells of the mouth
+better than the student. Here the truth is made: of what the avatar as it was makes of the states that a rollout goes through, the cells of the mouth
 are painted again, by a small network (`painter`) that has learned from clips how a mouth looks among such surroundings when lips
 are so far open and so wide. Then nothing is left to chance but what sound says of lips. In cells where the clip stands still the
 truth is that picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block is eased
@@ -9,7 +9,8 @@ towards the block before, because every block has noise of its own. Some clips f
 that come to rest after a long speech.
 
 A network that reads lips off latents, as a loss (Wav2Lip, LatentSync), was tried first: after 1,000 iterations it was content with
-a mouth that moved half as far (bench/results/training-v5).
+a mouth that moved half as far. What the avatar as it was makes of the same noise, as truth, is a path that cannot be learned: all motion
+shrank (bench/results/training-v5).
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def eased(latents: torch.Tensor, block: int, share: float) -> torch.Tensor:
 
 
 def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
-    """What a rollout [B,z,F,h,w] of the avatar as it was shall be, see the module text."""
+    """What the avatar as it was makes of a state, [B,z,F,h,w], as it shall be; see the module text."""
     rest = torch.stack([torch.zeros_like(piece.rest), piece.rest], dim=-1)[:, None, None]
     painted = painter(before, piece.batch.reference, piece.mouth, units_of(rest + config.gain * (piece.lips - rest)))
     return torch.where(piece.still, before.mean(2, keepdim=True), eased(painted, forcing.block_latents, config.ease))
@@ -234,18 +235,24 @@ def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing
 
 def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece, draws: Draws,
               sigmas: Sequence[float]) -> tuple[torch.Tensor, dict[str, float]]:
-    """Squared error of a batch of rollouts, left at a level drawn for all of them, against what the avatar as it was makes of the same
-    noise, with another mouth; and metrics, of the mouth the share of what there was to learn that is not learned."""
+    """Squared error of a batch of rollouts, left at a level drawn for all of them, against what the avatar as it was makes of the very
+    state they were in, with another mouth; and metrics, of the mouth the share of what there was to learn that is not learned."""
     batch, blocks = piece.batch, piece.batch.latents.shape[2] // forcing.block_latents
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(forcing, draws.numpy)
     condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks, distance, first)
     planes = lid_planes(piece.closure, model.config.cond_dim, *noise.shape[-2:])
     table = exit_table(sigmas, 1 + int(draws.numpy.integers(len(sigmas) - 1)))
+    velocity, left = condition.velocity(model, pose=planes), {}
+
+    def remembered(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        left.update(x=x, sigma=sigma)
+        return velocity(x, sigma)
+
+    made = level_parallel(remembered, table, noise, blocks)
     with torch.no_grad():
-        before = level_parallel(condition.velocity(kept, pose=planes), table, noise, blocks)
+        before = left["x"] - table[-2] * condition.velocity(kept, pose=planes)(left["x"], left["sigma"]).float()
         truth = truth_of(before, painter, config, forcing, piece)
-    made = level_parallel(condition.velocity(model, pose=planes), table, noise, blocks)
     error = (made - truth).square().mean(1, keepdim=True)
     known = piece.asked.any(-1)[:, None, :, None, None] | ~piece.mouth  # on their way to rest lips may do what they like
     loss = (error * known * (1 + config.mouth * piece.mouth)).mean()
