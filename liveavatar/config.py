@@ -18,6 +18,7 @@ import yaml
 from liveavatar.core import ConfigError
 
 LAUNCHERS = ("inproc", "local", "torchrun", "ray")
+FACE_CROPS = ("auto", "none")
 ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch", "fp8")
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -60,13 +61,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """Picture size. None: the checkpoint's own size, or by the size rule from the portrait and area_cap."""
+    """Picture size, and what of a portrait is shown. None: the checkpoint's own size, or by the size rule from the portrait and area_cap."""
 
     height: int | None = None
     width: int | None = None
     area_cap: int | None = None  # pixels; model.md section 10
+    face_crop: str = "auto"  # portraits are cut to the framing that the checkpoint names (conditioning/framing.py); none: only their middle
 
     def __post_init__(self):
+        one_of("video.face_crop", self.face_crop, FACE_CROPS)
         for name in ("height", "width", "area_cap"):
             value = getattr(self, name)
             if value is not None and value <= 0:

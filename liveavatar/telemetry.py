@@ -30,6 +30,8 @@ FIELDS = {
     "trace": ("schema", "started", "sample_rate", "fps", "samples_per_block", "frames_per_block", "lookahead", "facts"),
     "open": ("session", "pace"),  # somebody asked for a session. pace: "live" or "offline"
     "opened": ("session",),  # its block 0 can be asked for
+    # the portrait was cut to the face: left, top, right, bottom in its pixels, beyond its border too. Not there: it was framed right
+    "portrait": ("session", "box"),
     # sound arrived: samples [start, stop). speech: the first and the last loud one, or null
     "received": ("session", "epoch", "start", "stop", "speech"),
     "ended": ("session",),  # no more sound will come
@@ -69,7 +71,7 @@ class NoTrace:
     def _forget(self, *arguments, **values) -> None:
         return
 
-    note = open = received = admitted = refresh = span = sent = interrupt = closed = close = _forget
+    note = open = portrait = received = admitted = refresh = span = sent = interrupt = closed = close = _forget
 
 
 class Trace:
@@ -107,6 +109,11 @@ class Trace:
         for counts in (self._heard, self._used, self._hashed):
             counts.pop(session, None)
         self.note("open", session=session, pace=pace)
+
+    def portrait(self, session: str, box: Sequence[float] | None) -> None:
+        """What of a session's portrait goes down the chain; None: all that a centre crop leaves."""
+        if box is not None:
+            self.note("portrait", session=session, box=[round(side, 3) for side in box])
 
     def received(self, session: str, epoch: int, pcm: np.ndarray) -> None:
         """pcm: float32 [n] that joined the session's queue."""

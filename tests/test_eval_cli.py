@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import speech
 from PIL import Image
 from test_cli import error_of, run
@@ -14,11 +15,13 @@ from test_cli import error_of, run
 from liveavatar.__main__ import Ours
 from liveavatar.conditioning.face import TRACKER_SHA256
 from liveavatar.conditioning.faceprint import NETWORK_SHA256
+from liveavatar.conditioning.framing import cut
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone, Utterance, model_sha256
-from liveavatar.core import Audio, ConfigError
+from liveavatar.core import Audio, ConfigError, InputError
 from liveavatar.evaluation import closeup, jobs, plots, sanity, suite
 from liveavatar.evaluation.backends import fingerprint, offline
+from liveavatar.evaluation.clips import VideoFile
 from liveavatar.evaluation.commands import _gates
 from liveavatar.evaluation.report import Check, Item, Measure, System, absent, read_report
 from liveavatar.telemetry import Trace
@@ -126,7 +129,7 @@ def test_doctor_says_what_is_missing(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = {judge.name: judge for judge in offline()}
-    assert "apt install flite" in found["flite"].note and "liveavatar[eval]" in found["face tracker"].note
+    assert "apt install flite" in found["flite"].note and "liveavatar[face]" in found["face tracker"].note
     assert not found["face tracker"].sha256 and found["pocketsphinx"].sha256
 
 
@@ -222,6 +225,38 @@ def test_a_measure_that_ranks_wrongly_is_rejected_in_the_report_and_fails_sanity
     assert "**rejected** (sanity ranking: A > H does not hold)" in (tmp_path / "out/report.md").read_text()
     alone = run("evaluate", "sanity", path)
     assert alone.exit_code == 1 and "| brightness | A > H | **does not hold: rejected** |" in alone.output
+
+
+def test_the_truth_is_seen_as_the_system_framed_the_portrait(tmp_path, small_suite, monkeypatch):
+    """A trace beside a video says what was cut out of the portrait: the true pictures are cut alike, and the report says so."""
+    references = {}
+
+    def judged(video, *arguments, reference, truth, **settings):
+        references[video.path.stem] = np.stack([picture for _, picture in reference.frames()])
+        return _brightness(video, *arguments, **settings)
+
+    monkeypatch.setattr(suite, "judge_video", judged)
+    (tmp_path / "videos").mkdir()
+    for item in small_suite.manifest.items:
+        shutil.copy(small_suite.path(item, "gt_video"), tmp_path / "videos" / f"{item.id}.mp4")
+    trace, box = tmp_path / "videos" / "i0.trace.jsonl", (8.0, -4.0, 56.0, 44.0)
+    for written in (box, None):
+        said = Trace(trace, lambda: 1.0, started=0.0, sample_rate=16000, fps=25, samples_per_block=7680, frames_per_block=12, lookahead=0, facts={})
+        said.open("s", "offline")
+        said.portrait("s", written)
+        said.close()
+        assert run("evaluate", "suite", order(tmp_path, small_suite)).exit_code == 0
+        whole = np.stack([picture for _, picture in VideoFile(small_suite.path(small_suite.manifest.items[0], "gt_video")).frames()])
+        shown = cut(torch.from_numpy(whole[3]).permute(2, 0, 1), box, 64, 64).permute(1, 2, 0).numpy() if written else whole[3]
+        assert references["i0"].shape == whole.shape and np.array_equal(references["i0"][3], shown)
+        crops = [item.picture["crop"] for item in read_report(tmp_path / "out/report.json").items]
+        assert crops == ["portrait 8 -4 56 44" if written else "none", "none"]
+    Image.new("RGB", (96, 64)).save(small_suite.path(small_suite.manifest.items[0], "portrait"))
+    said = suite._reference(small_suite, small_suite.manifest.items[0], VideoFile(tmp_path / "videos" / "i0.mp4"), box)
+    assert said.seen is None, "a portrait that is no picture of the video: its box says nothing of it"
+    trace.write_text(trace.read_text() + '{"event":"portrait","t":1,"session":"s","box":[1,2]}\n')
+    with pytest.raises(InputError, match="four numbers"):
+        suite.cut_of(trace)
 
 
 def test_a_missing_video_fails_its_item_and_is_named(tmp_path, small_suite):

@@ -15,9 +15,10 @@ if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):
     pytest.skip("the generator needs anny and moderngl", allow_module_level=True)
 
 from liveavatar.core import ConfigError, InputError, WeightsError
+from liveavatar.models.folders import DEFAULT_FOLDER, read_settings
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
-from liveavatar.training import casting, codec, data, forcing, levels, lids, lips, losses, preview, progress, recipe, shards, unpack
+from liveavatar.training import casting, codec, data, export, forcing, levels, lids, lips, losses, preview, progress, recipe, shards, unpack
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.synth.head import HeadRenderer
@@ -304,6 +305,8 @@ def test_the_exported_folder_loads_and_speaks(micro):
     recipe.run("export", MICRO, overrides)
     report = inspect_folder(r.export.folder)
     assert report.will_load, str(report)
+    shipped = read_settings(DEFAULT_FOLDER)["framing"]  # renders are framed alike, whatever was trained on them
+    assert read_settings(Path(r.export.folder))["framing"] == shipped == export.RENDERED
     model, vae, text = load_transformer(r.export.folder), load_vae(r.export.folder), load_text_encoder(r.export.folder)
     trained, _ = preview.load_model(r.forcing, r.run, r.seed)
     for name, p in trained.named_parameters():

@@ -25,11 +25,14 @@ MODEL_SHA256 = {
     EYE: "d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
 }
 TRACKER_SHA256 = hashlib.sha256(" ".join(MODEL_SHA256.values()).encode()).hexdigest()  # of all three, for reports
-INSTALL = "pip install 'liveavatar[eval]', then pip install --no-deps mediapipe==0.10.21 (its models alone are used)"
+MODELS = "pip install --no-deps mediapipe==0.10.21 (its models alone are used)"
+INSTALL = f"pip install 'liveavatar[eval]', then {MODELS}"  # of all that judges faces
+TRACKER_INSTALL = f"make face, or pip install 'liveavatar[face]', then {MODELS}"
 
 # Points of the mesh, numbered as its authors do; left and right are the person's.
 EYE_RIGHT, EYE_LEFT = 33, 263  # outer corners; their distance is the unit of all that is measured on faces
 INNER_LIPS, MOUTH_CORNERS = (13, 14), (61, 291)
+EYE_CORNERS, CHIN = (33, 133, 362, 263), 152
 LIDS_RIGHT, LIDS_LEFT = (159, 145), (386, 374)
 CONTOUR_RIGHT = (33, 7, 163, 144, 145, 153, 154, 155, 133, 246, 161, 160, 159, 158, 157, 173)  # in the order of the eye model
 CONTOUR_LEFT = (263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386, 385, 384, 398)
@@ -40,6 +43,7 @@ MIN_SCORE = 0.5  # of a detection, and of the mesh's own belief that it sees a f
 SAME_FACE = 0.3  # intersection over union from which on two boxes are one face
 MARGIN = 1.5  # side of the square the mesh looks at, in longer sides of the face's box
 LOOKS = (0.95, 1.03)  # the mesh looks twice, so much closer and farther, and the mean is taken: it halves the noise's square
+CLOSER = (1.0, 0.5, 0.25)  # where the whole picture shows no face: sides of the squares looked at one by one, in its shorter sides
 EYE_MARGIN = 2.3  # side of the square the eye model looks at, in widths of the eye
 
 
@@ -56,6 +60,16 @@ class Face:
     def eye_distance(self) -> float:
         """Pixels between the outer eye corners."""
         return float(np.linalg.norm(self.landmarks[EYE_RIGHT, :2] - self.landmarks[EYE_LEFT, :2]))
+
+    @property
+    def eyes(self) -> np.ndarray:
+        """[2] pixels: the middle between the eyes."""
+        return self.landmarks[list(EYE_CORNERS), :2].astype(float).mean(0)
+
+    def moved(self, x: float, y: float) -> Face:
+        """The same face so many pixels further right and down."""
+        x0, y0, x1, y1 = self.box
+        return Face((x0 + x, y0 + y, x1 + x, y1 + y), self.score, self.landmarks + np.float32([x, y, 0]))
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,31 @@ class FaceTracker:
         found = (self._fit(frame, square) for square in squares)
         self._last = _distinct([face for face in found if face is not None])
         return list(self._last)
+
+    def find(self, picture: np.ndarray) -> list[Face]:
+        """The faces of a picture by itself, uint8 [H, W, 3] RGB, largest first. Small ones too: of a whole picture the detector
+        overlooks those under a tenth of its longer side."""
+        faces, shorter = self._afresh(picture, 0, 0), min(picture.shape[:2])
+        for side in (round(share * shorter) for share in CLOSER):
+            if faces or side < DETECTOR_SIDE:
+                break
+            corners = [(x, y) for y in _starts(picture.shape[0], side) for x in _starts(picture.shape[1], side)]
+            faces = [face for x, y in corners for face in self._afresh(picture[y : y + side, x : x + side], x, y)]
+            faces = _distinct([again for face in faces for again in self._near(picture, face)])  # some squares show half a face
+        return faces
+
+    def _near(self, picture: np.ndarray, face: Face) -> list[Face]:
+        """The largest face where one was seen, by a look that has all of it in the middle; none where it was none."""
+        x0, y0, x1, y1 = face.box
+        reach = max(x1 - x0, y1 - y0)
+        left, top = (max(0, int(low - reach)) for low in (x0, y0))
+        return self._afresh(picture[top : int(y1 + reach), left : int(x1 + reach)], left, top)[:1]
+
+    def _afresh(self, part: np.ndarray, left: int, top: int) -> list[Face]:
+        """The faces in a part of a picture whose corner lies at left, top, in the picture's pixels."""
+        self._last = []
+        found, self._last = self.follow(part), []
+        return [face.moved(left, top) for face in found]
 
     def _detect(self, frame: np.ndarray) -> list[tuple[np.ndarray, _Square]]:
         """Boxes [4] x0 y0 x1 y1 of faces, and the square in which the mesh should look for each."""
@@ -157,7 +196,7 @@ class _Model:
     def __init__(self, name: str) -> None:
         interpreter, path = _runtime(), model_path(name)
         if hashlib.sha256(path.read_bytes()).hexdigest() != MODEL_SHA256[name]:
-            raise InputError(f"{path}: not the model that this program knows: {INSTALL}")
+            raise InputError(f"{path}: not the model that this program knows: {TRACKER_INSTALL}")
         self._runner = interpreter(model_path=str(path), num_threads=1)
         self._runner.allocate_tensors()
         self._input = self._runner.get_input_details()[0]["index"]
@@ -173,7 +212,7 @@ def _runtime() -> type:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
-        raise InputError(f"tracking faces needs ai-edge-litert, which is not installed: {INSTALL}") from None
+        raise InputError(f"tracking faces needs ai-edge-litert, which is not installed: {TRACKER_INSTALL}") from None
     return Interpreter
 
 
@@ -181,11 +220,11 @@ def model_path(name: str) -> Path:
     """The file of one of the three models. Raises InputError naming what to install where it is missing."""
     package = importlib.util.find_spec("mediapipe")
     if package is None or not package.submodule_search_locations:
-        raise InputError(f"tracking faces needs the models in the wheel of mediapipe 0.10.21, which is not installed: {INSTALL}")
+        raise InputError(f"tracking faces needs the models in the wheel of mediapipe 0.10.21, which is not installed: {TRACKER_INSTALL}")
     kind = "face_detection" if name == DETECTOR else name
     path = Path(package.submodule_search_locations[0]) / "modules" / kind / f"{name}.tflite"
     if not path.is_file():
-        raise InputError(f"{path} is missing, other versions of mediapipe hold no models: {INSTALL}")
+        raise InputError(f"{path} is missing, other versions of mediapipe hold no models: {TRACKER_INSTALL}")
     return path
 
 
@@ -194,7 +233,7 @@ def _cut(frame: np.ndarray, square: _Square, cells: int) -> np.ndarray:
     try:
         import cv2
     except ImportError:
-        raise InputError(f"tracking faces needs opencv-python-headless, which is not installed: {INSTALL}") from None
+        raise InputError(f"tracking faces needs opencv-python-headless, which is not installed: {TRACKER_INSTALL}") from None
     shrink = max(1, int(square.side / cells))  # bilinear sampling skips pixels beyond a factor of two: average them first
     if shrink > 1:
         height, width = (max(1, round(n / shrink)) for n in frame.shape[:2])
@@ -237,6 +276,11 @@ def _around(landmarks: np.ndarray) -> _Square:
     upright = flat @ turn
     low, high = upright.min(0), upright.max(0)
     return _Square(turn @ ((low + high) / 2), MARGIN * float((high - low).max()), angle)
+
+
+def _starts(length: int, side: int) -> range:
+    """Where squares begin that overlap by half along so many pixels; the last may end beyond them."""
+    return range(0, max(1, length - side // 2), side // 2)
 
 
 def _angle(landmarks: np.ndarray) -> float:

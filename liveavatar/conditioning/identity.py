@@ -177,10 +177,14 @@ def _floor_step(value: float) -> int:
 
 def fit_picture(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """uint8 [3, H0, W0] -> uint8 [3, height, width]: scaled to cover, antialiased, centre-cropped; no bars."""
-    _, h0, w0 = picture.shape
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=middle_box(*picture.shape[1:], height, width))
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+
+
+def middle_box(h0: int, w0: int, height: int, width: int) -> tuple[float, float, float, float]:
+    """left, top, right, bottom of what fit_picture shows of a picture of h0 x w0."""
     scale = max(height / h0, width / w0)
     wide, high = min(w0, width / scale), min(h0, height / scale)
     left, top = (w0 - wide) / 2, (h0 - high) / 2
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+    return left, top, left + wide, top + high

@@ -1,6 +1,6 @@
 """A judged file: its pictures with their own times, its sound on the same clock, in flat memory; and sound to make one from.
 
-Time is what the file says (pts), never index over rate. Nothing is scaled or encoded again on the way.
+Time is what the file says (pts), never index over rate. Nothing of a judged file is scaled or encoded again on the way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
+from liveavatar.conditioning.framing import Box, cut
 from liveavatar.conditioning.media import lay_out, seconds_of, timed_sound
 from liveavatar.core import SAMPLE_RATE, InputError
 from liveavatar.evaluation.provenance import sha256
@@ -23,11 +25,12 @@ from liveavatar.evaluation.provenance import sha256
 class VideoFile:
     """An mp4 (or whatever else FFmpeg reads) that is to be judged.
 
-    Raises InputError where the file is missing, no video, or damaged; reading its pictures may raise it later.
+    seen: what is shown of every picture, a box in its pixels, in width x height pixels: for a reference as the judged system framed
+    it; None: all. Raises InputError where the file is missing, no video, or damaged; reading its pictures may raise it later.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, seen: tuple[Box, int, int] | None = None):
+        self.path, self.seen = Path(path), seen
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file: give the path of a video")
         with self._open() as container:
@@ -60,7 +63,7 @@ class VideoFile:
                 if at >= end:
                     return
                 if at >= start:
-                    yield at, frame.to_ndarray(format="rgb24")
+                    yield at, self._shown(frame.to_ndarray(format="rgb24"))
 
     def sound(self, start: float = 0.0, end: float = math.inf) -> np.ndarray:
         """float32 [n] 16 kHz mono; sample 0 is heard at `start` seconds. Empty where the file is mute."""
@@ -71,6 +74,12 @@ class VideoFile:
             _seek(container, stream, start)
             heard = timed_sound(self._decoded(container, stream), str(self.path))
             return lay_out(takewhile(lambda piece: piece[0] < end, heard), start, end)
+
+    def _shown(self, picture: np.ndarray) -> np.ndarray:
+        if self.seen is None:
+            return picture
+        box, width, height = self.seen
+        return cut(torch.from_numpy(picture).permute(2, 0, 1), box, height, width).permute(1, 2, 0).numpy()
 
     def _open(self):
         try:

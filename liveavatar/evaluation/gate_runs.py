@@ -98,9 +98,10 @@ def audio_messages(pcm: np.ndarray, blocks: int, size: int, lookahead: int) -> I
 def stream(config: Config, portrait: np.ndarray, prompt: str, seed: int, pcm: Iterator[np.ndarray], take: Callable[[np.ndarray], None]) -> None:
     """Play float32 chunks of pcm through the Engine; `take` gets each block's pictures uint8 [T,S,S,3]. Flat memory.
 
-    Raises what the Engine raises.
+    The portrait is the corpus' own and goes in as it is. Raises what the Engine raises.
     """
-    asyncio.run(_play(replace(config, runtime=replace(config.runtime, sessions=1)), portrait, prompt, seed, pcm, take))
+    config = replace(config, runtime=replace(config.runtime, sessions=1), video=replace(config.video, face_crop="none"))
+    asyncio.run(_play(config, portrait, prompt, seed, pcm, take))
 
 
 async def _play(config, portrait, prompt, seed, pcm, take) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from liveavatar.conditioning.framing import Box
 from liveavatar.conditioning.media import VideoWriter
 from liveavatar.conditioning.phones import Phone
 from liveavatar.config import build as build_dataclass
@@ -25,6 +26,7 @@ from liveavatar.evaluation.judge import judge_video
 from liveavatar.evaluation.landmarks import Truth
 from liveavatar.evaluation.provenance import sha256
 from liveavatar.evaluation.report import Item, absent
+from liveavatar.evaluation.traces import read_trace
 
 SCHEMA = "suite/1"
 LONGEST = 10_000.0  # seconds
@@ -282,8 +284,35 @@ def _judged(suite: Suite, item: SuiteItem, video: Path, settings: dict) -> Item:
     try:
         file = VideoFile(video)
         sound = None if file.has_sound else suite.path(item, "audio")
-        measures = judge_video(file, sound, reference=suite.path(item, "gt_video"), text=item.text,
+        box = cut_of(video.with_suffix(".trace.jsonl"))
+        measures = judge_video(file, sound, reference=_reference(suite, item, file, box), text=item.text,
                                truth=None if motion is None else read_truth(motion), portrait=suite.path(item, "portrait"), **settings)  # fmt: skip
-        return Item(**named, sha256=file.sha256, picture=file.card, measures=tuple(measures))
+        return Item(**named, sha256=file.sha256, picture=file.card | {"crop": _crop(box)}, measures=tuple(measures))
     except InputError as error:
         return Item(**named, measures=(absent("judged", str(error), status="failed"),))
+
+
+def cut_of(trace: Path) -> Box | None:
+    """What a system cut out of the portrait it was opened with, by its trace; None where there is no trace, or it says of no cut."""
+    if not trace.is_file():
+        return None
+    cuts = [line["box"] for stream in read_trace(trace).streams[:1] for line in stream["portrait"][:1]]
+    if cuts and not (isinstance(cuts[0], list) and len(cuts[0]) == 4 and all(isinstance(side, (int, float)) for side in cuts[0])):
+        raise InputError(f"{trace}: portrait: box must be four numbers: left, top, right, bottom")
+    return tuple(cuts[0]) if cuts else None
+
+
+def _reference(suite: Suite, item: SuiteItem, file: VideoFile, box: Box | None) -> VideoFile | None:
+    """The true pictures, framed as the system framed the portrait, which shows the head from where they do: then the tracker errs alike
+    on both, and pictures pair. Landmarks need no such thing, nor the vertices': they are laid on each other by eyes and nose."""
+    path = suite.path(item, "gt_video")
+    if path is None or box is None:
+        return None if path is None else VideoFile(path)
+    true = VideoFile(path)
+    with Image.open(suite.path(item, "portrait")) as portrait:
+        alike = portrait.size == (true.width, true.height)
+    return VideoFile(path, (box, file.width, file.height)) if alike else true  # else from elsewhere: the box says nothing of it
+
+
+def _crop(box: Box | None) -> str:
+    return "none" if box is None else "portrait " + " ".join(f"{side:.0f}" for side in box)

@@ -18,7 +18,7 @@ from liveavatar.models import tensorfiles
 DEFAULT_FOLDER = Path(__file__).parent.parent / "assets" / "default"
 SETTINGS_FILE = "liveavatar.json"
 FORMAT = 1  # of SETTINGS_FILE
-SECTIONS = ("transformer", "audio", "sampler", "geometry", "text", "control", "card")
+SECTIONS = ("transformer", "audio", "sampler", "geometry", "framing", "text", "control", "card")
 TRANSFORMER_STEM = "diffusion_pytorch_model"
 OFFICIAL_PARTS = {
     "vae": "Wan2.1_VAE.pth",
@@ -44,7 +44,7 @@ class CheckpointFolder:
     layout: "ours", "official" or "repack". transformer: weights file or index; transformer_config: the
     JSON it was described in, `config` its mapping. vae: diffusers folder or Wan2.1_VAE.pth.
     text_encoder: transformers folder or .pth. tokenizer, wav2vec: folders.
-    audio, sampler, geometry, text, control, card: sections of liveavatar.json, or what the layout implies.
+    audio, sampler, geometry, framing, text, control, card: sections of liveavatar.json, or what the layout implies.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class CheckpointFolder:
     audio: dict = field(default_factory=dict)
     sampler: dict = field(default_factory=dict)
     geometry: dict = field(default_factory=dict)
+    framing: dict = field(default_factory=dict)
     text: dict = field(default_factory=dict)
     control: dict = field(default_factory=dict)
     card: dict = field(default_factory=dict)

@@ -193,13 +193,14 @@ def save_folder(
     geometry: Mapping,
     vae: StreamingVAE | None = None,
     text_encoder: TextEncoder | None = None,
+    framing: Mapping | None = None,
     control: Mapping | None = None,
     card: Mapping | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write "our" checkpoint folder and return its path; parts given as None are not written.
 
-    audio, sampler, geometry, control, card: sections of liveavatar.json, in plain JSON values. dtype: tensors are
+    audio, sampler, geometry, framing, control, card: sections of liveavatar.json, in plain JSON values. dtype: tensors are
     rounded to it (transformer parts that compute in fp32 stay fp32). Each file appears whole or not at
     all, liveavatar.json last.
     """
@@ -214,7 +215,8 @@ def save_folder(
     if text_encoder is not None:
         _write_text_encoder(folder / "text_encoder", text_encoder, dtype)
     sections = {"transformer": transformer.config.to_dict(), "audio": audio, "sampler": sampler, "geometry": geometry,
-                "text": {"kind": "umt5"}, **({"control": control} if control else {}), "card": card or {}}  # fmt: skip
+                **({"framing": framing} if framing else {}), "text": {"kind": "umt5"}, **({"control": control} if control else {}),
+                "card": card or {}}  # fmt: skip
     _write_json(folder / SETTINGS_FILE, {"format": FORMAT, **{name: dict(value) for name, value in sections.items()}})
     return folder
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,8 @@ from itertools import count
 import torch
 
 from liveavatar import core
-from liveavatar.conditioning.identity import as_picture, fit_picture
+from liveavatar.conditioning.framing import Fitted, fit_portrait
+from liveavatar.conditioning.identity import as_picture
 from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config, one_of
 from liveavatar.core import ConfigError, InputError, LiveAvatarError, Message, PlacementError, SessionClosed
@@ -28,6 +31,7 @@ from liveavatar.runtime import placement
 from liveavatar.runtime.chains import Chain
 from liveavatar.runtime.intake import whole
 from liveavatar.runtime.launchers import launch
+from liveavatar.runtime.roles import Recent
 from liveavatar.runtime.scheduler import PACES, Scheduler, prepare
 from liveavatar.runtime.seats import seats_of
 from liveavatar.runtime.session import Session, Signal
@@ -53,6 +57,7 @@ class Engine:
         self.finish_after: int | None = None
         self.sessions: dict[str, Session] = {}
         self.failure: LiveAvatarError | None = None
+        self._portraits, self._fitting = Recent(), threading.Lock()
         self._outbox: deque[tuple[Message, asyncio.Future]] = deque()
         self._work, self._opened_so_far, self._closing = Signal(), 0, False
         self._sender, self._receiver = ThreadPoolExecutor(1, "head-send"), ThreadPoolExecutor(1, "head-receive")
@@ -89,7 +94,7 @@ class Engine:
                    pace: str = "offline") -> Session:
         """A new session, primed: block 0 can be asked for.
 
-        picture: a path, bytes or uint8 [3, H0, W0]. prompt, seed: None takes the config's. name: unique among
+        picture: a path, bytes, uint8 [3, H0, W0] or what `fitted` gave. prompt, seed: None takes the config's. name: unique among
         live ones and part of the noise's seed; None: "session-0", ... in order of opening. pace: "offline", as
         fast as it goes, or "live", just in time and silence where audio is missing. Raises InputError,
         PlacementError when the chain is full, RankFailure.
@@ -103,9 +108,11 @@ class Engine:
         session = self.sessions[name] = Session(self, name, pace)
         self.trace.open(name, pace)
         try:
+            fitted = await self.fitted(picture)
             message = core.Open(name, seed=whole(self.config.seed if seed is None else seed),
-                                prompt=clean(self.config.prompt if prompt is None else prompt), picture=await self.fitted(picture))
+                                prompt=clean(self.config.prompt if prompt is None else prompt), picture=fitted.pixels)
             session._check()  # closed meanwhile: nothing may reach the chain behind its Close
+            self.trace.portrait(name, fitted.box)
             await self.send(message)
             while not session.opened:
                 session._check()
@@ -138,9 +145,16 @@ class Engine:
         if self.sessions.get(session.name) is session:  # since its Closed came, another may have the name
             del self.sessions[session.name]
 
-    async def fitted(self, picture) -> torch.Tensor:
-        """uint8 [3, H, W] of this engine's size, covered and centre-cropped. Raises InputError."""
-        return await asyncio.to_thread(lambda: fit_picture(as_picture(picture), self.geometry.height, self.geometry.width))
+    async def fitted(self, picture) -> Fitted:
+        """A portrait in this engine's size, cut as the checkpoint's framing asks for. Raises InputError."""
+        return picture if isinstance(picture, Fitted) else await asyncio.to_thread(self._fit, picture)
+
+    def _fit(self, picture) -> Fitted:
+        """The same on a thread; the last few portraits are remembered, so that a face is looked for, and spoken of, once."""
+        given, g = as_picture(picture).contiguous(), self.geometry
+        key = given.shape, hashlib.blake2b(given.numpy()).digest()
+        with self._fitting:
+            return self._portraits.get(key, lambda: fit_portrait(given, g.height, g.width, self.source.framing))
 
     async def aclose(self) -> None:
         """Stop the chain; every session ends. No process or thread of the engine is left. May be called often."""

@@ -9,9 +9,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
-
 from liveavatar import core
+from liveavatar.conditioning.framing import Fitted
 from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config
 from liveavatar.core import Geometry, LiveAvatarError, Message, SessionClosed
@@ -39,8 +38,8 @@ class Head(Protocol):
     async def send(self, message: Message) -> None:
         """Put a control message on the road, before the next block; returns when it is on its way."""
 
-    async def fitted(self, picture) -> torch.Tensor:
-        """uint8 [3, H, W] of the engine's size. Raises InputError."""
+    async def fitted(self, picture) -> Fitted:
+        """A portrait in the engine's size. Raises InputError."""
 
 
 class Signal:
@@ -144,13 +143,15 @@ class Session:
         self._engine.trace.note("step", session=self.name, what="prompt")
 
     async def set_reference(self, picture) -> None:
-        """New portrait: a path, bytes or uint8 [3, H0, W0]. Raises InputError."""
+        """New portrait: a path, bytes, uint8 [3, H0, W0] or what Engine.fitted gave. Raises InputError."""
         self._check()
-        message = core.SetReference(self.name, picture=await self._engine.fitted(picture))
+        fitted = await self._engine.fitted(picture)
+        message = core.SetReference(self.name, picture=fitted.pixels)
         self._check()  # closed meanwhile: another session may have the name by now
         self.timeline.new_portrait()
         await self._engine.send(message)
         self._engine.trace.note("step", session=self.name, what="portrait")
+        self._engine.trace.portrait(self.name, fitted.box)
 
     async def refresh(self) -> None:
         """Make the generated first latent the sink (AAS) now, or over the next blocks (sampler.refresh_slices), against drift."""

@@ -17,8 +17,9 @@ import torch
 from liveavatar import ops
 from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD, AudioFrontEnd, build_front_end
 from liveavatar.conditioning.behaviour import LIDS
+from liveavatar.conditioning.framing import Framing
 from liveavatar.conditioning.identity import output_size
-from liveavatar.config import Config
+from liveavatar.config import Config, build
 from liveavatar.core import ConfigError, Geometry, InputError, WeightsError
 from liveavatar.diffusion.schedule import sigmas, timesteps_of
 from liveavatar.models import tensorfiles, weights
@@ -40,7 +41,7 @@ class StageSource(Protocol):
     chain: role names. sigmas: levels, ending in 0; timesteps: one per step. sink_policy: a distance or
     "random". refresh_block: 0 is never; swap_block: the first to see the new sink, later where it is prefilled in slices.
     lookahead_samples: of the audio front end. vae_config: diffusers mapping, None without a VAE. observe: every step reports its
-    latents (parity). lids: the transformer is told when to blink.
+    latents (parity). lids: the transformer is told when to blink. framing: how portraits are cut, None: not at all.
     """
 
     model_config: S2VConfig
@@ -56,6 +57,7 @@ class StageSource(Protocol):
     text_encoder_bytes: int
     observe: bool
     lids: bool
+    framing: Framing | None
 
     @property
     def has_vae(self) -> bool: ...
@@ -102,6 +104,7 @@ class FolderSource:
         self.lookahead_samples = self._lookahead()
         self.text_encoder_bytes = self._text_encoder_bytes()
         self.lids = self._takes_lids() and config.sampler.blinks
+        self.framing = self._framing() if config.video.face_crop == "auto" else None
 
     has_vae = True
 
@@ -117,6 +120,14 @@ class FolderSource:
         if control not in ({}, LIDS):
             raise WeightsError(f"{self.folder.path}: control section {control}: this version knows {LIDS}, or none")
         return bool(control)
+
+    def _framing(self) -> Framing | None:
+        if not self.folder.framing:
+            return None
+        try:
+            return build(Framing, self.folder.framing, str(self.folder.path), "framing")
+        except ConfigError as error:
+            raise WeightsError(str(error)) from None
 
     def _lookahead(self) -> int:
         if self.folder.audio.get("kind") != "wav2vec2":
@@ -278,7 +289,7 @@ class Fixture:
 class FixtureSource:
     """The chain of a rollout fixture: no VAE, no encoders; everything else comes with the messages."""
 
-    observe, has_vae, vae_config, lids = True, False, None, False
+    observe, has_vae, vae_config, lids, framing = True, False, None, False, None
     sink_policy, lookahead_samples, text_encoder_bytes = SINK_DISTANCE, 0, 0
 
     def __init__(self, path: str | Path):

@@ -166,7 +166,7 @@ class Inspector:
     async def _know(self, eye: Eye, role: Role) -> None:
         """Whose face it should be, where somebody can tell."""
         if self._judge is not None and (eye.role is None or eye.role.picture is not role.picture):
-            portrait = (await self._studio.engine.fitted(role.picture)).permute(1, 2, 0).numpy()
+            portrait = (await self._studio.engine.fitted(role.picture)).pixels.permute(1, 2, 0).numpy()
             eye.role, eye.face = role, await asyncio.to_thread(self._judge, portrait)
 
     def _eye(self, session: LiveSession) -> Eye:

@@ -11,7 +11,7 @@ EMOTION, LISTENING = "The person looks {}.", "The person listens attentively, li
 class Role:
     """What an engine session is opened with, again after the chain died.
 
-    avatar: its id. picture: path, bytes or uint8 [3, H, W]. emotion: how the person looks, a word or two; "": as it comes. listening:
+    avatar: its id. picture: path, bytes, uint8 [3, H, W] or a Fitted. emotion: how the person looks, a word or two; "": as it comes. listening:
     somebody is speaking to the avatar. seed: of the noise. owner: who opened the session.
     """
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from liveavatar import __version__
+from liveavatar.conditioning.framing import Fitted
 from liveavatar.core import LiveAvatarError, RankFailure
 from liveavatar.runtime.engine import Engine, Session, resolve
 from liveavatar.runtime.placement import cut, fewer_steps
@@ -81,7 +82,7 @@ class Studio:
     async def _warm(self) -> None:
         """Before a chain is given to sessions: run a few blocks, measure how many times faster than real time they come (BP-4) and how long one takes alone."""
         g = self.engine.geometry
-        session = await self.engine.open(torch.full((3, g.height, g.width), 128, dtype=torch.uint8), name="warm-up")
+        session = await self.engine.open(Fitted(torch.full((3, g.height, g.width), 128, dtype=torch.uint8)), name="warm-up")
         await session.push_audio(np.zeros((WARM_BLOCKS + 1) * g.samples_per_block - 1, np.float32))  # the last one lacks its look-ahead
         times = [self.clock() for _ in range(WARM_BLOCKS) if await anext(session)]
         began = self.clock()
@@ -133,7 +134,7 @@ class Studio:
         began = self.clock()
         try:
             fitted = await self.engine.fitted(role.picture)
-            still, role = fitted.permute(1, 2, 0).numpy(), replace(role, picture=fitted, prompt=role.prompt or self.config.engine.prompt)
+            still, role = fitted.pixels.permute(1, 2, 0).numpy(), replace(role, picture=fitted, prompt=role.prompt or self.config.engine.prompt)
             session = LiveSession(role, config or self.config, still, reopen=self._reopen, executor=self._encoding, mode=mode, clock=self.clock,
                                   metrics=self.metrics, marks=lambda role: self._marker(role, *still.shape[:2]))  # fmt: skip
             engine_session = await self._opened(role)  # last: whatever fails before leaves no place in the chain taken

@@ -33,7 +33,7 @@ def start_test_card(config: Config, *, block_seconds: float = 0.0, clock: Callab
     """An Engine over a TestCard. config: its video size (default 128), runtime.sessions and queues hold. block_seconds: a
     block takes. watch: see Engine.start."""
     geometry = Geometry(height=config.video.height or SIZE, width=config.video.width or SIZE)
-    source = SimpleNamespace(geometry=geometry, lookahead_samples=LOOKAHEAD, refresh_block=0)
+    source = SimpleNamespace(geometry=geometry, lookahead_samples=LOOKAHEAD, refresh_block=0, framing=None)
     config = replace(config, stages=(ROLES,))
     return Engine.over(config, source, TestCard(geometry, block_seconds), clock, open_trace(config, source, clock, watch))
 

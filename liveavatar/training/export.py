@@ -31,6 +31,7 @@ from liveavatar.training.synth.people import Identity
 
 HONEST_LABEL = ("Computer-generated head, trained only on renders; not a photograph of anybody; not photoreal; "
                 "{size} px; English speech.")
+RENDERED = {"eyes": [0.5, 0.445], "chin": 0.415}  # framing of raster.CLOSE: medians of 84 people as the face tracker sees them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,8 +69,10 @@ def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
             "motion_frames": config.motion_frames}
 
 
-def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder) -> Path:
-    """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. Raises WeightsError without checkpoints."""
+def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
+                  rendered: bool = True) -> Path:
+    """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
+    known; portraits are then cut to it. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,
@@ -81,7 +84,8 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                          audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block},
-                         control=LIDS if config.stage in ("lids", "lips") else None, dtype=DTYPES[config.dtype])
+                         framing=RENDERED if rendered else None, control=LIDS if config.stage in ("lids", "lips") else None,
+                         dtype=DTYPES[config.dtype])
     if config.gates:
         add_gates(folder, Path(config.gates))
     if config.portrait:

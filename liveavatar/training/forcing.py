@@ -153,6 +153,11 @@ def closure_by_latent(lid: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(later[:1]), later])
 
 
+def pictures_of(latents: slice) -> slice:
+    """Those of a clip that these of its latents cover; the first latent covers one."""
+    return slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))
+
+
 def lips_by_latent(clip: shards.Clip) -> np.ndarray:
     """Gap and width of the lips of a clip, as the probe's labels have them: float32 [F,4,2] of the pictures of its latents."""
     lips = np.stack([clip.aperture, clip.width], axis=-1)
@@ -302,8 +307,7 @@ class EncodedReader:
 
     def _row(self, clip: Encoded, rng: np.random.Generator, piece: slice | None = None, past: int = 0):
         latents = piece or self._piece(clip.latents.shape[1], rng)
-        pictures = slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))  # the first latent covers one
-        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures]
+        features = torch.from_numpy(clip.features[int(rng.integers(len(clip.features)))])[..., pictures_of(latents)]
         if rng.random() < self.config.silence_share:
             features = self.silence.expand_as(features)
         text, portrait = self._text_and_portrait(clip, rng)

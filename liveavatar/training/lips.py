@@ -27,16 +27,18 @@ from torch import nn
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.conditioning.behaviour import lid_planes
 from liveavatar.config import one_of
-from liveavatar.core import FRAMES_PER_LATENT, ConfigError, InputError
+from liveavatar.core import FRAMES_PER_LATENT, ConfigError, InputError, latents_of
 from liveavatar.diffusion.rollout import ClipCondition, exit_table, level_parallel
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import TYPICAL, Residual
 from liveavatar.models.s2v import CausalS2V
+from liveavatar.training import shards
 from liveavatar.training.casting import cast_of
 from liveavatar.training.checkpoints import checkpoint_path, load_average
-from liveavatar.training.forcing import Batch, Encoded, EncodedReader, ForcingConfig, draw_position
+from liveavatar.training.forcing import Batch, Encoded, EncodedReader, Folder, ForcingConfig, draw_position, lips_by_latent, pictures_of
 from liveavatar.training.levels import mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.synth.speech import augment
 from liveavatar.training.unpack import STAGE
 
 READ = ("aperture", "width")
@@ -53,7 +55,10 @@ class LipsConfig:
     start: str = "lids"
     blocks: int = 4  # of a clip's, a piece drawn anew each time
     mouth: float = 4.0  # extra loss weight of the mouth's cells
+    pull: float = 0.15  # weight of lips too far open or too wide, squared, in units of the corpus' spread: little of a mouth's cells is lips
     gain: float = 1.15  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
+    speech: str = ""  # folder of further clips, of the same people, whose sound and lips alone are used: rendered small, they cost little
+    speech_share: float = 0.8  # of the pieces say what is said there: avatars know the sentences they were trained on by heart
     warp: float = 0.12  # mel bands are moved by up to so much of their number: a voice of another size
     still: float = 0.09  # standard deviation over time, of the corpus' own, below which a cell of a clip stands still
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
@@ -63,13 +68,13 @@ class LipsConfig:
 
     def __post_init__(self):
         one_of("lips.start", self.start, ("lids", STAGE))  # both take the control of the lids
-        for name in ("hush_share", "drop_share", "warp", "ease"):
+        for name in ("speech_share", "hush_share", "drop_share", "warp", "ease"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
             raise ConfigError(f"lips: blocks={self.blocks}: at least 1; width={self.width}: a multiple of 8")
-        if min(self.mouth, self.still, self.gain) < 0:
-            raise ConfigError("lips: mouth, still and gain must not be negative")
+        if min(self.mouth, self.pull, self.still, self.gain) < 0:
+            raise ConfigError("lips: mouth, pull, still and gain must not be negative")
 
 
 # ---------------------------------------------------------------- what paints mouths
@@ -178,7 +183,16 @@ class LipsReader(EncodedReader):
 
     def __init__(self, lips: LipsConfig, run: str | Path, config: ForcingConfig, text: TextEncoder, default_identity: int):
         super().__init__(run, replace(config, blocks=lips.blocks, silence_share=0.0), text, default_identity)
-        self.lips = lips
+        self.lips, self.speech, self.speakers = lips, Folder(Path(lips.speech), "train") if lips.speech else None, {}
+
+    def refresh(self) -> None:
+        """Look for clips that were encoded, or rendered to be heard, since."""
+        super().refresh()
+        if self.speech is not None:
+            self.speech.refresh()
+            self.speakers = {}
+            for path, card in self.speech.cards.items():
+                self.speakers.setdefault(card["identity"]["seed"], []).append(path)
 
     def pieces(self, draws: Draws, count: int, hush: bool = True) -> Piece:
         """`count` random pieces of clips. hush: some of them fall silent. Raises InputError where clips were encoded without lips."""
@@ -189,6 +203,9 @@ class LipsReader(EncodedReader):
             clip = self._draw_clip(rng)
             piece = self._piece(clip.latents.shape[1], rng)
             row, lips = list(self._row(clip, rng, piece)), lips_of(clip, self.folder)[piece].copy()
+            sentences = self.speakers.get(clip.card["identity"]["seed"])
+            if sentences and rng.random() < self.lips.speech_share:
+                row[1], lips = self._said(sentences[int(rng.integers(len(sentences)))], rng)
             asked, rest = np.ones(lips.shape[:2], bool), resting_width(clip.lips)
             row[1] = warped(row[1], 1 + float(rng.uniform(-1, 1)) * self.lips.warp)
             if hush and rng.random() < self.lips.hush_share:
@@ -200,6 +217,14 @@ class LipsReader(EncodedReader):
             others.append((lips, np.float32(rest), asked, self._mouth(clip, piece)[None], still[None, None], closure))
         lips, rest, asked, mouth, still, closure = (torch.from_numpy(np.stack(part)) for part in zip(*others))
         return Piece(self.stacked(rows), lips.float(), rest, asked, mouth, still, closure.float())
+
+    def _said(self, path: Path, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
+        """(features, lips) of a random piece of another clip, two of three times with its sound changed."""
+        clip = shards.read_clip(path)
+        sound = augment(clip.sound, int(rng.integers(2**31))) if rng.random() < 2 / 3 else clip.sound
+        piece = self._piece(latents_of(len(clip.frames)), rng)
+        features = LogMelFrontEnd().features_of(sound, len(clip.frames))
+        return features[..., pictures_of(piece)], lips_by_latent(clip)[piece]
 
     def _hushed(self, features: torch.Tensor, lips: np.ndarray, asked: np.ndarray, rest: float, rng: np.random.Generator) -> torch.Tensor:
         """The features with silence from some picture on. From there the lips are the portrait's, shut; in place."""
@@ -228,9 +253,27 @@ def eased(latents: torch.Tensor, block: int, share: float) -> torch.Tensor:
 
 def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
     """What the avatar as it was makes of a state, [B,z,F,h,w], as it shall be; see the module text."""
-    rest = torch.stack([torch.zeros_like(piece.rest), piece.rest], dim=-1)[:, None, None]
+    rest = resting_lips(piece)
     painted = painter(before, piece.batch.reference, piece.mouth, units_of(rest + config.gain * (piece.lips - rest)))
     return torch.where(piece.still, before.mean(2, keepdim=True), eased(painted, forcing.block_latents, config.ease))
+
+
+def resting_lips(piece: Piece) -> torch.Tensor:
+    """Gap and width [B,1,1,2] of lips that do nothing."""
+    return torch.stack([torch.zeros_like(piece.rest), piece.rest], dim=-1)[:, None, None]
+
+
+def pulled(difference: torch.Tensor, before: torch.Tensor, painter: Painter, piece: Piece) -> torch.Tensor:
+    """How much too far open and too wide lips are where latents are off by `difference` [B,z,F,h,w]: [B,F,2], units of TYPICAL. As far as
+    it lies in the direction in which the painter opens, or widens, a mouth at rest among the same surroundings."""
+    rest = units_of(resting_lips(piece)).expand_as(piece.lips)
+    shut, found = painter(before, piece.batch.reference, piece.mouth, rest), []
+    for i in range(len(READ)):
+        more = rest.clone()
+        more[..., i] += 1
+        way = painter(before, piece.batch.reference, piece.mouth, more) - shut
+        found.append((difference * way).sum((1, 3, 4)) / way.square().sum((1, 3, 4)).clamp_min(1e-6))
+    return torch.stack(found, dim=-1)
 
 
 def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece, draws: Draws,
@@ -253,12 +296,14 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
     with torch.no_grad():
         before = left["x"] - table[-2] * condition.velocity(kept, pose=planes)(left["x"], left["sigma"]).float()
         truth = truth_of(before, painter, config, forcing, piece)
+    pull = pulled(made - truth, before, painter, piece)[piece.asked.all(-1)].square()
     error = (made - truth).square().mean(1, keepdim=True)
     known = piece.asked.any(-1)[:, None, :, None, None] | ~piece.mouth  # on their way to rest lips may do what they like
-    loss = (error * known * (1 + config.mouth * piece.mouth)).mean()
+    loss = (error * known * (1 + config.mouth * piece.mouth)).mean() + config.pull * pull.mean()
     there = (before - truth).square().mean(1, keepdim=True)
     left = (error.detach() * known)[piece.mouth].sum() / (there * known)[piece.mouth].sum().clamp_min(1e-9)
-    return loss, {"kept": float(error.detach()[~piece.mouth].mean()), "mouth": float(left), "steps": float(len(table) - 1)}
+    metrics = {"kept": float(error.detach()[~piece.mouth].mean()), "mouth": float(left), "steps": float(len(table) - 1)}
+    return loss, metrics | dict(zip(READ, pull.detach().mean(0).tolist()))
 
 
 def train_lips(config: LipsConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int, text: TextEncoder,

@@ -262,7 +262,7 @@ def run_export(recipe: Recipe) -> None:
     if first_rank() and recipe.forcing.base:
         export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
     elif first_rank():
-        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts())
+        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.videos is None)
     progress.LOG.info("wrote %s", recipe.export.folder)
 
 
