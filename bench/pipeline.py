@@ -104,7 +104,7 @@ def measure_fixed(ranks: int, launcher: str, slices: int) -> dict:
 
 async def _run_fixed(config: configs.Config, source) -> tuple[float, list[float], list[float]]:
     """Seconds to the first picture, times at which blocks of a full pipe come out, and seconds of single blocks."""
-    head = SimpleNamespace(geometry=Geometry(height=64, width=64), lookahead_samples=0, refresh_block=REFRESH_BLOCK)
+    head = SimpleNamespace(geometry=Geometry(height=64, width=64), lookahead_samples=0, refresh_block=REFRESH_BLOCK, framing=None)
     engine = Engine.over(config, head, await asyncio.to_thread(launch, config, source=source))
     picture, block = torch.zeros(3, 64, 64, dtype=torch.uint8), np.ones(head.geometry.samples_per_block, np.float32)
     try:

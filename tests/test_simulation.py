@@ -128,7 +128,7 @@ def test_real_chains_of_fixed_stages_do_what_the_simulation_says(stages, launche
     seconds = costs(step=0.06, decode=0.05, condition=0.005).roles
     block, sampler = 10 if slices else 0, SamplerConfig(refresh_slices=slices or 1)
     config = Config(stages=stages, sampler=sampler, runtime=RuntimeConfig(launcher=launcher, sessions=1, shift_register=shift))
-    source = SimpleNamespace(geometry=GEOMETRY, lookahead_samples=0, refresh_block=block)
+    source = SimpleNamespace(geometry=GEOMETRY, lookahead_samples=0, refresh_block=block, framing=None)
 
     async def run() -> list[float]:
         engine = Engine.over(config, source, await asyncio.to_thread(launch, config, source=FixedSource(seconds, PREFILL, TOGETHER)))

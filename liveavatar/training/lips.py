@@ -54,9 +54,10 @@ class LipsConfig:
     painter: LoopConfig
     start: str = "lids"
     blocks: int = 4  # of a clip's, a piece drawn anew each time
-    mouth: float = 4.0  # extra loss weight of the mouth's cells
-    pull: float = 0.15  # weight of lips too far open or too wide, squared, in units of the corpus' spread: little of a mouth's cells is lips
-    gain: float = 1.15  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
+    mouth: float = 2.0  # extra loss weight of the mouth's cells
+    pull: tuple[float, float] = (0.15, 0.03)  # weights of lips too far open and too wide, squared, in units of the corpus' spread: of a
+    # mouth's cells little is lips; how wide they are is a few pixels, and mostly noise
+    gain: float = 1.4  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
     speech: str = ""  # folder of further clips, of the same people, whose sound and lips alone are used: rendered small, they cost little
     speech_share: float = 0.8  # of the pieces say what is said there: avatars know the sentences they were trained on by heart
     warp: float = 0.12  # mel bands are moved by up to so much of their number: a voice of another size
@@ -73,7 +74,7 @@ class LipsConfig:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
             raise ConfigError(f"lips: blocks={self.blocks}: at least 1; width={self.width}: a multiple of 8")
-        if min(self.mouth, self.pull, self.still, self.gain) < 0:
+        if min(self.mouth, *self.pull, self.still, self.gain) < 0:
             raise ConfigError("lips: mouth, pull, still and gain must not be negative")
 
 
@@ -299,7 +300,7 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
     pull = pulled(made - truth, before, painter, piece)[piece.asked.all(-1)].square()
     error = (made - truth).square().mean(1, keepdim=True)
     known = piece.asked.any(-1)[:, None, :, None, None] | ~piece.mouth  # on their way to rest lips may do what they like
-    loss = (error * known * (1 + config.mouth * piece.mouth)).mean() + config.pull * pull.mean()
+    loss = (error * known * (1 + config.mouth * piece.mouth)).mean() + (pull * pull.new_tensor(config.pull)).sum(-1).mean()
     there = (before - truth).square().mean(1, keepdim=True)
     left = (error.detach() * known)[piece.mouth].sum() / (there * known)[piece.mouth].sum().clamp_min(1e-9)
     metrics = {"kept": float(error.detach()[~piece.mouth].mean()), "mouth": float(left), "steps": float(len(table) - 1)}
