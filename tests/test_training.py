@@ -190,6 +190,9 @@ def test_a_mouth_learns_what_is_painted_and_a_killed_run_goes_on(micro, tmp_path
     def loss(model):
         return np.mean([float(lips.lips_loss(model, kept, painter, config, r.forcing, piece, draws, r.export.sigmas)[0].detach()) for piece, draws in pieces])
 
+    start, learned, blended = (load_checkpoint(tmp_path / name)["ema"] for name in ("lids.pt", "lips.pt", "blended.pt"))
+    assert all(torch.allclose(blended[name], (start[name] + learned[name]) / 2) for name in start)
+    assert not (tmp_path / "again" / "blended.pt").exists(), "only what is done is blended"
     assert painted(painter) < 0.75 * painted(fresh)
     assert loss(model) < 0.9 * loss(kept)
 

@@ -34,7 +34,7 @@ from liveavatar.models.probe import TYPICAL, Residual
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.training import shards
 from liveavatar.training.casting import cast_of
-from liveavatar.training.checkpoints import checkpoint_path, load_average
+from liveavatar.training.checkpoints import checkpoint_path, load_average, load_checkpoint, save_checkpoint
 from liveavatar.training.forcing import Batch, Encoded, EncodedReader, Folder, ForcingConfig, draw_position, lips_by_latent, pictures_of
 from liveavatar.training.levels import mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
@@ -65,11 +65,12 @@ class LipsConfig:
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
     hush_share: float = 0.25  # of the pieces fall silent somewhere
     drop_share: float = 0.4  # of the pieces come without the control of the lids
+    share: float = 0.5  # of the way from the finished avatar to what was learned, of RUN/blended.pt: half of the way keeps lips that shut
     width: int = 128  # channels of the painter
 
     def __post_init__(self):
         one_of("lips.start", self.start, ("lids", STAGE))  # both take the control of the lids
-        for name in ("speech_share", "hush_share", "drop_share", "warp", "ease"):
+        for name in ("share", "speech_share", "hush_share", "drop_share", "warp", "ease"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
@@ -309,8 +310,8 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
 
 def train_lips(config: LipsConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int, text: TextEncoder,
                default_identity: int, stop_after: int | None = None) -> list[float]:
-    """Train (or go on training) from RUN/START.pt, with mouths by RUN/painter.pt; returns the losses of this call. Raises WeightsError
-    without either."""
+    """Train (or go on training) from RUN/START.pt, with mouths by RUN/painter.pt; returns the losses of this call. At the end RUN/blended.pt
+    is written. Raises WeightsError without what it starts from."""
     cast = cast_of(forcing, run, seed)
     model, kept = cast.started("lips", config.start), cast.teacher(config.start)
     painter = new_painter(config, forcing.model["out_dim"], seed)
@@ -324,4 +325,16 @@ def train_lips(config: LipsConfig, forcing: ForcingConfig, sigmas: Sequence[floa
         piece = source.pieces(draws, config.loop.batch).to(trainer.device)
         return lips_loss(model, kept, painter, config, forcing, piece, draws, sigmas)
 
-    return trainer.run(loss_of, stop_after, keep_casts=False)
+    made = trainer.run(loss_of, stop_after, keep_casts=False)
+    if trainer.iteration == config.loop.iterations and not trainer.rank:
+        blend(checkpoint_path(run, config.start), checkpoint_path(run, "lips"), config.share, checkpoint_path(run, "blended"))
+    return made
+
+
+def blend(start: Path, learned: Path, share: float, path: Path) -> None:
+    """Averages of two checkpoints as a third, `share` of the way from the first to the second (WiSE-FT, arXiv 2109.01903): squared errors
+    make lips timid where a sentence leaves them a choice, and the weights between are better than either. One process calls it."""
+    first, second = load_checkpoint(start)["ema"], load_checkpoint(learned)
+    averages = {f"ema/{name}": torch.lerp(first[name], value, share) for name, value in second["ema"].items()}
+    path.unlink(missing_ok=True)  # or another of the same iteration would pass for this one
+    save_checkpoint(path, averages | {"iteration": second["iteration"]}, alone=True)
