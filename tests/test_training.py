@@ -182,7 +182,7 @@ def test_a_mouth_learns_what_is_painted_and_a_killed_run_goes_on(micro, tmp_path
     kept, model = (casting.averaged_model(r.forcing, tmp_path, stage, r.seed)[0] for stage in ("lids", "lips"))
     fresh, painter = (lips.new_painter(config, 16, r.seed) for _ in range(2))
     casting.load_average(painter, tmp_path / "painter.pt")
-    pieces = [(source.pieces(draws_of(1, "judged", k), 4, hush=False), draws_of(1, "judged", k)) for k in range(6)]
+    pieces = [(source.pieces(draws_of(1, "judged", k), 4, as_seen=True), draws_of(1, "judged", k)) for k in range(6)]
 
     def painted(painter):
         return np.mean([float(lips.painting_loss(painter, piece, draws)[0].detach()) for piece, draws in pieces])
@@ -221,6 +221,21 @@ def test_a_block_begins_nearer_to_the_one_before():
     assert torch.equal(made[:, :, 3], (x[:, :, 3] + x[:, :, 2]) / 2) and torch.equal(made[:, :, 6], (x[:, :, 6] + x[:, :, 5]) / 2)
     rest = [f for f in range(9) if f not in (3, 6)]
     assert torch.equal(made[:, :, rest], x[:, :, rest]) and torch.equal(lips.eased(x, 3, 0.0), x)
+
+
+def test_sentences_of_further_clips_come_with_their_lips_and_never_to_the_painter(micro):
+    r = micro[0]
+    config = dataclasses.replace(r.lips, speech=r.data.folder, speech_share=1.0, hush_share=0.0, warp=0.0)
+    source = lips.LipsReader(config, r.run, dataclasses.replace(r.forcing, audio_variants=1), r.texts(), 0)
+    piece = source.pieces(draws_of(4, "lips", 0), 6)
+    known = [forcing.lips_by_latent(shards.read_clip(p)) for p in shards.clip_paths(r.data.folder, "train")]
+    starts = range(3, len(known[0]) - 2, 3)
+    assert all(any(np.array_equal(row, clip[at : at + 3]) for clip in known for at in starts) for row in piece.lips.numpy())
+    seen = source.pieces(draws_of(4, "lips", 0), 6, as_seen=True)
+    own = [forcing.read_encoded(p) for p in shards.clip_paths(Path(r.run) / "latents", "train")]
+    for latents, row in zip(seen.batch.latents, seen.lips.numpy()):
+        assert any(np.array_equal(latents.numpy(), clip.latents[:, at : at + 3].astype(np.float32)) and np.array_equal(row, clip.lips[at : at + 3])
+                   for clip in own for at in starts)
 
 
 def test_a_clip_that_falls_silent_comes_to_rest(micro):

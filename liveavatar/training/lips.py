@@ -140,7 +140,7 @@ def train_painter(config: LipsConfig, forcing: ForcingConfig, run: str | Path, s
     painter = new_painter(config, forcing.model["out_dim"], seed)
     source = LipsReader(config, run, forcing, text, default_identity)
     trainer = Trainer("painter", painter, config.painter, run, seed)
-    return trainer.run(lambda draws: painting_loss(painter, source.pieces(draws, config.painter.batch, hush=False).to(trainer.device), draws), stop_after)
+    return trainer.run(lambda draws: painting_loss(painter, source.pieces(draws, config.painter.batch, as_seen=True).to(trainer.device), draws), stop_after)
 
 
 # ---------------------------------------------------------------- batches
@@ -196,8 +196,9 @@ class LipsReader(EncodedReader):
             for path, card in self.speech.cards.items():
                 self.speakers.setdefault(card["identity"]["seed"], []).append(path)
 
-    def pieces(self, draws: Draws, count: int, hush: bool = True) -> Piece:
-        """`count` random pieces of clips. hush: some of them fall silent. Raises InputError where clips were encoded without lips."""
+    def pieces(self, draws: Draws, count: int, as_seen: bool = False) -> Piece:
+        """`count` random pieces of clips. as_seen: all say what their pictures show, none another sentence or nothing. Raises InputError
+        where clips were encoded without lips."""
         if not self.order or draws.iteration % 50 == 0:
             self.refresh()
         rng, rows, others = draws.numpy, [], []
@@ -206,11 +207,11 @@ class LipsReader(EncodedReader):
             piece = self._piece(clip.latents.shape[1], rng)
             row, lips = list(self._row(clip, rng, piece)), lips_of(clip, self.folder)[piece].copy()
             sentences = self.speakers.get(clip.card["identity"]["seed"])
-            if sentences and rng.random() < self.lips.speech_share:
+            if sentences and not as_seen and rng.random() < self.lips.speech_share:
                 row[1], lips = self._said(sentences[int(rng.integers(len(sentences)))], rng)
             asked, rest = np.ones(lips.shape[:2], bool), resting_width(clip.lips)
             row[1] = warped(row[1], 1 + float(rng.uniform(-1, 1)) * self.lips.warp)
-            if hush and rng.random() < self.lips.hush_share:
+            if not as_seen and rng.random() < self.lips.hush_share:
                 row[1] = self._hushed(row[1], lips, asked, rest, rng)
             told = float(rng.random() >= self.lips.drop_share) if clip.closure is not None else 0.0
             closure = told * clip.closure[piece].reshape(-1) if told else np.zeros(asked.size, np.float32)
