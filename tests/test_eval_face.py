@@ -86,7 +86,7 @@ def test_wrong_pictures_are_refused():
 
 def test_missing_models_name_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"liveavatar\[eval\]"):
+    with pytest.raises(InputError, match=r"liveavatar\[face\]"):
         FaceTracker()
 
 
