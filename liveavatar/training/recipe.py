@@ -68,7 +68,8 @@ class Recipe:
         self._check_distillation()
 
     def _check_strategies(self) -> None:
-        loops = {f"{name}.loop": section.loop for name in ("vae", "teacher", "forcing", "ode", "consistency", "dmd", "lids", "lips") if (section := getattr(self, name))}
+        stages = ("vae", "teacher", "forcing", "ode", "consistency", "dmd", "lids", "lips")
+        loops = {f"{name}.loop": section.loop for name in stages if (section := getattr(self, name))}
         if self.vae and self.vae.decoder:
             loops["vae.decoder"] = self.vae.decoder
         for key, loop in loops.items():
@@ -289,7 +290,8 @@ STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run
           "choose": run_choose, "lids": run_lids, "painter": run_painter, "lips": run_lips, "export": run_export}
 # The sections that ask for them.
 OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids", "painter": "lips", "lips": "lips", "unpack": "vae",
+            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids",
+            "painter": "lips", "lips": "lips", "unpack": "vae",
             "preview": "vae", "ablations": "vae"}  # both look at rendered heads through the codec that the recipe trained
 SIDE_STAGES = {"unpack": run_unpack, "pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
 ALONE = ("data", "unpack", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
