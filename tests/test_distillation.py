@@ -458,7 +458,7 @@ def test_refusals_of_distillation_name_the_key(micro):
     for override, words in (("dmd.history=per_level", "must be clean, fixed:t"), ("dmd.start=teacher", "dmd.start"), ("dmd.ratio=0", "dmd.ratio"),
                             ("dmd.guidance.convention=wan", "guidance.convention"), ("dmd.history=clean", "cannot be exported"),
                             ("consistency=null", "no consistency section"), ("teacher=null", "no teacher section"), ("ode.pieces=0", "ode.pieces"), ("dmd.guidance.audio=-1", "not be negative"),
-                            ("dmd=null", "export.stage='dmd'")):
+                            ("dmd=null", "export.stage='dmd'"), ("lids=null", "lips.start='lids'")):
         with pytest.raises(ConfigError, match=words):
             recipe.read_recipe(MICRO, [override])
     with pytest.raises(ConfigError, match="no dmd section"):

@@ -261,6 +261,11 @@ class EncodedReader:
         self.rows_of = functools.lru_cache(maxsize=TEXTS_KEPT)(self._encode)
         self.silence = stored.silence_of(text)  # [L,Ca,1]
 
+    def look_again(self, draws: Draws) -> None:
+        """Refresh at the first batch and every 50 iterations."""
+        if not self.order or draws.iteration % 50 == 0:
+            self.refresh()
+
     def refresh(self) -> None:
         """Look for clips that were encoded since."""
         known = len(self.clips)
@@ -287,8 +292,7 @@ class EncodedReader:
     def batch(self, draws: Draws, count: int, past: int = 0) -> Batch:
         """`count` random clips with random audio variant, text and silence dropout. past: so many latents before the trained ones are
         the motion; 0: the portrait's are."""
-        if not self.order or draws.iteration % 50 == 0:
-            self.refresh()
+        self.look_again(draws)
         rng, rows = draws.numpy, []
         for _ in range(count):
             rows.append(self._row(self._draw_clip(rng), rng, past=past))

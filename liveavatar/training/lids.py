@@ -84,8 +84,7 @@ class LidsReader(EncodedReader):
 
     def pieces(self, draws: Draws, count: int) -> Piece:
         """`count` random pieces of clips. Raises InputError where clips were encoded without their lids."""
-        if not self.order or draws.iteration % 50 == 0:
-            self.refresh()
+        self.look_again(draws)
         rows, controls, rng = [], [], draws.numpy
         for _ in range(count):
             clip = self._draw_clip(rng)

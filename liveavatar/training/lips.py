@@ -1,9 +1,9 @@
 """Stages `painter` and `lips`: a finished avatar's mouth learns to do what is said, and nothing else changes.
 
 Regressing on clips trains a mouth to its mean, because where the head is is not said; distribution matching needs a teacher that is
-better than the student. Here the truth is made: of what the avatar as it was makes of the states that a rollout goes through, the cells of the mouth
-are painted again, by a small network (`painter`) that has learned from clips how a mouth looks among such surroundings when lips
-are so far open and so wide. Then nothing is left to chance but what sound says of lips. In cells where the clip stands still the
+better than the student. Here the truth is made: of what the avatar as it was makes of the states that a rollout goes through, the cells
+of the mouth are painted again, by a small network (`painter`) that has learned from clips how a mouth looks among such surroundings
+when lips are so far open and so wide. Then nothing is left to chance but what sound says of lips. In cells where the clip stands still the
 truth is that picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block is eased
 towards the block before, because every block has noise of its own. Some clips fall silent half way: nothing rendered shows lips
 that come to rest after a long speech.
@@ -47,8 +47,7 @@ SETTLING = 6  # pictures after the last word in which nothing is asked of the li
 
 @dataclass(frozen=True, kw_only=True)
 class LipsConfig:
-    """What is not here is as in `forcing`. start: stage whose averages are the finished avatar, lids, or avatar: an
-    unpacked one."""
+    """What is not here is as in `forcing`. start: stage whose averages are the finished avatar, lids, or avatar: an unpacked one."""
 
     loop: LoopConfig
     painter: LoopConfig
@@ -199,8 +198,7 @@ class LipsReader(EncodedReader):
     def pieces(self, draws: Draws, count: int, as_seen: bool = False) -> Piece:
         """`count` random pieces of clips. as_seen: all say what their pictures show, none another sentence or nothing. Raises InputError
         where clips were encoded without lips."""
-        if not self.order or draws.iteration % 50 == 0:
-            self.refresh()
+        self.look_again(draws)
         rng, rows, others = draws.numpy, [], []
         for _ in range(count):
             clip = self._draw_clip(rng)
@@ -213,8 +211,7 @@ class LipsReader(EncodedReader):
             row[1] = warped(row[1], 1 + float(rng.uniform(-1, 1)) * self.lips.warp)
             if not as_seen and rng.random() < self.lips.hush_share:
                 row[1] = self._hushed(row[1], lips, asked, rest, rng)
-            told = float(rng.random() >= self.lips.drop_share) if clip.closure is not None else 0.0
-            closure = told * clip.closure[piece].reshape(-1) if told else np.zeros(asked.size, np.float32)
+            closure = float(rng.random() >= self.lips.drop_share) * clip.closure[piece].reshape(-1)
             still = clip.latents.astype(np.float32).std(1).mean(0) < self.lips.still
             rows.append(row)
             others.append((lips, np.float32(rest), asked, self._mouth(clip, piece)[None], still[None, None], closure))
@@ -240,7 +237,7 @@ class LipsReader(EncodedReader):
     @staticmethod
     def _mouth(clip: Encoded, piece: slice) -> np.ndarray:
         """Cells that are the mouth's in any latent of the clip, bool [F,h,w]: a rollout holds its head elsewhere than the clip."""
-        cells = (clip.weight > 1) & ~clip.eyes if clip.eyes is not None else clip.weight > 1
+        cells = (clip.weight > 1) & ~clip.eyes
         return np.broadcast_to(cells.any(0), (piece.stop - piece.start, *cells.shape[1:])).copy()
 
 

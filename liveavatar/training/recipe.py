@@ -127,6 +127,8 @@ class Recipe:
             raise ConfigError("choose: the recipe has no dmd section to choose from")
         if self.lids and self.lids.start == "chosen" and not self.choose:
             raise ConfigError("lids.start='chosen': the recipe has no choose section")
+        if self.lips and self.lips.start == "lids" and not self.lids:
+            raise ConfigError("lips.start='lids': the recipe has no lids section; lips.start=avatar goes on from an unpacked one")
         judged = self.dmd and self.dmd.judge
         if judged and not self.forcing.base:
             raise ConfigError("dmd.judge: judges adapters over a base; here a choose section does that, by the probe")
