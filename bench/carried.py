@@ -1,6 +1,6 @@
 """What training on a lent GPU takes along and brings home, in files of at most 15 MB: shards of encoded clips, averages of stages.
 
-    python bench/carried.py shards runs/tiny192 runs/tiny192-gpu       # encoded clips -> runs/tiny192-gpu/latents/train-*.tar
+    python bench/carried.py shards runs/tiny192 runs/tiny192-gpu       # encoded clips -> runs/tiny192-gpu/latents/train-*.tar, and visemes/
     python bench/carried.py out runs/tiny192 runs/tiny192-gpu/carried  # averages of its finished stages, in bf16, those not sent yet
     python bench/carried.py in FOLDER runs/tiny192                     # and back: checkpoints that later stages start from
 
@@ -9,6 +9,7 @@ A stage that is cut off goes on where its machine is kept; its optimiser, some 1
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,10 +23,12 @@ STAGES = 3  # so many at once: 8 files and 64 MiB come back at most
 
 
 def pack(run: Path, away: Path) -> list[Path]:
-    """The encoded clips of RUN as shards in AWAY/latents."""
+    """The encoded clips of RUN as shards in AWAY/latents, and the encoder that they were heard through in AWAY/visemes."""
     files = shards.clip_paths(run / "latents", "train")
     made = shards.pack(run / "latents", "train", max(1, FILE // max(p.stat().st_size for p in files)) if files else 1)
     (away / "latents").mkdir(parents=True, exist_ok=True)
+    if (run / "visemes").exists():
+        shutil.copytree(run / "visemes", away / "visemes", dirs_exist_ok=True)
     return [shard.rename(away / "latents" / shard.name) for shard in made]
 
 

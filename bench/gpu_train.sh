@@ -5,9 +5,9 @@
 #   bash bench/gpu_train.sh --list     seconds and names of the parts of 14b, and their sum
 #   SCALE=1 bash bench/gpu_train.sh 14b | tiny192     toys on a CPU, to show that it runs
 # PYTHON=python3, BUDGET=560 by default. The lent machine lacks wheels of av and diffusers: carry them.
-# tiny192, before: the stages data, vae, decoder, text and latents at home (codec and clips are made there: pictures do not travel);
+# tiny192, before: the stages data, vae, decoder, text, visemes and latents at home (codec and clips are made there: pictures do not travel);
 # `touch runs/tiny192/text.done`, bench/carried.py shards and out, see there. A few calls of `true` take four shards each along, then
-#   carry runs/tiny192-gpu/carried, bash bench/gpu_train.sh tiny192       call after call: a machine kept warm keeps what it made
+#   carry runs/tiny192-gpu/carried and visemes, bash bench/gpu_train.sh tiny192       call after call: a machine kept warm keeps what it made
 # After: bench/carried.py in FILES runs/tiny192 at home, and there choose, lids, painter, lips and export. BUDGET=0 brings what is still to come.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -42,7 +42,7 @@ billions() {
 tiny192() {
   local config=configs/train_tiny192.yaml more=(choose=null lids=null lips=null export.stage=dmd "run=$run") stage all=done
   if [ -n "$scale" ]; then # the micro recipe on clips of noise
-    config=configs/train_micro.yaml more+=(text=null)
+    config=configs/train_micro.yaml more+=(text=null visemes=null forcing.model.audio_dim=400)
     "$python" - "$run" <<'CLIPS'
 import sys, pathlib
 sys.path.insert(0, "bench")

@@ -12,15 +12,18 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from liveavatar.conditioning import audio_features
 from liveavatar.conditioning.audio_features import (
     LogMelFrontEnd,
+    VisemeFrontEnd,
     Wav2VecFrontEnd,
     build_front_end,
     frame_to_row,
     interpolate_rows,
+    log_mels,
     rows_30hz,
     rows_50hz,
     rows_to_frames,
 )
-from liveavatar.core import ConfigError, InputError
+from liveavatar.core import SAMPLE_RATE, ConfigError, InputError
+from liveavatar.models.viseme_encoder import VisemeEncoder, VisemeSizes
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "audio_bucket.json").read_text())
 BLOCK = 7680
@@ -52,8 +55,15 @@ def wav2vec():
     return tiny_wav2vec()
 
 
-@pytest.fixture(params=["log_mel", "wav2vec2"])
+def viseme_encoder(**sizes):
+    torch.manual_seed(0)
+    return VisemeEncoder(VisemeSizes(width=8, **sizes))
+
+
+@pytest.fixture(params=["log_mel", "visemes", "wav2vec2"])
 def front_end(request, wav2vec):
+    if request.param == "visemes":
+        return VisemeFrontEnd(viseme_encoder())
     return LogMelFrontEnd() if request.param == "log_mel" else Wav2VecFrontEnd(wav2vec, window_samples=32_400)
 
 
@@ -260,6 +270,36 @@ def test_whole_file_too_short_for_one_row_is_zeros(wav2vec):
     assert not Wav2VecFrontEnd(wav2vec).whole_file(voice(399), 3).any()
 
 
+# ---------------------------------------------------------------- visemes
+
+
+def test_articulators_are_those_of_their_moment():
+    """Of a sound at one moment only pictures from `ahead` before it to the reach behind it hear anything."""
+    encoder = viseme_encoder(dilations=(1, 2), ahead=6)
+    front_end, pcm = VisemeFrontEnd(encoder), np.zeros(SAMPLE_RATE, np.float32)
+    silence = front_end.features_of(pcm, 25)
+    pcm[8000:8001] = 0.5  # tick 50, and by its 25 ms window 49 and 51
+    heard = (front_end.features_of(pcm, 25) != silence).any(1)[0].nonzero().flatten().tolist()
+    first, last = 49 - 6, 51 + encoder.sizes.reach - 6
+    assert heard == [picture for picture in range(25) if first <= 4 * picture <= last]
+
+
+def test_the_whole_recording_at_once_gives_the_same_articulators():
+    encoder, pcm = viseme_encoder(), voice(40_000)
+    sizes, frames = encoder.sizes, 60
+    before = 160 * (sizes.reach - sizes.ahead) + 200
+    window = np.concatenate([np.zeros(before, np.float32), pcm])[: 160 * (4 * (frames - 1) + sizes.reach) + 400]
+    with torch.no_grad():
+        whole = encoder(torch.from_numpy(log_mels(window).astype(np.float32).T)[None])[..., ::4]
+    assert torch.allclose(whole, VisemeFrontEnd(encoder).features_of(pcm, frames), atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"width": 0}, {"dilations": ()}, {"ahead": -1}, {"ahead": 10, "dilations": (1,)}])
+def test_sizes_that_cannot_be_are_refused(sizes):
+    with pytest.raises(ConfigError, match="viseme encoder"):
+        VisemeSizes(**sizes)
+
+
 # ---------------------------------------------------------------- the door
 
 
@@ -268,7 +308,9 @@ def test_build_front_end(wav2vec):
     assert build_front_end({"kind": "wav2vec2", "lookahead_samples": 3200}, wav2vec).lookahead_samples == 3200
     with pytest.raises(ConfigError, match="did you mean 'lookahead_samples'"):
         build_front_end({"kind": "wav2vec2", "lookahead_sample": 3200}, wav2vec)
-    with pytest.raises(ConfigError, match="must be one of log_mel, wav2vec2"):
+    assert build_front_end({"kind": "visemes"}, viseme_encoder()).width == 8
+    with pytest.raises(ConfigError, match="must be one of log_mel, visemes, wav2vec2"):
         build_front_end({"kind": "mel"})
-    with pytest.raises(ConfigError, match="no wav2vec2 folder"):
-        build_front_end({"kind": "wav2vec2"})
+    for kind, folder in (("wav2vec2", "wav2vec2"), ("visemes", "viseme_encoder")):
+        with pytest.raises(ConfigError, match=f"no {folder} folder"):
+            build_front_end({"kind": kind})

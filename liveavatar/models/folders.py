@@ -2,7 +2,7 @@
 
 Finding reads names and JSON only; no tensor. Three layouts:
 
-- ours: `liveavatar.json`, `transformer.safetensors`, `vae/`, `text_encoder/`, perhaps `wav2vec2/`.
+- ours: `liveavatar.json`, `transformer.safetensors`, `vae/`, `text_encoder/`, perhaps `wav2vec2/` or `viseme_encoder/`.
 - official: Wan-AI/Wan2.2-S2V-14B, transformer shards beside a root `config.json`.
 - repack: sub-folders in diffusers style, told apart by what each `config.json` says it is.
 """
@@ -43,7 +43,7 @@ class CheckpointFolder:
 
     layout: "ours", "official" or "repack". transformer: weights file or index; transformer_config: the
     JSON it was described in, `config` its mapping. vae: diffusers folder or Wan2.1_VAE.pth.
-    text_encoder: transformers folder or .pth. tokenizer, wav2vec: folders.
+    text_encoder: transformers folder or .pth. tokenizer, wav2vec, viseme_encoder: folders.
     audio, sampler, geometry, framing, text, control, card: sections of liveavatar.json, or what the layout implies.
     """
 
@@ -56,6 +56,7 @@ class CheckpointFolder:
     text_encoder: Path | None
     tokenizer: Path | None
     wav2vec: Path | None
+    viseme_encoder: Path | None = None
     audio: dict = field(default_factory=dict)
     sampler: dict = field(default_factory=dict)
     geometry: dict = field(default_factory=dict)
@@ -74,7 +75,8 @@ class CheckpointFolder:
         return path
 
 
-_OURS = {"vae": "vae/", "text_encoder": "text_encoder/", "tokenizer": "text_encoder/", "wav2vec": "wav2vec2/"}
+_OURS = {"vae": "vae/", "text_encoder": "text_encoder/", "tokenizer": "text_encoder/", "wav2vec": "wav2vec2/",
+         "viseme_encoder": "viseme_encoder/"}
 
 
 def resolve(path: str | Path) -> Path:
@@ -133,6 +135,7 @@ def _open_ours(folder: Path) -> CheckpointFolder:
         text_encoder=text,
         tokenizer=text,
         wav2vec=_existing(folder / "wav2vec2"),
+        viseme_encoder=_existing(folder / "viseme_encoder"),
         **{name: settings.get(name, {}) for name in SECTIONS if name != "transformer"},
     )
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from liveavatar.models.folders import FORMAT, SETTINGS_FILE, CheckpointFolder, o
 from liveavatar.models.lora import lora_targets, merge_lora, merged, read_lora
 from liveavatar.models.s2v import CausalS2V, S2VConfig, stored_dtype
 from liveavatar.models.tensorfiles import LoadPlan, TensorSource
+from liveavatar.models.viseme_encoder import VisemeEncoder, load_viseme_encoder, plan_viseme_encoder
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from liveavatar.models.vae import StreamingVAE
 
 __all__ = [
-    "FolderReport", "PartReport", "inspect_folder", "load_text_encoder", "load_transformer", "load_vae",
-    "load_wav2vec", "merge_lora", "save_folder", "transformer_config",
+    "FolderReport", "PartReport", "inspect_folder", "load_hearing", "load_text_encoder", "load_transformer", "load_vae",
+    "load_wav2vec", "merge_lora", "save_folder", "save_viseme_encoder", "transformer_config",
 ]  # fmt: skip
 
 LAYOUTS = {
@@ -181,6 +182,16 @@ def load_wav2vec(
     return encoders.load_wav2vec(open_folder(path).need("wav2vec"), dtype, device)
 
 
+def load_hearing(path: str | Path, device: torch.device | str = "cpu") -> Wav2Vec2Model | VisemeEncoder | None:
+    """The network that a checkpoint folder's "audio" section hears through, float32; None where it needs none. Raises WeightsError.
+
+    A viseme encoder stays on the CPU: it is a few milliseconds of work a block, and every machine then hears the same."""
+    folder = open_folder(path)
+    if folder.audio.get("kind") == "wav2vec2":
+        return load_wav2vec(path, torch.float32, device)
+    return load_viseme_encoder(folder.need("viseme_encoder")) if folder.audio.get("kind") == "visemes" else None
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -193,6 +204,7 @@ def save_folder(
     geometry: Mapping,
     vae: StreamingVAE | None = None,
     text_encoder: TextEncoder | None = None,
+    viseme_encoder: VisemeEncoder | None = None,
     framing: Mapping | None = None,
     control: Mapping | None = None,
     card: Mapping | None = None,
@@ -214,11 +226,20 @@ def save_folder(
         _write_part(folder / "vae", "diffusion_pytorch_model.safetensors", vae.module, config, dtype)
     if text_encoder is not None:
         _write_text_encoder(folder / "text_encoder", text_encoder, dtype)
+    if viseme_encoder is not None:
+        save_viseme_encoder(folder / "viseme_encoder", viseme_encoder, dtype)
     sections = {"transformer": transformer.config.to_dict(), "audio": audio, "sampler": sampler, "geometry": geometry,
                 **({"framing": framing} if framing else {}), "text": {"kind": "umt5"}, **({"control": control} if control else {}),
                 "card": card or {}}  # fmt: skip
     _write_json(folder / SETTINGS_FILE, {"format": FORMAT, **{name: dict(value) for name, value in sections.items()}})
     return folder
+
+
+def save_viseme_encoder(folder: str | Path, encoder: VisemeEncoder, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that load_viseme_encoder reads."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _write_part(folder, "model.safetensors", encoder, asdict(encoder.sizes), dtype)
 
 
 def _write_text_encoder(folder: Path, encoder: TextEncoder, dtype: torch.dtype) -> None:
@@ -304,6 +325,8 @@ def inspect_folder(path: str | Path, lora: str | Path | None = None) -> FolderRe
     }
     if folder.wav2vec is not None or folder.audio.get("kind") == "wav2vec2":
         plans["wav2vec"] = lambda: encoders.plan_wav2vec(folder.need("wav2vec"))
+    if folder.audio.get("kind") == "visemes":
+        plans["viseme_encoder"] = lambda: plan_viseme_encoder(folder.need("viseme_encoder"))
     parts = [_inspect_part(name, getattr(folder, name) or folder.path, plan) for name, plan in plans.items()]
     if lora is not None:
         parts.append(_inspect_lora(folder, Path(lora)))

@@ -159,10 +159,8 @@ class FolderSource:
         return vae
 
     def front_end(self, device: torch.device) -> AudioFrontEnd:
-        wav2vec = None
-        if self.folder.audio.get("kind") == "wav2vec2":
-            wav2vec = weights.load_wav2vec(self.folder.path, torch.float32, device)
-        return build_front_end({**self.folder.audio, "block_frames": self.geometry.frames_per_block}, wav2vec)
+        hearing = weights.load_hearing(self.folder.path, device)
+        return build_front_end({**self.folder.audio, "block_frames": self.geometry.frames_per_block}, hearing)
 
     def prompt_encoder(self, dtype: torch.dtype, device: torch.device) -> Callable[[str], torch.Tensor]:
         """prompt -> rows [n, text_dim]. A large encoder is freed after use: prompts are rare, memory is not."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from liveavatar.conditioning.audio_features import AudioFrontEnd
 from liveavatar.config import one_of
 from liveavatar.core import FPS, ConfigError
 from liveavatar.diffusion.rollout import HistoryMode
@@ -31,6 +32,7 @@ from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.levels import student_table
 from liveavatar.training.progress import counted
+from liveavatar.training.stored import front_end_of_run
 from liveavatar.training.students import PAPERS, StudentsConfig, name_of
 from liveavatar.training.synth.head import HeadRenderer
 
@@ -149,6 +151,7 @@ class Bench:
 
     forcing: ForcingConfig
     vae: StreamingVAE
+    front_end: AudioFrontEnd
     probe: Probe
     scenes: list[preview.Scene]
     text: TextEncoder
@@ -174,7 +177,8 @@ class Bench:
         """Render so many BLOCKs of each of `people` (the slow part) and load codec and judge. probe: its folder, "" for RUN/probe."""
         renderer, said = HeadRenderer(data.size, data.supersample), preview.spoken(blocks, seed + 11)
         scenes = [preview.make_scene(renderer, person, said, blocks, seed + i) for i, person in enumerate(people)]
-        return cls(forcing, StreamingVAE.from_folder(run / "vae"), load_probe(probe or run / "probe")[0], scenes, text)
+        judge = load_probe(probe or run / "probe")[0]
+        return cls(forcing, StreamingVAE.from_folder(run / "vae"), front_end_of_run(forcing.model, run), judge, scenes, text)
 
     def row(self, arm: Arm, run: Path, stage: str, sigmas: Sequence[float], seed: int) -> dict:
         """Generate and judge one arm of RUN."""
@@ -182,7 +186,8 @@ class Bench:
         model, iteration = preview.load_model(self.forcing, run / arm.run, seed, arm.stage or stage)
         table = student_table(arm.steps, 5.0) if arm.steps else sigmas
         how = {"history": HistoryMode.parse(arm.history), "refresh_block": arm.refresh_block, "kind": SINKS[arm.sink]}
-        made = [preview.generate(model, self.vae, rows, self.forcing, scene, table, seed, **how) for scene, rows in zip(self.scenes, self.captions)]
+        made = [preview.generate(model, self.vae, rows, self.forcing, self.front_end, scene, table, seed, **how)
+                for scene, rows in zip(self.scenes, self.captions)]
         seen = [self.probe.look(pictures) for pictures in made]
         return {"arm": arm.name, "stage": arm.stage or stage, "iteration": iteration, **figures(made, seen, self.truth, self.scenes, self.portraits),
                 "seconds": round(time.monotonic() - started, 1), "paper": arm.paper}

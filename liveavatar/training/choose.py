@@ -83,8 +83,9 @@ def check_teacher(config: ChooseConfig, teach: TeacherConfig, forcing: ForcingCo
     run = Path(run)
     bench = Bench.build(config.people, preview.CLIP_BLOCKS, config.probe, forcing, data, run, seed, text)
     models = {"teacher": preview.load_model(forcing, run, seed, "teacher")[0], "student": preview.load_model(forcing, run, seed, start)[0]}
-    made = {"teacher": [preview.generate_whole(models["teacher"], bench.vae, bench.text, forcing, teach, scene, seed) for scene in bench.scenes],
-            "student": [preview.generate(models["student"], bench.vae, rows, forcing, scene, sigmas, seed)
+    made = {"teacher": [preview.generate_whole(models["teacher"], bench.vae, bench.text, forcing, bench.front_end, teach, scene, seed)
+                        for scene in bench.scenes],
+            "student": [preview.generate(models["student"], bench.vae, rows, forcing, bench.front_end, scene, sigmas, seed)
                         for scene, rows in zip(bench.scenes, bench.captions)]}
     truth = np.concatenate([seen.features for seen in bench.truth])
     found = {name: frechet(np.concatenate([bench.probe.look(p).features for p in pictures]), truth) for name, pictures in made.items()}

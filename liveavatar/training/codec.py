@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 
+from liveavatar.conditioning.behaviour import closure_of
 from liveavatar.core import ConfigError
 from liveavatar.models.vae import StreamingVAE, count_causal_convs
 from liveavatar.training import losses, shards
 from liveavatar.training.loop import Draws, LoopConfig, Trainer, load_average
+
+SHUT = 0.5  # closure of a lid from which an eye is called shut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,14 @@ class CodecConfig:
     noise: float = 0.1  # fixed spread around the mean; learning it from 1 downwards took most of the training
     gradient: float = 0.5
     detail: float = 4.0  # extra weight of mouth and eyes
+    blinks: float = 0.0  # of the pieces that can show shut eyes: they are a picture in 25, and a codec that sees them so rarely smears them
     statistics_clips: int = 64
 
     def __post_init__(self):
         if self.pictures % 4 != 1 or self.pictures < 5:
             raise ConfigError(f"vae.pictures={self.pictures}: must be 1 + 4n, at least 5")
+        if not 0 <= self.blinks <= 1:
+            raise ConfigError(f"vae.blinks={self.blinks}: must be in 0..1")
         if self.crop % self.spatial_stride:
             raise ConfigError(f"vae.crop={self.crop}: must be a multiple of the codec's spatial stride")
         for name, loop in (("loop", self.loop), ("decoder", self.decoder)):
@@ -139,9 +145,9 @@ def to_bytes(pictures: torch.Tensor) -> np.ndarray:
     return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
 
-def corner(rng: np.random.Generator, side: int, crop: int, box: np.ndarray) -> tuple[int, int]:
-    """Top-left of a crop: half of the time around `box` (with play), else anywhere. Even numbers."""
-    if rng.random() < 0.5:
+def corner(rng: np.random.Generator, side: int, crop: int, box: np.ndarray, near: float = 0.5) -> tuple[int, int]:
+    """Top-left of a crop: so often around `box` (with play), else anywhere. Even numbers."""
+    if rng.random() < near:
         centre = np.array([box[0] + box[2], box[1] + box[3]]) / 2 + rng.uniform(-crop / 5, crop / 5, 2)
         x, y = np.clip(centre - crop / 2, 0, side - crop)
     else:
@@ -150,13 +156,17 @@ def corner(rng: np.random.Generator, side: int, crop: int, box: np.ndarray) -> t
 
 
 def cut_piece(clip: shards.Clip, config: CodecConfig, pictures: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random piece [3,T,c,c] and its weights [1,T,c,c]; mirrored half of the time; 1 in 12 a still."""
+    """A random piece [3,T,c,c] and its weights [1,T,c,c]; mirrored half of the time; 1 in 12 a still; `blinks` of them of an eye about a blink."""
     count, crop = len(clip.frames), config.crop
+    shut = np.flatnonzero(closure_of(clip.lid) > SHUT) if rng.random() < config.blinks else ()
     start = int(rng.integers(0, count - pictures + 1))
+    if len(shut):
+        start = int(np.clip(rng.choice(shut) - rng.integers(pictures), 0, count - pictures))
     index = np.arange(start, start + pictures)
     if rng.random() < 1 / 12:  # the sink and the priming encode a picture that stands still
         index = np.full(pictures, start)
-    x, y = corner(rng, clip.frames.shape[1], crop, clip.mouth[start] if rng.random() < 0.6 else clip.eyes[start, 0])
+    mouth = not len(shut) and rng.random() < 0.6
+    x, y = corner(rng, clip.frames.shape[1], crop, clip.mouth[start] if mouth else clip.eyes[start, 0], 1.0 if len(shut) else 0.5)
     frames = clip.frames[index][:, y : y + crop, x : x + crop]
     weight = losses.detail_weight(clip.mouth[index], clip.eyes[index], clip.frames.shape[1], config.detail)
     weight = torch.from_numpy(weight[:, y : y + crop, x : x + crop])[None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,17 @@ from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.folders import SETTINGS_FILE
 from liveavatar.models.vae import StreamingVAE
+from liveavatar.models.viseme_encoder import load_viseme_encoder
 from liveavatar.models.weights import save_folder
 from liveavatar.training import forcing
 from liveavatar.training.adapters import BaseConfig, save_adapter
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.checkpoints import Stored, checkpoint_path
 from liveavatar.training.data import DataConfig
+from liveavatar.training.stored import hears_visemes
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
+from liveavatar.training.synth.speakers import FESTIVAL
 
 HONEST_LABEL = ("Computer-generated head, trained only on renders; not a photograph of anybody; not photoreal; "
                 "{size} px; English speech.")
@@ -70,18 +74,20 @@ def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
 
 
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
-                  rendered: bool = True) -> Path:
+                  rendered: bool = True, heard: Sequence[str] = ()) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
-    known; portraits are then cut to it. Raises WeightsError without checkpoints."""
+    known; portraits are then cut to it. heard: voices that the viseme encoder was trained on. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
+    encoder = load_viseme_encoder(Path(run) / "visemes") if hears_visemes(training.model) else None
     card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
             "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
             "preview": preview_of(run, config.stage, iteration), "gates": "not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text,
-                         audio={"kind": "log_mel"}, geometry=geometry_of(training, data.size), card=card,
+                         viseme_encoder=encoder, audio={"kind": "visemes" if encoder else "log_mel"},
+                         geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block},
                          framing=RENDERED if rendered else None, control=LIDS if config.stage in ("lids", "blended") else None,
@@ -91,7 +97,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
     if config.portrait:
         write_portrait(config, data)
     if config.media:
-        Path(config.media).write_text(media_text(Path(config.media).parent, data), encoding="utf-8")
+        Path(config.media).write_text(media_text(Path(config.media).parent, data, heard), encoding="utf-8")
     return folder
 
 
@@ -154,7 +160,7 @@ def write_portrait(config: ExportConfig, data: DataConfig) -> None:
         Image.fromarray(renderer.neutral(Identity.sample(seed))).save(other, quality=90)
 
 
-def media_text(assets: Path, data: DataConfig) -> str:
+def media_text(assets: Path, data: DataConfig, heard: Sequence[str] = ()) -> str:
     """MEDIA.md: what everything in `assets` was made of, and the SHA-256 of every file."""
     lines = ["# Media and weights in this folder", "", HONEST_LABEL.format(size=data.size), "",
              "| source | version | licence | used for |", "|---|---|---|---|",
@@ -162,8 +168,10 @@ def media_text(assets: Path, data: DataConfig) -> str:
              "| flite voices slt, rms, kal16 | 2.2 (Debian) | BSD-style | speech of the training clips |",
              "| LibriVox reading of Sense and Sensibility, Debian pocketsphinx-testdata | 0.8+5prealpha | recording public domain, files BSD | training: "
              f"{', '.join(data.readings) or 'none'}; speech.wav: clips ...-0880 and ...-0890, never trained on |",
-             f"| pocketsphinx English model | {importlib.metadata.version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |", "",
-             "The weights were trained from random numbers on these renders alone and are dedicated to the public domain (CC0-1.0).", "",
+             f"| pocketsphinx English model | {importlib.metadata.version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |",
+             *(f"| {FESTIVAL[voice].package}, a voice of festival | Debian | {FESTIVAL[voice].licence} | said what the viseme encoder heard, no more |"
+               for voice in heard if voice in FESTIVAL), "",
+             "The weights were trained from random numbers on these renders and this speech alone; they are dedicated to the public domain (CC0-1.0).", "",
              "| file | bytes | SHA-256 |", "|---|---|---|"]
     for path in sorted(p for p in assets.rglob("*") if p.is_file() and p.name != "MEDIA.md"):
         content = path.read_bytes()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd
+from liveavatar.conditioning.audio_features import AudioFrontEnd
 from liveavatar.conditioning.behaviour import closure_of
 from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError, latents_of
@@ -130,14 +130,14 @@ def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig)
     return vae.encode(to_float(np.repeat(picture[None], config.motion_frames, axis=0)))
 
 
-def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, others: data.Portraits | None = None,
-                front_end: AudioFrontEnd | None = None) -> Encoded:
+def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, front_end: AudioFrontEnd,
+                others: data.Portraits | None = None) -> Encoded:
     """Latents, portrait latents as the runtime makes them, audio features and loss weights of a clip.
-    others: of its person dressed otherwise. front_end: None for the embedded avatar's."""
+    others: of its person dressed otherwise."""
     latents, held = vae.encode(to_float(clip.frames)), held_portrait(vae, clip.reference, config)
     portraits = [held_portrait(vae, picture, config) for picture in others.pictures] if others else []
     card = clip.card | ({"exchanged": others.exchanged} if others else {})
-    front_end, count = front_end or LogMelFrontEnd(), len(clip.frames)
+    count = len(clip.frames)
     voices = [clip.sound] + [speech.augment(clip.sound, clip.card["seed"] + k) for k in range(1, config.audio_variants)]
     features = torch.stack([front_end.features_of(voice, count) for voice in voices])
     weight = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, config.mouth, config.eyes)
@@ -173,11 +173,12 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     """Encode every clip that is not yet encoded (this part of them); returns how many were. Over a base by its codec and
     its speech encoder, and its text encoder reads the captions."""
     base = config.base.folder if config.base else None
-    vae, front_end = (load_vae(base), stored.front_end_of(base)) if base else (StreamingVAE.from_folder(Path(run) / "vae"), None)
+    vae = load_vae(base) if base else StreamingVAE.from_folder(Path(run) / "vae")
+    front_end = stored.front_end_of(base) if base else stored.front_end_of_run(config.model, run)
     paths = [p for split in ("held", "train") for p in shards.clip_paths(data_folder, split)]
     todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
     for path in counted(todo, "encoded clips"):
-        made = encode_clip(vae, shards.read_clip(path), config, data.read_portraits(path), front_end)
+        made = encode_clip(vae, shards.read_clip(path), config, front_end, data.read_portraits(path))
         arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits", "closure", "eyes", "lips")}
         shards.write_arrays(encoded_path(run, path), made.card, **arrays)
     if base and part == 0:
@@ -259,7 +260,8 @@ class EncodedReader:
         self.order: list[Path] = []
         self.shipped: list[Path] = []
         self.rows_of = functools.lru_cache(maxsize=TEXTS_KEPT)(self._encode)
-        self.silence = stored.silence_of(text)  # [L,Ca,1]
+        self.front_end = None if config.base else stored.front_end_of_run(config.model, run)  # over a base clips were heard when they were encoded
+        self.silence = stored.silence_of(text, self.front_end)  # [L,Ca,1]
 
     def look_again(self, draws: Draws) -> None:
         """Refresh at the first batch and every 50 iterations."""

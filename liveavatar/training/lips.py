@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liveavatar.conditioning.audio_features import LogMelFrontEnd
 from liveavatar.conditioning.behaviour import lid_planes
 from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError, InputError, latents_of
@@ -59,7 +58,6 @@ class LipsConfig:
     gain: float = 1.4  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
     speech: str = ""  # folder of further clips, of the same people, whose sound and lips alone are used: rendered small, they cost little
     speech_share: float = 0.8  # of the pieces say what is said there: avatars know the sentences they were trained on by heart
-    warp: float = 0.12  # mel bands are moved by up to so much of their number: a voice of another size
     still: float = 0.09  # standard deviation over time, of the corpus' own, below which a cell of a clip stands still
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
     hush_share: float = 0.25  # of the pieces fall silent somewhere
@@ -69,7 +67,7 @@ class LipsConfig:
 
     def __post_init__(self):
         one_of("lips.start", self.start, ("lids", STAGE))  # both take the control of the lids
-        for name in ("share", "speech_share", "hush_share", "drop_share", "warp", "ease"):
+        for name in ("share", "speech_share", "hush_share", "drop_share", "ease"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
@@ -170,15 +168,6 @@ def resting_width(lips: np.ndarray) -> float:
     return float(np.median(shut if len(shut) else lips[..., 1]))
 
 
-def warped(features: torch.Tensor, factor: float) -> torch.Tensor:
-    """Log-mel features [1,Ca,T] with their mel bands stretched by `factor`, interpolated; the last one goes on above."""
-    mels = LogMelFrontEnd.MELS
-    at = (torch.arange(mels) / factor).clamp(max=mels - 1)
-    low = at.floor().long().clamp(max=mels - 2)
-    bands = features.unflatten(1, (-1, mels))
-    return torch.lerp(bands[:, :, low], bands[:, :, low + 1], (at - low)[:, None]).flatten(1, 2)
-
-
 class LipsReader(EncodedReader):
     """Batches of pieces with what their lips do."""
 
@@ -208,7 +197,6 @@ class LipsReader(EncodedReader):
             if sentences and not as_seen and rng.random() < self.lips.speech_share:
                 row[1], lips = self._said(sentences[int(rng.integers(len(sentences)))], rng)
             asked, rest = np.ones(lips.shape[:2], bool), resting_width(clip.lips)
-            row[1] = warped(row[1], 1 + float(rng.uniform(-1, 1)) * self.lips.warp)
             if not as_seen and rng.random() < self.lips.hush_share:
                 row[1] = self._hushed(row[1], lips, asked, rest, rng)
             closure = float(rng.random() >= self.lips.drop_share) * clip.closure[piece].reshape(-1)
@@ -223,7 +211,7 @@ class LipsReader(EncodedReader):
         clip = shards.read_clip(path)
         sound = augment(clip.sound, int(rng.integers(2**31))) if rng.random() < 2 / 3 else clip.sound
         piece = self._piece(latents_of(len(clip.frames)), rng)
-        features = LogMelFrontEnd().features_of(sound, len(clip.frames))
+        features = self.front_end.features_of(sound, len(clip.frames))
         return features[..., pictures_of(piece)], lips_by_latent(clip)[piece]
 
     def _hushed(self, features: torch.Tensor, lips: np.ndarray, asked: np.ndarray, rest: float, rng: np.random.Generator) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from liveavatar.conditioning.audio_features import LogMelFrontEnd
+from liveavatar.conditioning.audio_features import AudioFrontEnd
 from liveavatar.core import FPS
 from liveavatar.diffusion.denoise import noise
 from liveavatar.diffusion.rollout import ClipCondition, Course, cached_rollout
@@ -30,7 +30,7 @@ from liveavatar.training.casting import averaged_model
 from liveavatar.training.codec import to_bytes
 from liveavatar.training.progress import counted
 from liveavatar.training.probing import agreement, best_lag
-from liveavatar.training.stored import silence_of
+from liveavatar.training.stored import front_end_of_run, silence_of
 from liveavatar.training.synth import director, speech
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -65,31 +65,32 @@ def make_scene(renderer: HeadRenderer, identity: int, utterance: speech.Utteranc
                  utterance.pcm, who.caption)
 
 
-def _prepared(vae: StreamingVAE, config: forcing.ForcingConfig, scene: Scene, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], DecoderState]:
+def _prepared(vae: StreamingVAE, config: forcing.ForcingConfig, front_end: AudioFrontEnd, scene: Scene,
+              seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], DecoderState]:
     """Of the whole blocks of a scene: portrait latents [z,M,h,w], features [L,Ca,T], noise of each, a decoder that has seen the portrait."""
     held, blocks, state = forcing.held_portrait(vae, scene.reference, config), len(scene.truth) // config.block_pictures, vae.new_state()
-    features = LogMelFrontEnd().features_of(scene.pcm.astype(np.float32), config.block_pictures * blocks)
+    features = front_end.features_of(scene.pcm.astype(np.float32), config.block_pictures * blocks)
     shape = (vae.z_dim, config.block_latents, *held.shape[-2:])
     vae.decode(held, state)
     return held, features, [noise(seed, "preview", b, shape) for b in range(blocks)], state
 
 
-def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, scene: Scene,
+def generate(model: CausalS2V, vae: StreamingVAE, rows: torch.Tensor, config: forcing.ForcingConfig, front_end: AudioFrontEnd, scene: Scene,
              sigmas: Sequence[float], seed: int, **how) -> np.ndarray:
     """Pictures uint8 [T,S,S,3] of the scene, through the cached rollout and the streaming decoder: what a user gets.
     how: fields of the rollout's Course."""
-    held, features, noises, state = _prepared(vae, config, scene, seed)
+    held, features, noises, state = _prepared(vae, config, front_end, scene, seed)
     blocks = cached_rollout(model, sigmas, noises, features.split(config.block_pictures, dim=-1), rows, held[:, :1], held,
                             Course(ring_blocks=config.window_blocks, **how), seed)
     return np.concatenate([to_bytes(vae.decode(block, state)) for block in blocks])
 
 
-def generate_whole(model: CausalS2V, vae: StreamingVAE, text: TextEncoder, config: forcing.ForcingConfig, teach: TeacherConfig, scene: Scene,
-                   seed: int) -> np.ndarray:
+def generate_whole(model: CausalS2V, vae: StreamingVAE, text: TextEncoder, config: forcing.ForcingConfig, front_end: AudioFrontEnd,
+                   teach: TeacherConfig, scene: Scene, seed: int) -> np.ndarray:
     """As generate, by the bidirectional teacher: the whole scene at once, guided, with its sampler."""
-    held, features, noises, state = _prepared(vae, config, scene, seed)
+    held, features, noises, state = _prepared(vae, config, front_end, scene, seed)
     condition = ClipCondition(features[None], [text.encode(scene.caption)], held[None, :, :1], held[None], config.window_blocks, causal=False)
-    velocity = teach.guidance.velocity(model, condition, silence_of(text), text.encode(""))
+    velocity = teach.guidance.velocity(model, condition, silence_of(text, front_end), text.encode(""))
     latents = sample(velocity, torch.cat(noises, dim=1)[None], len(noises), teach.sampler)[0]
     return to_bytes(vae.decode(latents, state))
 
@@ -108,11 +109,12 @@ def teacher_clips(config: forcing.ForcingConfig, teach: TeacherConfig, data_fold
     if not todo:
         return 0
     model, vae = load_model(config, run, seed, "teacher")[0], StreamingVAE.from_folder(Path(run) / "vae")
+    front_end = front_end_of_run(config.model, run)
     for path in counted(todo, "clips by the teacher"):
         clip = shards.read_clip(path)
         clip = clip.cut(len(clip.frames) // config.block_pictures * config.block_pictures)
         scene = Scene(clip.reference, clip.frames, clip.aperture, clip.sound, clip.caption)
-        frames = generate_whole(model, vae, text, config, teach, scene, seed)
+        frames = generate_whole(model, vae, text, config, front_end, teach, scene, seed)
         shards.write_clip(taught_path(run, path), replace(clip, frames=frames))
     return len(todo)
 
@@ -147,16 +149,16 @@ def preview(config: forcing.ForcingConfig, data: corpus.DataConfig, run: str | P
     judge of the mouth; None: without figures of it. teach: how the stage `teacher` is sampled, which makes CLIP_BLOCKS."""
     blocks = CLIP_BLOCKS if stage == "teacher" else blocks
     model, iteration = load_model(config, run, seed, stage)
-    vae = StreamingVAE.from_folder(Path(run) / "vae")
+    vae, front_end = StreamingVAE.from_folder(Path(run) / "vae"), front_end_of_run(config.model, run)
     renderer = HeadRenderer(data.size, data.supersample)
     utterance = spoken(blocks, seed + 7)
     rows, report = [], {"stage": stage, "iteration": iteration, "sigmas": list(sigmas), "blocks": blocks}
     for name, identity in (("default", data.default_identity), ("trained", data.first_identity + 4), ("held", 1_000_000)):
         scene = make_scene(renderer, identity, utterance, blocks, seed)
         if stage == "teacher":
-            made = generate_whole(model, vae, text, config, teach, scene, seed)
+            made = generate_whole(model, vae, text, config, front_end, teach, scene, seed)
         else:
-            made = generate(model, vae, text.encode(scene.caption), config, scene, sigmas, seed)
+            made = generate(model, vae, text.encode(scene.caption), config, front_end, scene, sigmas, seed)
         rows += [scene.truth, made]
         if probe is not None and name == "default":
             for label, pictures in (("mouth", made), ("mouth of the truth", scene.truth)):

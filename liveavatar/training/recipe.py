@@ -16,17 +16,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from liveavatar import config as settings
+from liveavatar.conditioning.visemes import ARTICULATORS
 from liveavatar.core import ConfigError, latents_of
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import load_probe
 from liveavatar.training import (
-    ablations, choose, codec, consistency, data, dmd, export, forcing, ingest, judging, lids, lips, ode, planning, preview, probing, progress, shards, teacher,
-    students, textcode, unpack,
+    ablations, choose, codec, consistency, data, dmd, export, forcing, hearing, ingest, judging, lids, lips, ode, planning, preview, probing, progress,
+    shards, students, teacher, textcode, unpack,
 )  # fmt: skip
 from liveavatar.training.checkpoints import checkpoint_path
 from liveavatar.training.groups import device_of, grouped, join, launched, meet, rank_and_world
 from liveavatar.training.memory import ClipConfig
-from liveavatar.training.stored import StoredConditions
+from liveavatar.training.stored import StoredConditions, hears_visemes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Recipe:
     vae: codec.CodecConfig | None = None
     clip: ClipConfig | None = None  # size of encoded clips that no data section describes, for the plan of memory
     text: textcode.TextConfig | None = None  # without it the text encoder stays random
+    visemes: hearing.VisemesConfig | None = None  # without it the avatar hears the spectrum
     teacher: teacher.TeacherConfig | None = None
     probe: probing.ProbeConfig | None = None
     ode: ode.OdeConfig | None = None
@@ -86,9 +88,14 @@ class Recipe:
         lacking = [name for name in ("data", "vae") if not self.forcing.base and getattr(self, name) is None]
         if lacking:
             raise ConfigError(f"missing section {lacking[0]!r}")
-        surplus = [name for name in ("vae", "text", "teacher", "probe", "choose", "lids", "lips") if self.forcing.base and getattr(self, name)]
+        own = ("vae", "text", "visemes", "teacher", "probe", "choose", "lids", "lips")
+        surplus = [name for name in own if self.forcing.base and getattr(self, name)]
         if surplus:
             raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is; dmd.judge says what Stage 2 is worth")
+
+        if not self.forcing.base and hears_visemes(self.forcing.model) != (self.visemes is not None):
+            raise ConfigError(f"forcing.model.audio_dim={self.forcing.model.get('audio_dim')}: {len(ARTICULATORS)} where the recipe has a visemes "
+                              "section, else what the spectrum has")
 
     def _check_lengths(self) -> None:
         clip_latents = latents_of(self.data.pictures) - self.forcing.context_latents
@@ -188,6 +195,12 @@ def run_text(recipe: Recipe) -> None:
     textcode.train_text(recipe.text, recipe.forcing.model["text_dim"], recipe.run, recipe.seed)
 
 
+def run_visemes(recipe: Recipe) -> None:
+    """Make what is missing of the spoken corpus, train the speech encoder on it and write RUN/visemes, with how well it follows strangers."""
+    hearing.speak(recipe.visemes, recipe.seed)
+    hearing.train_visemes(recipe.visemes, recipe.run, recipe.seed)
+
+
 def run_latents(recipe: Recipe) -> None:
     """Encode what is not encoded yet; ranks share the clips."""
     forcing.encode_corpus(recipe.forcing, recipe.data.folder, recipe.run, *rank_and_world())
@@ -257,7 +270,7 @@ def run_lips(recipe: Recipe) -> None:
 
 def run_unpack(recipe: Recipe) -> None:
     """The avatar that the recipe exports, taken apart to train on: its codec, its text encoder, and its transformer as stage `avatar`."""
-    unpack.unpack(recipe.export.folder, recipe.forcing, recipe.text, recipe.run, recipe.seed)
+    unpack.unpack(recipe.export.folder, recipe.forcing, recipe.text, recipe.run, recipe.seed, recipe.data.folder)
 
 
 def run_export(recipe: Recipe) -> None:
@@ -265,7 +278,8 @@ def run_export(recipe: Recipe) -> None:
     if first_rank() and recipe.forcing.base:
         export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
     elif first_rank():
-        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.videos is None)
+        export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.videos is None,
+                             tuple(recipe.visemes.voices) if recipe.visemes else ())
     progress.LOG.info("wrote %s", recipe.export.folder)
 
 
@@ -287,16 +301,16 @@ def run_ablations(recipe: Recipe) -> None:
     progress.LOG.info("wrote %s", Path(recipe.run) / "ablations" / "table.md")
 
 
-STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "latents": run_latents, "teacher": run_teacher,
-          "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
+STAGES = {"data": run_data, "vae": run_vae, "decoder": run_decoder, "probe": run_probe, "text": run_text, "visemes": run_visemes,
+          "latents": run_latents, "teacher": run_teacher, "forcing": run_forcing, "ode": run_ode, "consistency": run_consistency, "dmd": run_dmd,
           "choose": run_choose, "lids": run_lids, "painter": run_painter, "lips": run_lips, "export": run_export}
 # The sections that ask for them.
-OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "latents": "data", "teacher": "teacher",
-            "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids",
+OPTIONAL = {"data": "data", "vae": "vae", "decoder": "vae.decoder", "probe": "probe", "text": "text", "visemes": "visemes", "latents": "data",
+            "teacher": "teacher", "teacher_clips": "teacher", "ode": "ode", "consistency": "consistency", "dmd": "dmd", "choose": "choose", "lids": "lids",
             "painter": "lips", "lips": "lips", "unpack": "vae",
             "preview": "vae", "ablations": "vae"}  # both look at rendered heads through the codec that the recipe trained
 SIDE_STAGES = {"unpack": run_unpack, "pack": run_pack, "teacher_clips": run_teacher_clips, "preview": run_preview, "ablations": run_ablations}  # only by name
-ALONE = ("data", "unpack", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
+ALONE = ("data", "visemes", "unpack", "pack", "teacher_clips", "choose", "export", "preview", "ablations")  # these run in one process
 
 
 def first_rank() -> bool:
@@ -348,7 +362,7 @@ def _asked_for(recipe: Recipe, name: str) -> bool:
 
 def _why_not(recipe: Recipe, name: str) -> str:
     base, lacking = recipe.forcing.base, f"the recipe has no {OPTIONAL[name]} section"
-    if base and name in ("vae", "decoder", "teacher", "probe", "choose", "lids", "painter", "lips"):
+    if base and name in ("vae", "decoder", "visemes", "teacher", "probe", "choose", "lids", "painter", "lips"):
         return f"that part of {base.folder} is used as it is; a recipe over a base trains adapters only"
     if base and name in SIDE_STAGES:
         return (f"{lacking}, and over a base it can have none: export the adapter, name {recipe.export.folder}/liveavatar.safetensors as "

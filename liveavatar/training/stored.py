@@ -7,17 +7,19 @@ stage `latents` fills it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd, build_front_end
-from liveavatar.core import InputError
+from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd, VisemeFrontEnd, build_front_end
+from liveavatar.conditioning.visemes import ARTICULATORS
+from liveavatar.core import InputError, WeightsError
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.folders import open_folder
-from liveavatar.models.weights import load_text_encoder, load_wav2vec
+from liveavatar.models.viseme_encoder import load_viseme_encoder
+from liveavatar.models.weights import load_hearing, load_text_encoder
 from liveavatar.training import shards
 
 
@@ -66,12 +68,26 @@ def store_conditions(base: str, run: str | Path, captions: Iterable[str], front_
     return len(missing)
 
 
-def silence_of(text: TextEncoder | StoredConditions) -> torch.Tensor:
-    """Features [L, Ca, 1] of silence that go with a recipe's texts."""
-    return text.silence if isinstance(text, StoredConditions) else LogMelFrontEnd().features_of(np.zeros(0, np.float32), 1)
+def hears_visemes(model: Mapping) -> bool:
+    """Whether a transformer of these sizes takes articulators; else it takes the spectrum."""
+    return model.get("audio_dim") == len(ARTICULATORS)
+
+
+def front_end_of_run(model: Mapping, run: str | Path) -> AudioFrontEnd:
+    """What a tiny avatar hears through: RUN/visemes where `model`, the sizes of its transformer, says that it takes articulators, else the
+    spectrum. Raises WeightsError before stage `visemes`."""
+    if hears_visemes(model):
+        if not (Path(run) / "visemes").is_dir():
+            raise WeightsError(f"{run}/visemes: what this avatar hears through is not there; run the visemes stage")
+        return VisemeFrontEnd(load_viseme_encoder(Path(run) / "visemes"))
+    return LogMelFrontEnd()
+
+
+def silence_of(text: TextEncoder | StoredConditions, front_end: AudioFrontEnd | None) -> torch.Tensor:
+    """Features [L, Ca, 1] of silence: those that lie beside the texts of a recipe over a base, else the front end's."""
+    return text.silence if isinstance(text, StoredConditions) else front_end.features_of(np.zeros(0, np.float32), 1)
 
 
 def front_end_of(base: str) -> AudioFrontEnd:
     """The front end of a checkpoint folder. Raises WeightsError."""
-    audio = open_folder(base).audio
-    return build_front_end(audio, load_wav2vec(base) if audio.get("kind") == "wav2vec2" else None)
+    return build_front_end(open_folder(base).audio, load_hearing(base))

@@ -76,7 +76,7 @@ def sentence(rng: np.random.Generator, budget: float = 1e9) -> str:
 
 # --------------------------------------------------------------------------- flite
 
-_PITCH = {"slt": 170.0, "rms": 95.0, "kal16": 105.0, "kal": 105.0, "awb": 125.0}
+PITCH = {"slt": 170.0, "rms": 95.0, "kal16": 105.0, "kal": 105.0, "awb": 125.0}
 
 
 def read_wav(path: str | Path) -> np.ndarray:
@@ -87,7 +87,8 @@ def read_wav(path: str | Path) -> np.ndarray:
         return np.frombuffer(w.readframes(w.getnframes()), "<i2").astype(np.float32) / 32768.0
 
 
-def _flite(text: str, voice: str, pitch: float, stretch: float) -> Utterance:
+def flite(text: str, voice: str, pitch: float, stretch: float) -> Utterance:
+    """One utterance, about `pitch` Hz, its phones `stretch` times as long as the voice's own. Raises FliteMissing, SpeechError."""
     exe = shutil.which("flite")
     if exe is None:
         raise FliteMissing("flite is not installed: apt install flite")
@@ -135,25 +136,25 @@ def synthesize(seed: int, seconds: float, voices=TRAIN_VOICES, pace: float = 1.0
     """Grammar sentences, joined by pauses, exactly `seconds` long. The same seed, the same bytes. pace: of every phone's duration."""
     rng = np.random.default_rng([int(seed), 5])
     voice = str(voices[int(rng.integers(len(voices)))])
-    pitch = _PITCH.get(voice, 120.0) * float(rng.uniform(0.82, 1.22))
+    pitch = PITCH.get(voice, 120.0) * float(rng.uniform(0.82, 1.22))
     stretch = pace * float(rng.uniform(0.88, 1.22))
     n = round(seconds * RATE)
     parts: list[Utterance] = []
     left, tries = seconds, 0
     while left > 0.7 and tries < 5:
-        u = _trimmed(_flite(sentence(rng, (left - 0.1) / stretch), voice, pitch, stretch))
+        u = trimmed(flite(sentence(rng, (left - 0.1) / stretch), voice, pitch, stretch))
         if u.seconds <= left:
             parts.append(u)
             left -= u.seconds + 0.05
         else:
             tries += 1
     if not parts:  # shorter than any sentence: the beginning of one
-        u = _flite(sentence(rng, 0.0), voice, pitch, stretch)
+        u = flite(sentence(rng, 0.0), voice, pitch, stretch)
         parts = [_cut(u, 0.0, min(u.seconds, n / RATE))]
-    return _joined(parts, n, rng, voice)
+    return joined(parts, n, rng, voice)
 
 
-def _trimmed(u: Utterance) -> Utterance:
+def trimmed(u: Utterance) -> Utterance:
     """With a tenth of a second of silence around."""
     first, last = u.phones[0], u.phones[-1]
     a = max(0.0, first.end - 0.10) if first.name == "pau" else 0.0
@@ -161,7 +162,7 @@ def _trimmed(u: Utterance) -> Utterance:
     return _cut(u, a, b)
 
 
-def _joined(parts: list[Utterance], n: int, rng: np.random.Generator, voice: str) -> Utterance:
+def joined(parts: list[Utterance], n: int, rng: np.random.Generator, voice: str) -> Utterance:
     """n samples: the parts in order, what is left of the time between and around them."""
     spare = n - sum(len(p.pcm) for p in parts)
     share = rng.dirichlet(np.full(len(parts) + 1, 2.0))
@@ -189,7 +190,7 @@ def readings() -> tuple[Utterance, ...]:
     """The sentences of the recording that ships, which no avatar of ours was trained on."""
     pcm, at, found = read_wav(RECORDING), 0, []
     for samples, text in READ:
-        found.append(_trimmed(align(pcm[at : at + samples], text, voice=READER)))
+        found.append(trimmed(align(pcm[at : at + samples], text, voice=READER)))
         at += samples
     return tuple(found)
 
@@ -200,7 +201,7 @@ def read_aloud(seed: int, seconds: float) -> Utterance:
     for k in rng.permutation(len(READ)).tolist() * 3:
         if sum(p.seconds + 0.05 for p in (*parts, readings()[k])) <= seconds:
             parts.append(readings()[k])
-    return _joined(parts, round(seconds * RATE), rng, READER)
+    return joined(parts, round(seconds * RATE), rng, READER)
 
 
 # --------------------------------------------------------------------------- augmentation

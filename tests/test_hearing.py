@@ -1,0 +1,242 @@
+"""The viseme encoder: speech by many voices with its phones in time, what is learned from it, and how it gets into an avatar."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from liveavatar.conditioning.audio_features import TICKS_PER_FRAME, LogMelFrontEnd, VisemeFrontEnd, log_mels
+from liveavatar.conditioning.behaviour import closure_of
+from liveavatar.conditioning.phones import PHONES
+from liveavatar.conditioning.visemes import CLOSE
+from liveavatar.core import ConfigError, InputError, WeightsError
+from liveavatar.models import weights
+from liveavatar.models.s2v import S2VConfig
+from liveavatar.models.viseme_encoder import VisemeEncoder, VisemeSizes
+from liveavatar.training import codec, hearing, recipe, shards, unpack
+from liveavatar.training.checkpoints import load_average
+from liveavatar.training.loop import LoopConfig
+from liveavatar.training.synth import speakers, speech
+
+from conftest import tiny_model, tiny_vae
+
+MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
+LOOP = LoopConfig(iterations=160, batch=4, lr=8e-3, warmup=5, cooldown=0.5, ema=0.9, threads=1, log_every=1, bf16=False, device="cpu")
+needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed (apt install flite)")
+
+
+def config_of(folder, **settings):
+    return hearing.VisemesConfig(**{"loop": LOOP, "folder": str(folder), "voices": {"slt": 1}, "sizes": VisemeSizes(width=24, dilations=(1, 2, 4)),
+                                    "seconds": 2.0, "changed": 0.0, "warp": 0.0, "tilt": 0.0, **settings})
+
+
+# ---------------------------------------------------------------- voices
+
+
+@pytest.mark.parametrize(("language", "said", "ours"), [
+    (speakers.ITALIAN, "p a1 tS E1 dz rr j pau", "p aa ch eh z d y pau"),
+    (speakers.CZECH, "m a: s~ r~ ch n* o: #", "m aa sh zh hh ng ao pau"),
+    (speakers.FINNISH, "p: 7 @ y m: u: N", "p uh ae uw m uw ng"),
+    (speakers.CATALAN, "B e1 Z ax L i1 u1", "b eh zh ax y iy uw"),
+    (speakers.RUSSIAN, "pp aa mm yy ch ur ae vv", "p aa m ih ch uh eh v"),
+    (speakers.ENGLISH, "hh ax l ow pau _", "hh ax l ow pau pau"),
+])  # fmt: skip
+def test_phones_of_other_languages_have_the_mouths_of_ours(language, said, ours):
+    assert [language.phone(name) for name in said.split()] == ours.split()
+    assert set(language._ours.values()) <= PHONES
+
+
+def test_a_voice_that_is_not_installed_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(speakers.FestivalMissing, match="apt install festival"):
+        next(speakers.utterances("ked_diphone", 1, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
+    with pytest.raises(speakers.FestivalMissing, match="has no voice ked_diphone"):
+        next(speakers.utterances("ked_diphone", 1, 0))
+
+
+def test_marks_of_festival_fill_the_sound():
+    pcm = np.sin(np.arange(16_000) / 9).astype(np.float32)
+    said = speakers._marked(pcm, "#\n 0.2500 100 #\n 0.4 100 p:\n0.8 100 a:\n 1.5 100 m\n", speakers.FINNISH, "v")
+    assert [(p.name, p.start, p.end) for p in said.phones] == [("pau", 0, 0.25), ("p", 0.25, 0.4), ("aa", 0.4, 0.8), ("m", 0.8, 1.0)]
+    assert np.abs(said.pcm).max() == pytest.approx(speakers.LOUDEST)
+
+
+@needs_flite
+def test_the_same_seed_says_the_same_and_another_voice_something_else():
+    one, again = (next(speakers.utterances("slt", 1, 3)) for _ in range(2))
+    assert np.array_equal(one.pcm, again.pcm) and one.phones == again.phones and one.seconds >= speakers.SECONDS
+    assert next(speakers.utterances("rms", 1, 3)).text != one.text
+
+
+@pytest.mark.skipif(shutil.which("festival") is None, reason="festival is not installed (apt install festival)")
+def test_festival_speaks_with_its_phones():
+    try:
+        said = list(speakers.utterances("kal_diphone", 2, 0))
+    except speakers.FestivalMissing as error:
+        pytest.skip(str(error))
+    for one in said:
+        loud = hearing.articulators_of(one)[:, CLOSE]
+        assert one.phones[-1].end == pytest.approx(one.seconds) and {p.name for p in one.phones} <= PHONES and len(loud) == int(one.seconds * 100)
+
+
+# ---------------------------------------------------------------- the corpus
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """A corpus of one utterance."""
+    if shutil.which("flite") is None:
+        pytest.skip("flite is not installed (apt install flite)")
+    folder = tmp_path_factory.mktemp("spoken")
+    assert hearing.speak(config_of(folder), 5) == 1 and hearing.speak(config_of(folder), 5) == 0, "what is there stays"
+    return folder
+
+
+def test_pieces_are_what_the_front_end_will_hear(spoken):
+    """Column j of a batch's mels, reach - ahead ticks on, is the moment of articulators j; also where a piece begins before the sound."""
+    config = config_of(spoken, seconds=1.0)
+    said, sizes = hearing.Spoken(config).said[0], config.sizes
+    before = sizes.reach - sizes.ahead
+    whole = log_mels(hearing.padded(said["pcm"], -160 * before - 200, 160 * (len(said["articulators"]) + sizes.ahead) + 200))
+    starts = {}
+    for k in range(40):
+        mels, wanted = (part[0].numpy() for part in hearing.Spoken(config).batch(np.random.default_rng(k), 1))
+        found = [s for s in range(len(said["articulators"]) - 99) if np.array_equal(wanted.T, said["articulators"][s : s + 100].astype(np.float32))]
+        if len(found) == 1:  # silence is like silence
+            assert np.allclose(mels.T, whole[found[0] : found[0] + mels.shape[1]], atol=1e-5)
+            starts[found[0]] = True
+    assert len(starts) > 10
+
+
+def test_a_stranger_has_other_bands_and_the_same_moments(spoken):
+    config, mels = config_of(spoken, warp=0.15, tilt=0.3), np.random.default_rng(0).normal(size=(50, 40))
+    made = [hearing.strange(mels, config, np.random.default_rng(k)) for k in range(8)]
+    assert all(m.shape == mels.shape for m in made) and sum(np.allclose(m, mels) for m in made) < 4
+    still = np.broadcast_to(mels[:1], mels.shape)
+    assert all(np.ptp(hearing.strange(still, config, np.random.default_rng(k)), axis=0).max() < 1e-9 for k in range(8))
+
+
+def test_what_was_trained_on_one_sentence_says_it_as_served(spoken, tmp_path):
+    """Training, front end and articulators agree on what time it is: r .9 at lag 0 through the streaming door, in two sittings."""
+    config = config_of(spoken)
+    first = hearing.train_visemes(config, tmp_path, 0, stop_after=4)
+    assert not (tmp_path / "visemes").exists()
+    losses = first + hearing.train_visemes(config, tmp_path, 0)
+    assert len(losses) == LOOP.iterations and np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
+    encoder, trained = weights.load_viseme_encoder(tmp_path / "visemes"), hearing.new_encoder(config, 0)
+    load_average(trained, tmp_path / "visemes.pt")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.state_dict().values(), trained.state_dict().values(), strict=True))
+    said = next(speakers.utterances("slt", 1, 5))
+    frames, true = int(said.seconds * 25), hearing.articulators_of(said)[::TICKS_PER_FRAME]
+    heard = VisemeFrontEnd(encoder).features_of(said.pcm, frames)[0].T.numpy()
+    r = {lag: np.corrcoef(heard[2 + lag : frames - 2 + lag, CLOSE], true[2 : frames - 2, CLOSE])[0, 1] for lag in (-1, 0, 1)}
+    assert max(r, key=r.get) == 0 and r[0] > 0.9, r
+    assert set(hearing.follows(VisemeFrontEnd(encoder), [said])) == {"gap r", "gap slope", "width r", "width slope"}
+
+
+def test_a_resumed_run_repeats_its_losses(spoken, tmp_path):
+    config = config_of(spoken, loop=dataclasses.replace(LOOP, iterations=6))
+    whole = hearing.train_visemes(config, tmp_path / "a", 0)
+    assert hearing.train_visemes(config, tmp_path / "b", 0, stop_after=3) + hearing.train_visemes(config, tmp_path / "b", 0) == whole
+
+
+@pytest.mark.parametrize(("settings", "problem"), [
+    ({"voices": {"bob": 3}}, "bob: unknown; known: slt"), ({"voices": {}}, "at least one voice"), ({"voices": {"slt": 0}}, "one utterance of each"),
+    ({"seconds": 0.0}, "seconds=0.0: positive"), ({"changed": 1.5}, "must|in 0..1"), ({"tilt": -1.0}, "tilt=-1.0: not negative"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        config_of("x", **settings)
+
+
+def test_speech_that_is_not_there_is_missed_by_name(tmp_path):
+    with pytest.raises(InputError, match="no speech"):
+        hearing.Spoken(config_of(tmp_path / "nowhere"))
+
+
+# ---------------------------------------------------------------- in an avatar
+
+
+def test_the_recipe_holds_encoder_and_transformer_together():
+    with pytest.raises(ConfigError, match="audio_dim=8: 8 where the recipe has a visemes section"):
+        recipe.read_recipe(MICRO, ["visemes=null"])
+    with pytest.raises(ConfigError, match="audio_dim=400"):
+        recipe.read_recipe(MICRO, ["forcing.model.audio_dim=400"])
+
+
+@pytest.fixture
+def avatar(tmp_path):
+    torch.manual_seed(1)
+    encoder = VisemeEncoder(VisemeSizes(width=8))
+    return weights.save_folder(tmp_path / "avatar", transformer=tiny_model(audio_dim=8), vae=tiny_vae(), viseme_encoder=encoder,
+                               audio={"kind": "visemes"}, sampler={}, geometry={}), encoder  # fmt: skip
+
+
+def test_a_folder_brings_what_it_hears_through(avatar):
+    folder, encoder = avatar
+    loaded = weights.load_hearing(folder)
+    assert loaded.sizes == encoder.sizes and all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), encoder.state_dict().values(), strict=True))
+    assert [part.problem for part in weights.inspect_folder(folder).parts if part.name == "viseme_encoder"] == [None]
+    (folder / "viseme_encoder" / "config.json").write_text('{"width": 9}')
+    assert any("viseme_encoder" in str(problem) or "shape" in str(problem) for problem in weights.inspect_folder(folder).problems)
+    with pytest.raises(WeightsError):
+        weights.load_hearing(folder)
+    shutil.rmtree(folder / "viseme_encoder")
+    with pytest.raises(WeightsError, match="without viseme_encoder"):
+        weights.load_hearing(folder)
+
+
+def test_an_avatar_of_the_spectrum_goes_on_with_articulators(tmp_path):
+    """Unpacked for a recipe with an encoder, all but its first audio convolutions is as it was, and they do to the clips on the mean what they
+    did."""
+    r = recipe.read_recipe(MICRO)
+    sizes = S2VConfig.from_dict(r.forcing.model)
+    before = tiny_model(**{**sizes.to_dict(), "audio_dim": 400, "audio_inject_layers": sizes.audio_inject_layers, "patch_size": (1, 2, 2)})
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        frames = np.zeros((33, 4, 4, 3), np.uint8)
+        sound = (3000 * rng.normal(size=37 * 640) * np.repeat(rng.random(37 * 8), 80)).astype(np.int16)
+        shards.write_clip(shards.clip_path(tmp_path / "data", "train", number),
+                          shards.Clip(frames, frames[0], sound, np.zeros((33, 4), np.float32), np.zeros((33, 2, 4), np.float32),
+                                      *(np.zeros(33, np.float32) for _ in range(3)), {"caption": ""}))  # fmt: skip
+    weights.save_viseme_encoder(tmp_path / "run" / "visemes", VisemeEncoder(r.visemes.sizes))
+    after = unpack.refitted(before, sizes, r.forcing, tmp_path / "run", tmp_path / "data").state_dict()
+    fitted = {f"casual_audio_encoder.encoder.{name}.conv.{part}" for name in unpack.FIRST for part in ("weight", "bias")}
+    assert {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])} == fitted
+    heard = {400: LogMelFrontEnd(), 8: VisemeFrontEnd(weights.load_viseme_encoder(tmp_path / "run" / "visemes"))}
+    for name in unpack.FIRST:
+        means = []
+        for state, width in ((before.state_dict(), 400), (after, 8)):
+            x = torch.cat([unpack._taps(heard[width].features_of(shards.read_clip(p).sound, 33)[0]) for p in shards.clip_paths(tmp_path / "data", "train")])
+            key = f"casual_audio_encoder.encoder.{name}.conv"
+            means.append((x @ state[f"{key}.weight"].flatten(1).T + state[f"{key}.bias"]).mean(0))
+        assert torch.allclose(*means, atol=1e-3)
+    with pytest.raises(InputError, match="run the data stage"):
+        unpack.refitted(before, sizes, r.forcing, tmp_path / "run", tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- blinks
+
+
+def test_pieces_about_a_blink_show_it():
+    r, rng = recipe.read_recipe(MICRO), np.random.default_rng(0)
+    lid = np.full(60, 0.2, np.float32)
+    lid[41:43] = 0.0
+    frames = np.zeros((60, 96, 96, 3), np.uint8)
+    frames[41:43, 20:28, 20:28] = 255
+    eyes = np.broadcast_to(np.array([20, 20, 28, 28], np.float32), (60, 2, 4))
+    clip = shards.Clip(frames, frames[0], np.zeros(1, np.int16), np.broadcast_to(np.array([60, 70, 80, 80], np.float32), (60, 4)), eyes, lid, lid, lid, {})
+    assert (closure_of(lid) > codec.SHUT).nonzero()[0].tolist() == [41, 42]
+
+    def seen(share: float) -> int:
+        config = dataclasses.replace(r.vae, crop=32, blinks=share)
+        pieces = (codec.cut_piece(clip, config, 5, rng)[0] for _ in range(60))
+        return sum(float(piece.amax()) > 0.9 for piece in pieces)
+
+    assert seen(1.0) > 50 > 20 > seen(0.0)
+    with pytest.raises(ConfigError, match="blinks"):
+        dataclasses.replace(r.vae, blinks=2.0)
