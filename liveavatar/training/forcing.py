@@ -260,8 +260,7 @@ class EncodedReader:
         self.order: list[Path] = []
         self.shipped: list[Path] = []
         self.rows_of = functools.lru_cache(maxsize=TEXTS_KEPT)(self._encode)
-        self.front_end = None if config.base else stored.front_end_of_run(config.model, run)  # over a base clips were heard when they were encoded
-        self.silence = stored.silence_of(text, self.front_end)  # [L,Ca,1]
+        self.silence = stored.silence_of(text, None if config.base else stored.front_end_of_run(config.model, run))  # [L,Ca,1]
 
     def look_again(self, draws: Draws) -> None:
         """Refresh at the first batch and every 50 iterations."""

@@ -26,18 +26,16 @@ from torch import nn
 
 from liveavatar.conditioning.behaviour import lid_planes
 from liveavatar.config import one_of
-from liveavatar.core import FRAMES_PER_LATENT, ConfigError, InputError, latents_of
+from liveavatar.core import FRAMES_PER_LATENT, ConfigError, InputError
 from liveavatar.diffusion.rollout import ClipCondition, exit_table, level_parallel
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import TYPICAL, Residual
 from liveavatar.models.s2v import CausalS2V
-from liveavatar.training import shards
 from liveavatar.training.casting import cast_of
 from liveavatar.training.checkpoints import checkpoint_path, load_average, load_checkpoint, save_checkpoint
-from liveavatar.training.forcing import Batch, Encoded, EncodedReader, Folder, ForcingConfig, draw_position, lips_by_latent, pictures_of
+from liveavatar.training.forcing import Batch, Encoded, EncodedReader, ForcingConfig, draw_position
 from liveavatar.training.levels import mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
-from liveavatar.training.synth.speech import augment
 from liveavatar.training.unpack import STAGE
 
 READ = ("aperture", "width")
@@ -56,8 +54,6 @@ class LipsConfig:
     pull: tuple[float, float] = (0.15, 0.03)  # weights of lips too far open and too wide, squared, in units of the corpus' spread: of a
     # mouth's cells little is lips; how wide they are is a few pixels, and mostly noise
     gain: float = 1.4  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
-    speech: str = ""  # folder of further clips, of the same people, whose sound and lips alone are used: rendered small, they cost little
-    speech_share: float = 0.8  # of the pieces say what is said there: avatars know the sentences they were trained on by heart
     still: float = 0.09  # standard deviation over time, of the corpus' own, below which a cell of a clip stands still
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
     hush_share: float = 0.25  # of the pieces fall silent somewhere
@@ -67,7 +63,7 @@ class LipsConfig:
 
     def __post_init__(self):
         one_of("lips.start", self.start, ("lids", STAGE))  # both take the control of the lids
-        for name in ("share", "speech_share", "hush_share", "drop_share", "ease"):
+        for name in ("share", "hush_share", "drop_share", "ease"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
@@ -173,29 +169,17 @@ class LipsReader(EncodedReader):
 
     def __init__(self, lips: LipsConfig, run: str | Path, config: ForcingConfig, text: TextEncoder, default_identity: int):
         super().__init__(run, replace(config, blocks=lips.blocks, silence_share=0.0), text, default_identity)
-        self.lips, self.speech, self.speakers = lips, Folder(Path(lips.speech), "train") if lips.speech else None, {}
-
-    def refresh(self) -> None:
-        """Look for clips that were encoded, or rendered to be heard, since."""
-        super().refresh()
-        if self.speech is not None:
-            self.speech.refresh()
-            self.speakers = {}
-            for path, card in self.speech.cards.items():
-                self.speakers.setdefault(card["identity"]["seed"], []).append(path)
+        self.lips = lips
 
     def pieces(self, draws: Draws, count: int, as_seen: bool = False) -> Piece:
-        """`count` random pieces of clips. as_seen: all say what their pictures show, none another sentence or nothing. Raises InputError
-        where clips were encoded without lips."""
+        """`count` random pieces of clips. as_seen: all say what their pictures show, none falls silent. Raises InputError where clips were encoded
+        without lips."""
         self.look_again(draws)
         rng, rows, others = draws.numpy, [], []
         for _ in range(count):
             clip = self._draw_clip(rng)
             piece = self._piece(clip.latents.shape[1], rng)
             row, lips = list(self._row(clip, rng, piece)), lips_of(clip, self.folder)[piece].copy()
-            sentences = self.speakers.get(clip.card["identity"]["seed"])
-            if sentences and not as_seen and rng.random() < self.lips.speech_share:
-                row[1], lips = self._said(sentences[int(rng.integers(len(sentences)))], rng)
             asked, rest = np.ones(lips.shape[:2], bool), resting_width(clip.lips)
             if not as_seen and rng.random() < self.lips.hush_share:
                 row[1] = self._hushed(row[1], lips, asked, rest, rng)
@@ -205,14 +189,6 @@ class LipsReader(EncodedReader):
             others.append((lips, np.float32(rest), asked, self._mouth(clip, piece)[None], still[None, None], closure))
         lips, rest, asked, mouth, still, closure = (torch.from_numpy(np.stack(part)) for part in zip(*others))
         return Piece(self.stacked(rows), lips.float(), rest, asked, mouth, still, closure.float())
-
-    def _said(self, path: Path, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
-        """(features, lips) of a random piece of another clip, two of three times with its sound changed."""
-        clip = shards.read_clip(path)
-        sound = augment(clip.sound, int(rng.integers(2**31))) if rng.random() < 2 / 3 else clip.sound
-        piece = self._piece(latents_of(len(clip.frames)), rng)
-        features = self.front_end.features_of(sound, len(clip.frames))
-        return features[..., pictures_of(piece)], lips_by_latent(clip)[piece]
 
     def _hushed(self, features: torch.Tensor, lips: np.ndarray, asked: np.ndarray, rest: float, rng: np.random.Generator) -> torch.Tensor:
         """The features with silence from some picture on. From there the lips are the portrait's, shut; in place."""
