@@ -41,10 +41,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """stage: whose averages are exported; chosen: by the stage `choose`, best: by dmd.judge, blended: by the stage `lips`. folder: where the checkpoint folder goes; portrait: picture of the default
-    identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how the weights
-    came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very
-    weights, "" for none."""
+    """stage: whose averages are exported; chosen: by the stage `choose`, best: by dmd.judge. folder: where the checkpoint folder goes;
+    portrait: picture of the default identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how
+    the weights came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very weights, "" for
+    none."""
 
     stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
@@ -60,7 +60,7 @@ class ExportConfig:
     refresh_block: int = 0
 
     def __post_init__(self):
-        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "best", "lids", "blended"))
+        one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "best", "lids", "lips"))
         if self.dtype not in DTYPES:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
@@ -90,7 +90,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                          geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block},
-                         framing=RENDERED if rendered else None, control=LIDS if config.stage in ("lids", "blended") else None,
+                         framing=RENDERED if rendered else None, control=LIDS if config.stage in ("lids", "lips") else None,
                          dtype=DTYPES[config.dtype])
     if config.gates:
         add_gates(folder, Path(config.gates))

@@ -32,7 +32,7 @@ from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.probe import TYPICAL, Residual
 from liveavatar.models.s2v import CausalS2V
 from liveavatar.training.casting import cast_of
-from liveavatar.training.checkpoints import checkpoint_path, load_average, load_checkpoint, save_checkpoint
+from liveavatar.training.checkpoints import checkpoint_path, load_average
 from liveavatar.training.forcing import Batch, Encoded, EncodedReader, ForcingConfig, draw_position
 from liveavatar.training.levels import mix
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
@@ -54,22 +54,22 @@ class LipsConfig:
     pull: tuple[float, float] = (0.15, 0.03)  # weights of lips too far open and too wide, squared, in units of the corpus' spread: of a
     # mouth's cells little is lips; how wide they are is a few pixels, and mostly noise
     gain: float = 1.4  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
+    lively: float = 1.0  # how far all else moves over what the avatar makes: a squared error takes some of the motion that is chance
     still: float = 0.09  # standard deviation over time, of the corpus' own, below which a cell of a clip stands still
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
     hush_share: float = 0.25  # of the pieces fall silent somewhere
     drop_share: float = 0.4  # of the pieces come without the control of the lids
-    share: float = 0.5  # of the way from the finished avatar to what was learned, of RUN/blended.pt: half of the way keeps lips that shut
     width: int = 128  # channels of the painter
 
     def __post_init__(self):
         one_of("lips.start", self.start, ("lids", STAGE))  # both take the control of the lids
-        for name in ("share", "hush_share", "drop_share", "ease"):
+        for name in ("hush_share", "drop_share", "ease"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
             raise ConfigError(f"lips: blocks={self.blocks}: at least 1; width={self.width}: a multiple of 8")
-        if min(self.mouth, *self.pull, self.still, self.gain) < 0:
-            raise ConfigError("lips: mouth, pull, still and gain must not be negative")
+        if min(self.mouth, *self.pull, self.still, self.gain, self.lively) < 0:
+            raise ConfigError("lips: mouth, pull, still, gain and lively must not be negative")
 
 
 # ---------------------------------------------------------------- what paints mouths
@@ -217,9 +217,9 @@ def eased(latents: torch.Tensor, block: int, share: float) -> torch.Tensor:
 
 def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
     """What the avatar as it was makes of a state, [B,z,F,h,w], as it shall be; see the module text."""
-    rest = resting_lips(piece)
-    painted = painter(before, piece.batch.reference, piece.mouth, units_of(rest + config.gain * (piece.lips - rest)))
-    return torch.where(piece.still, before.mean(2, keepdim=True), eased(painted, forcing.block_latents, config.ease))
+    rest, mean = resting_lips(piece), before.mean(2, keepdim=True)
+    painted = painter(torch.lerp(mean, before, config.lively), piece.batch.reference, piece.mouth, units_of(rest + config.gain * (piece.lips - rest)))
+    return torch.where(piece.still, mean, eased(painted, forcing.block_latents, config.ease))
 
 
 def resting_lips(piece: Piece) -> torch.Tensor:
@@ -272,8 +272,7 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
 
 def train_lips(config: LipsConfig, forcing: ForcingConfig, sigmas: Sequence[float], run: str | Path, seed: int, text: TextEncoder,
                default_identity: int, stop_after: int | None = None) -> list[float]:
-    """Train (or go on training) from RUN/START.pt, with mouths by RUN/painter.pt; returns the losses of this call. At the end RUN/blended.pt
-    is written. Raises WeightsError without what it starts from."""
+    """Train (or go on training) from RUN/START.pt, with mouths by RUN/painter.pt; returns the losses of this call. Raises WeightsError without what it starts from."""
     cast = cast_of(forcing, run, seed)
     model, kept = cast.started("lips", config.start), cast.teacher(config.start)
     painter = new_painter(config, forcing.model["out_dim"], seed)
@@ -287,16 +286,4 @@ def train_lips(config: LipsConfig, forcing: ForcingConfig, sigmas: Sequence[floa
         piece = source.pieces(draws, config.loop.batch).to(trainer.device)
         return lips_loss(model, kept, painter, config, forcing, piece, draws, sigmas)
 
-    made = trainer.run(loss_of, stop_after, keep_casts=False)
-    if trainer.iteration == config.loop.iterations and not trainer.rank:
-        blend(checkpoint_path(run, config.start), checkpoint_path(run, "lips"), config.share, checkpoint_path(run, "blended"))
-    return made
-
-
-def blend(start: Path, learned: Path, share: float, path: Path) -> None:
-    """Averages of two checkpoints as a third, `share` of the way from the first to the second (WiSE-FT, arXiv 2109.01903): squared errors
-    make lips timid where a sentence leaves them a choice, and the weights between are better than either. One process calls it."""
-    first, second = load_checkpoint(start)["ema"], load_checkpoint(learned)
-    averages = {f"ema/{name}": torch.lerp(first[name], value, share) for name, value in second["ema"].items()}
-    path.unlink(missing_ok=True)  # or another of the same iteration would pass for this one
-    save_checkpoint(path, averages | {"iteration": second["iteration"]}, alone=True)
+    return trainer.run(loss_of, stop_after, keep_casts=False)

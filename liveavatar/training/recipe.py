@@ -141,7 +141,7 @@ class Recipe:
             raise ConfigError("dmd.judge: judges adapters over a base; here a choose section does that, by the probe")
         if self.export.stage == "best" and not judged:
             raise ConfigError("export.stage='best': nobody says which that is; give dmd.judge: {command: ...}")
-        needed = {"chosen": "choose", "best": "dmd", "blended": "lips"}.get(self.export.stage, self.export.stage)
+        needed = {"chosen": "choose", "best": "dmd"}.get(self.export.stage, self.export.stage)
         if not getattr(self, needed):
             raise ConfigError(f"export.stage={self.export.stage!r}: the recipe has no {needed} section")
         if self.dmd and self.export.stage in ("dmd", "chosen", "best") and self.dmd.history != "per_step":
