@@ -18,7 +18,7 @@ from liveavatar.training.shards import read_arrays, write_arrays
 from torch import nn
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
-SPECTRUM = {"visemes": "null", "forcing.model.audio_dim": "400"}  # clips of noise need no encoder
+SPECTRUM = ["visemes=null", "forcing.model.audio_dim=400"]  # clips of noise need no encoder
 TABLE = levels.student_table(4, 5.0)
 
 
@@ -291,7 +291,7 @@ def test_one_clip_is_learned_by_heart(tmp_path):
     card, arrays = read_arrays(path)
     still = np.random.default_rng(0).standard_normal((16, 1, 4, 4)).astype(np.float16)
     write_arrays(path, card, **{**arrays, "latents": np.repeat(still, 9, axis=1)})
-    known = recipe.read_recipe(MICRO, [f"{key}={value}" for key, value in SPECTRUM.items()]).forcing
+    known = recipe.read_recipe(MICRO, SPECTRUM).forcing
     config = dataclasses.replace(
         known, start="", model={**known.model, "dim": 64, "ffn_dim": 128}, levels=TABLE[:-1], same_share=1.0, table_share=1.0, far_share=0.0,
         portrait_share=0.0, silence_share=0.0, no_text_share=0.0, mouth=0.0, eyes=0.0,
@@ -317,9 +317,9 @@ def test_the_past_is_given_noised_in_stage_one_and_the_portrait_after(tmp_path, 
     encoded_clip(tmp_path / "latents", 0)
     clip = forcing.read_encoded(next((tmp_path / "latents" / "train").iterdir()))
     known = {"forcing.motion": "past", "forcing.portrait_share": "0", "forcing.loop.iterations": "8", "forcing.start": "''", "dmd.loop.iterations": "1",
-             "dmd.start": "forcing", "dmd.teacher": "forcing", "dmd.forward_kl": "0", "run": str(tmp_path), "text": "null"} | SPECTRUM
+             "dmd.start": "forcing", "dmd.teacher": "forcing", "dmd.forward_kl": "0", "run": str(tmp_path), "text": "null"}
     for stage in ("forcing", "dmd"):
-        recipe.run(stage, MICRO, [f"{key}={value}" for key, value in known.items()])
+        recipe.run(stage, MICRO, [*SPECTRUM, *(f"{key}={value}" for key, value in known.items())])
     past = torch.from_numpy(clip.latents[:, :3].astype(np.float32))  # of 9
     motion = torch.cat([m for _, m in given[forcing]])  # [16 clips,z,3,h,w], one clip 16 times
     share = ((motion * past).mean(dim=(1, 3, 4)) / past.square().mean(dim=(0, 2, 3))).clip(0, 1)  # of the past that is left in each latent
@@ -339,7 +339,7 @@ def micro(tmp_path_factory):
     root = tmp_path_factory.mktemp("distilled")
     for index in range(3):
         encoded_clip(root / "latents", index)
-    overrides = [f"run={root}", "text=null", "teacher.loop.iterations=4", "forcing.loop.iterations=4", *(f"{key}={value}" for key, value in SPECTRUM.items())]
+    overrides = [f"run={root}", "text=null", "teacher.loop.iterations=4", "forcing.loop.iterations=4", *SPECTRUM]
     for stage in ("teacher", "forcing", "ode", "consistency", "dmd"):
         recipe.run(stage, MICRO, overrides)
     return recipe.read_recipe(MICRO, overrides)

@@ -290,7 +290,7 @@ def test_videos_nobody_gave_are_made_once(tmp_path, small_suite, monkeypatch):
     assert made == ["i0.mp4", "i1.mp4"]
     system = read_report(tmp_path / "out/report.json").system
     assert "transformer.safetensors" in system.weights and system.name == "embedded avatar"
-    assert (system.engine, system.driver, system.driver_sha256) == ("diffusion", "log-mel front end", None)
+    assert (system.engine, system.driver, system.driver_sha256) == ("diffusion", "viseme encoder", system.weights["viseme_encoder/model.safetensors"])
     (tmp_path / "ears").write_bytes(b"wav2vec2")
     heard = Ours.weights(None) | {"wav2vec2/model.safetensors": tmp_path / "ears"}
     theirs = jobs.system_of(jobs.SystemSettings(engine="x"), SimpleNamespace(weights=lambda config: heard), None)

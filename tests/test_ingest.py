@@ -259,7 +259,7 @@ def test_the_forcing_stage_reads_shards_like_files(tmp_path):
     from liveavatar.training.loop import draws_of
 
     encoded(tmp_path, 5)
-    config = recipe.read_recipe(MICRO).forcing
+    config = recipe.read_recipe(MICRO, ["visemes=null", "forcing.model.audio_dim=400"]).forcing
     files = forcing.EncodedReader(tmp_path, config, Rows(), 0).batch(draws_of(1, "forcing", 0), 4)
     made = shards.pack(tmp_path / "latents", "train", per_shard=2)
     assert [p.name for p in made] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from liveavatar.training import recipe
 from liveavatar.training.loop import load_checkpoint
-from test_distillation import MICRO, encoded_clip
+from test_distillation import MICRO, SPECTRUM, encoded_clip
 
 ROOT = MICRO.parents[1]
 FORKED_WITH = ("torch.distributed.fsdp",)
@@ -21,7 +21,7 @@ def clips(folder: Path) -> list[str]:
     """Clips of noise under `folder`; the settings of a short stage on them."""
     for index in range(3):
         encoded_clip(folder / "latents", index)
-    return [f"run={folder}", "text=null", "forcing.start=''", "forcing.loop.iterations=3", "forcing.loop.muon=false"]
+    return [f"run={folder}", "text=null", "forcing.start=''", "forcing.loop.iterations=3", "forcing.loop.muon=false", *SPECTRUM]
 
 
 def logged(folder: Path) -> list[float]:

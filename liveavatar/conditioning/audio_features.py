@@ -18,7 +18,7 @@ import torch
 
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
 from liveavatar.models.layers import to_device
-from liveavatar.models.viseme_encoder import ARTICULATORS, VisemeEncoder
+from liveavatar.models.viseme_encoder import ARTICULATORS, MELS, VisemeEncoder
 
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 BLOCK_FRAMES = 12
@@ -157,7 +157,7 @@ def _mel_filters(mels: int, bins: int, low: float, high: float) -> np.ndarray:
     return np.maximum(0.0, np.minimum(rise, fall))
 
 
-TICK, WINDOW, N_FFT, MELS = 160, 400, 512, 40
+TICK, WINDOW, N_FFT = 160, 400, 512
 MEL_MEAN, MEL_STD = -6.0, 3.0
 TICKS_PER_FRAME = SAMPLES_PER_FRAME // TICK
 
