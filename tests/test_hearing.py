@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,22 @@ def test_a_voice_that_is_not_installed_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
     with pytest.raises(speakers.FestivalMissing, match="has no voice ked_diphone"):
         next(speakers.utterances("ked_diphone", 1, 0))
+
+
+def test_what_festival_gives_up_on_is_said_otherwise(monkeypatch):
+    """Of every call only the second utterance is written, of a call for one that one: all that were asked for come in the end."""
+    def festival(command, **how):
+        script = Path(command[2])
+        made = script.parent / ("1" if "1.wav" in script.read_text() else "0")
+        with wave.open(f"{made}.wav", "wb") as file:
+            file.setnchannels(1), file.setsampwidth(2), file.setframerate(16_000)
+            file.writeframes((3000 * np.sin(np.arange(8000) / 9)).astype("<i2").tobytes())
+        Path(f"{made}.lab").write_text("#\n 0.25 100 pau\n 0.5 100 m\n")
+
+    monkeypatch.setattr(shutil, "which", lambda name: "festival")
+    monkeypatch.setattr(speakers.subprocess, "run", festival)
+    said = list(speakers.utterances("ked_diphone", 3, 0))
+    assert [[p.name for p in one.phones] for one in said] == [["pau", "m"]] * 3
 
 
 def test_marks_of_festival_fill_the_sound():

@@ -25,6 +25,7 @@ from liveavatar.models.weights import save_viseme_encoder
 from liveavatar.training import shards
 from liveavatar.training.checkpoints import checkpoint_path, load_average
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.probing import agreement
 from liveavatar.training.progress import counted
 from liveavatar.training.synth import speakers, speech
 
@@ -179,7 +180,8 @@ def follows(front_end: VisemeFrontEnd, utterances: Iterable[Utterance]) -> dict[
         frames = int(said.seconds * FPS)
         heard, true = front_end.features_of(said.pcm, frames)[0].T.numpy(), articulators_of(said)[::TICKS_PER_FRAME][:frames]
         for what, read in (("gap", lambda a: lip_gap(arkit(np.clip(a, 0, 1)))), ("width", lambda a: a[:, WIDE] - a[:, ROUND])):
-            found[f"{what} r"].append(np.corrcoef(read(heard), read(true))[0, 1])
-            found[f"{what} slope"].append(np.polyfit(read(true), read(heard), 1)[0])
+            agreed = agreement(read(heard), read(true))
+            found[f"{what} r"].append(agreed["r"])
+            found[f"{what} slope"].append(agreed["slope"])
     return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
 

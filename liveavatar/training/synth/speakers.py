@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from liveavatar.conditioning.media import read_audio
-from liveavatar.conditioning.phones import PAUSE, PHONES, Phone, SpeechError, Utterance, dictionary, merge_pauses
+from liveavatar.conditioning.phones import PAUSE, PHONES, SpeechError, Utterance, dictionary, merge_pauses
 from liveavatar.core import SAMPLE_RATE
 from liveavatar.training.synth import speech
 
@@ -132,39 +132,37 @@ def _by_festival(voice: str, count: int, rng: np.random.Generator) -> Iterator[U
     program = shutil.which("festival")
     if program is None:
         raise FestivalMissing(f"festival is not installed: apt install festival {FESTIVAL[voice].package}, or take {voice} out of visemes.voices")
-    while count > 0:
+    while count > 0:  # it may give up on a word
         with tempfile.TemporaryDirectory(prefix="festival") as folder:
-            for said in _spoken(program, voice, min(AT_ONCE, count), rng, Path(folder)):
-                yield said
-                count -= 1
+            said = _spoken(program, voice, min(AT_ONCE, count), rng, Path(folder))
+        count -= len(said)
+        yield from said
 
 
-def _spoken(program: str, voice: str, count: int, rng: np.random.Generator, folder: Path) -> Iterator[Utterance]:
+def _spoken(program: str, voice: str, count: int, rng: np.random.Generator, folder: Path) -> list[Utterance]:
+    """At most `count`, at least one."""
     language, lines = FESTIVAL[voice].language, [f"(voice_{voice})"]
     for number in range(count):
         lines += [f"(Parameter.set 'Duration_Stretch {rng.uniform(0.85, 1.25):.2f})", f'(set! said (SynthText "{language.text(rng)}"))',
                   f'(utt.save.wave said "{folder}/{number}.wav" \'riff)', f'(utt.save.segs said "{folder}/{number}.lab")']  # fmt: skip
     script = folder / "say.scm"
     script.write_bytes("\n".join(lines).encode(language.encoding))
-    done = subprocess.run([program, "-b", str(script)], capture_output=True, text=True, errors="replace", timeout=600)
-    if not (folder / "0.wav").exists():
+    try:
+        done = subprocess.run([program, "-b", str(script)], capture_output=True, text=True, errors="replace", timeout=600)
+    except subprocess.TimeoutExpired as error:
+        raise SpeechError(f"festival took more than {error.timeout:.0f} s with voice {voice}") from error
+    pairs = [(folder / f"{number}.wav", folder / f"{number}.lab") for number in range(count)]
+    said = [_marked(np.concatenate(list(read_audio(sound))), marks.read_text(encoding="latin-1"), language, voice)
+            for sound, marks in pairs if sound.exists() and marks.exists()]
+    if not said:
         raise FestivalMissing(f"festival has no voice {voice}: apt install {FESTIVAL[voice].package}, or take it out of visemes.voices: "
                               f"{done.stderr.strip()[-200:]}")
-    for number in range(count):
-        sound, marks = folder / f"{number}.wav", folder / f"{number}.lab"
-        if sound.exists() and marks.exists():  # it may give up on a word
-            yield _marked(np.concatenate(list(read_audio(sound))), marks.read_text(encoding="latin-1"), language, voice)
+    return said
 
 
 def _marked(pcm: np.ndarray, marks: str, language: Language, voice: str) -> Utterance:
     """pcm with the lines "end time, colour, phone" of a label file."""
     pcm = (pcm * (LOUDEST / max(1e-3, float(np.abs(pcm).max())))).astype(np.float32)
-    total, start, phones = len(pcm) / SAMPLE_RATE, 0.0, []
-    for end, name in re.findall(r"^\s*([\d.]+)\s+\S+\s+(\S+)", marks, re.MULTILINE):
-        end = min(float(end), total)
-        if end > start:
-            phones.append(Phone(language.phone(name), start, end))
-            start = end
-    if total > start:
-        phones.append(Phone(PAUSE, start, total))
-    return Utterance(pcm, merge_pauses(phones), "", voice)
+    total, lines = len(pcm) / SAMPLE_RATE, re.findall(r"^\s*([\d.]+)\s+\S+\s+(\S+)", marks, re.MULTILINE)
+    ends = [(language.phone(name), float(end)) for end, name in lines]
+    return Utterance(pcm, merge_pauses(speech.one_after_another([*ends, (PAUSE, total)], total)), "", voice)

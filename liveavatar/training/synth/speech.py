@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import wave
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,17 +105,24 @@ def flite(text: str, voice: str, pitch: float, stretch: float) -> Utterance:
             raise SpeechError(f"flite failed for voice {voice}: {done.stderr.strip()[:200]}")
         pcm = read_wav(out)
     marks = re.findall(r"([a-z@#_]+):(\d+\.\d+)", done.stdout)
-    total, start, phones = len(pcm) / RATE, 0.0, []
-    for name, end in marks:
-        # A diphone voice ends in the middle of the last pause: the audio is the authority.
-        end = min(float(end), total)
-        if end > start:
-            phones.append(Phone(name if name in PHONES else "pau", start, end))
-            start = end
-    if len(phones) < 3 or total - start > 0.2:
+    total = len(pcm) / RATE
+    phones = one_after_another(((name if name in PHONES else "pau", float(end)) for name, end in marks), total)
+    if len(phones) < 3 or total - phones[-1].end > 0.2:
         raise SpeechError(f"flite -psdur gave no usable phone times: {done.stdout[:200]!r}")
     phones[-1] = replace(phones[-1], end=total)
     return Utterance(pcm, tuple(phones), text, voice)
+
+
+def one_after_another(ends: Iterable[tuple[str, float]], total: float) -> list[Phone]:
+    """Phones by name and end in seconds, in order, from 0; at most to `total`: a diphone voice ends in the middle of its last pause, and the
+    audio is the authority."""
+    start, phones = 0.0, []
+    for name, end in ends:
+        end = min(end, total)
+        if end > start:
+            phones.append(Phone(name, start, end))
+            start = end
+    return phones
 
 
 def _cut(u: Utterance, a: float, b: float) -> Utterance:
