@@ -88,6 +88,7 @@ class SamplerConfig:
     refresh_slices: int = 1  # blocks the new sink's prefill is spread over, a part before each; the last of them is the first to see it
     anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
     blinks: bool = True  # given to checkpoints that take them (conditioning/behaviour.py); False: eyes as the weights have them
+    head_motion: bool = True  # as blinks; False: the head moves as the weights have it
     first_position: int = 0  # latent frames that the counter of time positions starts at: a stream as if so much had gone before
 
     def __post_init__(self):

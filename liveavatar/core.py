@@ -219,6 +219,7 @@ class Block(Message):
     latents: torch.Tensor | None = None  # condition: noise [16,3,h,w]; each step: less noisy
     features: torch.Tensor | None = None  # condition: audio features [L,Ca,12]
     lids: torch.Tensor | None = None  # condition: closure of the lids [12], 0 open; None: the checkpoint takes none
+    head_pose: torch.Tensor | None = None  # condition: yaw, pitch and roll [12,3] in degrees; None: the checkpoint takes none
     observe: bool = False  # condition: as the Audio said
     finish_after: int | None = None  # condition: as the Audio said
 

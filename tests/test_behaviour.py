@@ -1,4 +1,4 @@
-"""Blinks: a pure function of the picture's number, of a person's shape and rate, that travels with every block."""
+"""Blinks and motion of the head: pure functions of the picture's number, of a person's shape and rate, that travel with every block."""
 
 import json
 
@@ -11,6 +11,7 @@ from liveavatar.config import load
 from liveavatar.core import FPS, Audio, ConfigError, Open, WeightsError
 from liveavatar.runtime.sources import open_source
 from liveavatar.runtime.stage_roles import build_stage
+from liveavatar.training.synth import director
 
 
 def test_pieces_are_the_whole_anywhere_in_time():
@@ -43,24 +44,57 @@ def test_lids_of_a_clip_are_closed_as_far_as_they_are():
     assert closed[40:44] == pytest.approx([0.5, 1, 0.75, 0]) and closed.sum() == pytest.approx(2.25)
 
 
+def test_a_head_drifts_as_the_corpus_heads_do():
+    """Spread and speed of its Ornstein-Uhlenbeck paths (director.py), no jump from picture to picture, and no two sessions alike."""
+    far = 2**63
+    for first in (0, far):
+        whole = behaviour.head_pose(7, "s", first, 360)
+        pieces = [behaviour.head_pose(7, "s", first + at, 12) for at in reversed(range(0, 360, 12))][::-1]
+        assert np.array_equal(np.concatenate(pieces), whole) and np.abs(np.diff(whole, axis=0)).max() < 1
+    assert np.abs(behaviour.head_pose(7, "s", 0, 360) - behaviour.head_pose(8, "s", 0, 360)).mean() > 0.5
+    long = behaviour.head_pose(0, "s", 0, 20_000)
+    assert long.std(0) == pytest.approx(director.Behaviour().head_sigma, rel=0.1) and np.abs(np.corrcoef(long.T) - np.eye(3)).max() < 0.15
+    paths = np.concatenate([np.diff(director._ou(np.random.default_rng(k), 400, 1 / 25, (3.0, 2.0, 1.2), 1.4), axis=0) for k in range(40)])
+    assert np.diff(long, axis=0).std(0) == pytest.approx(paths.std(0), rel=0.1)
+
+
 def test_planes_say_nothing_where_lids_are_open():
-    planes = behaviour.lid_planes(torch.tensor([0.0, 0.5, 1.0, 0.5] + [0.0] * 8), 16, 8, 6)
+    planes = behaviour.control_planes(torch.tensor([0.0, 0.5, 1.0, 0.5] + [0.0] * 8), None, 16, 8, 6)
     assert planes.shape == (16, 3, 8, 6) and not planes[4:].any() and not planes[:, 1:].any()
     assert torch.equal(planes[:4, 0, 3, 3], behaviour.STRENGTH * torch.tensor([0.0, 0.5, 1.0, 0.5]))
-    with pytest.raises(ConfigError, match="4 channels"):
-        behaviour.lid_planes(torch.zeros(12), 3, 8, 8)
+    with pytest.raises(ConfigError, match="4 planes"):
+        behaviour.control_planes(torch.zeros(12), None, 3, 8, 8)
 
 
-def test_a_checkpoint_says_whether_it_takes_lids(tmp_path, tiny_folder):
+def test_planes_of_a_head_stand_behind_those_of_lids():
+    lids, head = torch.rand(2, 12), torch.tensor(behaviour.HEAD_SPREAD) * torch.arange(12.0)[None, :, None].expand(2, -1, 3)
+    planes = behaviour.control_planes(lids, head, 20, 8, 6)
+    assert planes.shape == (2, 20, 3, 8, 6) and torch.equal(planes[:, :4], behaviour.control_planes(lids, None, 4, 8, 6))
+    told = torch.tensor(behaviour.HEAD_STRENGTH)
+    for latent in range(3):
+        pictures = torch.arange(4.0) + 4 * latent
+        assert torch.allclose(planes[1, 4:16, latent, 0, 0], (pictures[:, None] * told).flatten())
+    assert (planes[:, 16] == behaviour.TOLD).all() and not planes[:, 17:].any()
+    assert torch.equal(behaviour.control_planes(None, head, 20, 8, 6)[:, 4:], planes[:, 4:])
+    assert behaviour.control_planes(None, None, 20, 8, 6) is None
+    with pytest.raises(ConfigError, match="lids and head need 17 planes"):
+        behaviour.control_planes(lids, head, 16, 8, 8)
+
+
+def test_a_checkpoint_says_what_it_is_told_of(tmp_path, tiny_folder):
     told = save_tiny(tmp_path / "told", control=behaviour.LIDS)
-    for folder, blinks, lids in ((told, True, True), (told, False, False), (tiny_folder, True, False)):
-        config = load(None, [f"model.path={folder}", "model.device=cpu", "model.dtype=float32", f"sampler.blinks={str(blinks).lower()}"])
+    both = save_tiny(tmp_path / "both", control=behaviour.LIDS_AND_HEAD)
+    for folder, blinks, moves, lids, head in ((told, True, True, True, False), (told, False, True, False, False), (tiny_folder, True, True, False, False),
+                                              (both, True, True, True, True), (both, False, True, False, True), (both, True, False, True, False)):
+        config = load(None, [f"model.path={folder}", "model.device=cpu", "model.dtype=float32", f"sampler.blinks={str(blinks).lower()}",
+                             f"sampler.head_motion={str(moves).lower()}"])
         (conditioner,) = build_stage(config, ("condition",), "cpu")
-        assert open_source(config).lids is lids
+        source = open_source(config)
+        assert (source.lids, source.head_motion) == (lids, head)
         conditioner(Open("s", seed=5, context=torch.zeros(1, 16), reference=torch.zeros(16, 1, 8, 8), motion=torch.zeros(16, 3, 8, 8)))
         (block,) = conditioner(Audio("s", index=2, pcm=torch.zeros(7680 * 3 + 2000)))
-        wanted = torch.from_numpy(behaviour.lid_closure(5, "s", 24, 12))
-        assert block.lids is None if not lids else torch.equal(block.lids, wanted)
+        assert block.lids is None if not lids else np.array_equal(block.lids, behaviour.lid_closure(5, "s", 24, 12))
+        assert block.head_pose is None if not head else np.array_equal(block.head_pose, behaviour.head_pose(5, "s", 24, 12))
     settings = json.loads((told / "liveavatar.json").read_text())
     (told / "liveavatar.json").write_text(json.dumps({**settings, "control": {"kind": "brows"}}))
     with pytest.raises(WeightsError, match="brows"):
@@ -70,5 +104,5 @@ def test_a_checkpoint_says_whether_it_takes_lids(tmp_path, tiny_folder):
 def test_open_lids_are_no_control_bit_for_bit():
     model = tiny_model()
     x = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    planes = behaviour.lid_planes(torch.zeros(1, 12), model.config.cond_dim, 8, 8)
+    planes = behaviour.control_planes(torch.zeros(1, 12), None, model.config.cond_dim, 8, 8)
     assert torch.equal(model.noisy_tokens(x, planes), model.noisy_tokens(x))

@@ -1,7 +1,7 @@
 """The real chain: one rank == any cut == any launcher, byte for byte.
 
 Two interleaved sessions of a tiny checkpoint, with a refresh from a generated latent (AAS), a new prompt, a
-new portrait and an interrupt in the script; it is told when to blink. Messages go to the chain itself, so that each takes effect at
+new portrait and an interrupt in the script; it is told when to blink and how to hold its head. Messages go to the chain itself, so that each takes effect at
 the same block however fast the ranks are.
 """
 
@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SIZE, save_tiny, speech
+from conftest import TINY_SIZE, save_tiny, speech, tiny_model
 from liveavatar import core
-from liveavatar.conditioning.behaviour import lid_closure
+from liveavatar.conditioning.behaviour import LIDS_AND_HEAD, lid_closure
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, VideoConfig
 from liveavatar.runtime import launchers
 
@@ -104,7 +104,7 @@ def tensor_bytes(message) -> bytes | None:
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     """A checkpoint whose control travels with the blocks; read only."""
-    return save_tiny(tmp_path_factory.mktemp("lids"), control={"kind": "lids"})
+    return save_tiny(tmp_path_factory.mktemp("told"), transformer=tiny_model(cond_dim=20), control=LIDS_AND_HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_each_control_message_matters(tiny_folder, pcm, expected, monkeypatch):
 
 
 def test_blinks_change_pictures_from_theirs_on_and_can_be_left_out(tiny_folder, pcm, expected):
-    """Without them a checkpoint does what one that takes none does."""
+    """Until the first of them a stream without is the same."""
     heard = run(tiny_folder, (CHAIN,), "inproc", pcm, blinks=False)
     for seed, name in enumerate(BLOCKS):
         first = int(np.flatnonzero(lid_closure(seed, name, 0, 90))[0]) // 12

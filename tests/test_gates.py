@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import save_tiny, tiny_model
 from drawn_clips import drawn_clip, write_corpus
 from typer.testing import CliRunner
 
 from liveavatar.__main__ import app
-from liveavatar.conditioning.phones import WIDE_OPEN
+from liveavatar.conditioning.behaviour import LIDS_AND_HEAD
+from liveavatar.conditioning.phones import WIDE_OPEN, Phone, Utterance
+from liveavatar.conditioning.visemes import articulate
 from liveavatar.config import load
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.evaluation import gate_measures as gm
@@ -134,8 +136,8 @@ def settings(model) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    """A checkpoint that is told when to blink; read only."""
-    return save_tiny(tmp_path_factory.mktemp("lids"), control={"kind": "lids"})
+    """A checkpoint that is told when to blink and how to hold its head; read only."""
+    return save_tiny(tmp_path_factory.mktemp("told"), transformer=tiny_model(cond_dim=20), control=LIDS_AND_HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,32 @@ def test_random_weights_fail_and_the_exit_status_says_so(judged):
         assert verdicts[name] is None and report.measure(name).reason
     for name, words in (("blink_slope", "control on"), ("blink_rate_ratio", "without control, 48 pictures"), ("blink_rate_ratio_control", "control on")):
         assert report.measure(name).reason.startswith(words)
+    for axis in ("yaw", "pitch", "roll"):
+        assert abs(report.measure(f"head_{axis}_r").value) <= 1 and np.isfinite(report.measure(f"head_{axis}_slope").value)
     assert json.loads(out.read_text())["origin"]["synthetic"] is True
+
+
+class Foretold:
+    """A front end that says of each clip what is said in it, but of `wrong` noise."""
+
+    def __init__(self, clips, wrong):
+        self.clips, self.wrong = {clip.sound.tobytes(): clip for clip in clips}, wrong
+
+    def features_of(self, sound, count):
+        clip = self.clips[sound.tobytes()]
+        spoken = Utterance(sound, tuple(Phone(*row) for row in clip.card["phones"]), "", "")
+        said = articulate(spoken, np.arange(4 * count) / 100)[::4]
+        if self.wrong is not None:
+            said[:, self.wrong] = np.random.default_rng(0).random(count)
+        return torch.from_numpy(said.T[None])
+
+
+def test_what_is_heard_is_judged_by_the_articulator_that_is_heard_worst():
+    phones = [["pau", 0, 0.2], ["b", 0.2, 0.3], ["uw", 0.3, 0.5], ["iy", 0.5, 0.8], ["aa", 0.8, 1.0]]
+    clips = [replace(clip, card=clip.card | {"phones": phones}) for clip in (drawn_clip("held", k) for k in range(2))]
+    assert gm.heard(Foretold(clips, None), clips) == pytest.approx(dict.fromkeys(("jaw", "close", "wide", "round"), 1))
+    wrong = gm.heard(Foretold(clips, 3), clips)
+    assert abs(wrong["round"]) < 0.6 and wrong["jaw"] == pytest.approx(1)
 
 
 def test_the_lids_of_a_take_are_those_of_its_clip(tiny_folder):

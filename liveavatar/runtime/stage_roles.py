@@ -46,7 +46,8 @@ def build_stage(config: Config, stage_names: Sequence[str], device: torch.device
     if "condition" in stage_names:
         roles.append(Conditioner(geometry=source.geometry, latent_channels=source.model_config.in_dim,
                                  sink_policy=source.sink_policy, dtype=dtype, device=device, vae=vae,
-                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device), lids=source.lids))
+                                 front_end=source.front_end(device), encode_prompt=source.prompt_encoder(dtype, device), lids=source.lids,
+                                 head_motion=source.head_motion))
     if steps:
         roles += _denoisers(source, steps, dtype, device, config, exchange)
     if "decode" in stage_names:
@@ -107,7 +108,9 @@ def silence(session: str, source: StageSource, stage_names: Sequence[str], dtype
     else:
         step = min((step_of(name) for name in stage_names if name != "decode"), default=len(source.timesteps))
         lids = torch.zeros(g.frames_per_block) if source.lids else None
-        said = [Block(session, index=n, step=step, latents=latents, features=features.to(device), lids=lids) for n in range(blocks)]
+        head = torch.zeros(g.frames_per_block, 3) if source.head_motion else None
+        said = [Block(session, index=n, step=step, latents=latents, features=features.to(device), lids=lids, head_pose=head)
+                for n in range(blocks)]  # fmt: skip
     return [opened, *said, Close(session)]
 
 

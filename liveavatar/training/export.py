@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from liveavatar.conditioning.behaviour import LIDS
+from liveavatar.conditioning.behaviour import LIDS, LIDS_AND_HEAD
 from liveavatar.config import one_of
 from liveavatar.core import ConfigError
 from liveavatar.models.encoders import TextEncoder
@@ -73,10 +73,18 @@ def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
             "motion_frames": config.motion_frames}
 
 
+def control_of(stage: str, heads: bool) -> dict | None:
+    """The control section of what a stage makes. heads: stage lips was told how heads are held."""
+    if stage not in ("lids", "lips"):
+        return None
+    return LIDS_AND_HEAD if heads and stage == "lips" else LIDS
+
+
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
-                  rendered: bool = True, heard: Sequence[str] = ()) -> Path:
+                  rendered: bool = True, heard: Sequence[str] = (), heads: bool = False) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
-    known; portraits are then cut to it. heard: voices that the viseme encoder was trained on. Raises WeightsError without checkpoints."""
+    known; portraits are then cut to it. heard: voices that the viseme encoder was trained on; heads: stage lips was
+    told how heads are held. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     encoder = load_viseme_encoder(Path(run) / "visemes") if hears_visemes(training.model) else None
@@ -90,7 +98,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                          geometry=geometry_of(training, data.size), card=card,
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block},
-                         framing=RENDERED if rendered else None, control=LIDS if config.stage in ("lids", "lips") else None,
+                         framing=RENDERED if rendered else None, control=control_of(config.stage, heads),
                          dtype=DTYPES[config.dtype])
     if config.gates:
         add_gates(folder, Path(config.gates))

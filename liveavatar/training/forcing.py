@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +111,8 @@ class Encoded:
     [z,M,h,w], features float32 [V,L,Ca,T], weight float32 [F,h,w] covering mouth and eyes; portraits
     [n,z,M,h,w], motion of the same person dressed otherwise; card: the clip's, with what is other there under "exchanged". Not in files
     of before there were controls: closure float32 [F,4] of the lids, of the first latent 0, and eyes bool [F,h,w], the cells they are in; not
-    of before lips were read: lips float32 [F,4,2], the gap and the width of them in eye distances, of the first latent its one picture's."""
+    of before lips were read: lips float32 [F,4,2], the gap and the width of them in eye distances, of the first latent its one picture's; only
+    of rendered clips: head float32 [F,4,3], yaw, pitch and roll in degrees, likewise."""
 
     latents: np.ndarray
     reference: np.ndarray
@@ -123,6 +124,7 @@ class Encoded:
     closure: np.ndarray | None = None
     eyes: np.ndarray | None = None
     lips: np.ndarray | None = None
+    head: np.ndarray | None = None
 
 
 def held_portrait(vae: StreamingVAE, picture: np.ndarray, config: ForcingConfig) -> torch.Tensor:
@@ -144,7 +146,8 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, fro
     eyes = losses.cell_weight(clip.mouth, clip.eyes, clip.frames.shape[1:3], vae.spatial_stride, 0.0, 1.0) > 1
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
                    torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
-                   card, closure_by_latent(clip.lid), eyes.numpy(), lips_by_latent(clip))
+                   card, closure_by_latent(clip.lid), eyes.numpy(),
+                   by_latent(np.stack([clip.aperture, clip.width], axis=-1)), None if clip.pose is None else by_latent(clip.pose))
 
 
 def closure_by_latent(lid: np.ndarray) -> np.ndarray:
@@ -158,10 +161,10 @@ def pictures_of(latents: slice) -> slice:
     return slice(*(1 + FRAMES_PER_LATENT * (end - 1) for end in (latents.start, latents.stop)))
 
 
-def lips_by_latent(clip: shards.Clip) -> np.ndarray:
-    """Gap and width of the lips of a clip, as the probe's labels have them: float32 [F,4,2] of the pictures of its latents."""
-    lips = np.stack([clip.aperture, clip.width], axis=-1)
-    return np.concatenate([np.repeat(lips[:1, None], FRAMES_PER_LATENT, 1), lips[1:].reshape(-1, FRAMES_PER_LATENT, 2)])
+def by_latent(labels: np.ndarray) -> np.ndarray:
+    """Labels [1 + 4n, k] of pictures -> float32 [1 + n, 4, k] of the pictures of latents; the first one's is there four times."""
+    first, later = labels[:1, None], labels[1:].reshape(-1, FRAMES_PER_LATENT, labels.shape[-1])
+    return np.concatenate([np.repeat(first, FRAMES_PER_LATENT, 1), later]).astype(np.float32)
 
 
 def encoded_path(run: str | Path, clip: Path) -> Path:
@@ -179,8 +182,8 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
     todo = shards.missing(paths[part::parts], functools.partial(encoded_path, run))
     for path in counted(todo, "encoded clips"):
         made = encode_clip(vae, shards.read_clip(path), config, front_end, data.read_portraits(path))
-        arrays = {name: getattr(made, name) for name in ("latents", "reference", "motion", "features", "weight", "portraits", "closure", "eyes", "lips")}
-        shards.write_arrays(encoded_path(run, path), made.card, **arrays)
+        arrays = {f.name: getattr(made, f.name) for f in fields(Encoded) if f.name != "card"}
+        shards.write_arrays(encoded_path(run, path), made.card, **{name: array for name, array in arrays.items() if array is not None})
     if base and part == 0:
         stored.store_conditions(base, run, (shards.read_arrays(p)[0]["caption"] for p in paths), front_end)
     return len(todo)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liveavatar.conditioning.behaviour import lid_planes
+from liveavatar.conditioning.behaviour import LID_PLANES, control_planes
 from liveavatar.core import ConfigError, InputError
 from liveavatar.diffusion.rollout import ClipCondition
 from liveavatar.models.encoders import TextEncoder
@@ -121,13 +121,19 @@ def lids_loss(model: CausalS2V, kept: CausalS2V, config: LidsConfig, forcing: Fo
     condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks, distance, first)
     with torch.no_grad():
         truth = noise - condition.velocity(kept)(mix(batch.latents, noise, sigma), sigma) + piece.blink
-    planes = lid_planes(piece.closure, model.config.cond_dim, *noise.shape[-2:])
+    planes = control_planes(piece.closure, None, model.config.cond_dim, *noise.shape[-2:])
     velocity = condition.velocity(model, pose=planes)(mix(batch.latents + piece.blink, noise, sigma), sigma)
     blink = (piece.blink != 0).any(1, keepdim=True)
     loss = losses.forcing_loss(velocity, truth, noise, 1 + config.weight * blink)
     error = (velocity.detach() - (noise - truth)).square().mean(1, keepdim=True)
     left = error[blink].sum() / piece.blink.square().mean(1, keepdim=True).sum().clamp_min(1e-9)
     return loss, {"kept": float(error[~blink].mean()), "blink": float(left)}  # the share of a blink that is missing: 1 before training
+
+
+@torch.no_grad()
+def only_lids(model: CausalS2V) -> None:
+    """Leave out what a transformer that was never told of more than lids makes of the other planes: random numbers."""
+    model.cond_encoder.weight[:, LID_PLANES:] = 0
 
 
 def only_control(model: torch.nn.Module) -> None:
@@ -141,6 +147,7 @@ def train_lids(config: LidsConfig, forcing: ForcingConfig, sigmas: Sequence[floa
     """Train (or go on training) from RUN/START.pt; returns the losses of this call. Raises WeightsError without it."""
     cast = cast_of(forcing, run, seed)
     model, kept = cast.started("lids", config.start), cast.teacher(config.start)
+    only_lids(model)
     only_control(model)
     reader = LidsReader(config, run, forcing, text, default_identity)
     trainer = Trainer("lids", model, config.loop, run, seed)

@@ -3,7 +3,9 @@
 Regressing on clips trains a mouth to its mean, because where the head is is not said; distribution matching needs a teacher that is
 better than the student. Here the truth is made: of what the avatar as it was makes of the states that a rollout goes through, the cells
 of the mouth are painted again, by a small network (`painter`) that has learned from clips how a mouth looks among such surroundings
-when lips are so far open and so wide. Then nothing is left to chance but what sound says of lips. In cells where the clip stands still the
+when lips are so far open and so wide. Then nothing is left to chance but what sound says of lips. Pieces that are told how the head is held have
+their clip in place of what the avatar makes, as long as there is more noise than picture: the head goes where it is told, and the last
+steps make of it what they always did. In cells where the clip stands still the
 truth is that picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block is eased
 towards the block before, because every block has noise of its own. Some clips fall silent half way: nothing rendered shows lips
 that come to rest after a long speech.
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liveavatar.conditioning.behaviour import lid_planes
+from liveavatar.conditioning.behaviour import control_planes
 from liveavatar.config import one_of
 from liveavatar.core import FRAMES_PER_LATENT, ConfigError, InputError
 from liveavatar.diffusion.rollout import ClipCondition, exit_table, level_parallel
@@ -35,6 +37,7 @@ from liveavatar.training.casting import cast_of
 from liveavatar.training.checkpoints import checkpoint_path, load_average
 from liveavatar.training.forcing import Batch, Encoded, EncodedReader, ForcingConfig, draw_position
 from liveavatar.training.levels import mix
+from liveavatar.training.lids import opened
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
 from liveavatar.training.unpack import STAGE
 
@@ -53,23 +56,26 @@ class LipsConfig:
     mouth: float = 2.0  # extra loss weight of the mouth's cells
     pull: tuple[float, float] = (0.15, 0.03)  # weights of lips too far open and too wide, squared, in units of the corpus' spread: of a
     # mouth's cells little is lips; how wide they are is a few pixels, and mostly noise
-    gain: float = 1.4  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
+    gain: tuple[float, float] = (1.4, 1.4)  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
     lively: float = 1.0  # how far all else moves over what the avatar makes: a squared error takes some of the motion that is chance
     still: float = 0.09  # standard deviation over time, of the corpus' own, below which a cell of a clip stands still
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
     hush_share: float = 0.25  # of the pieces fall silent somewhere
     drop_share: float = 0.4  # of the pieces come without the control of the lids
+    head_share: float = 0.0  # of the others, those that are told how the head is held too, where clips know; 0: no such control is learned
+    blink: float = 1.7  # how far a blink of those clips goes, over what the codec makes of it, as lids.gain
+    head_above: float = 0.7  # level above which what they are told is learned from clips
     width: int = 128  # channels of the painter
 
     def __post_init__(self):
         one_of("lips.start", self.start, ("lids", STAGE))  # both take the control of the lids
-        for name in ("hush_share", "drop_share", "ease"):
+        for name in ("hush_share", "drop_share", "head_share", "ease"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
             raise ConfigError(f"lips: blocks={self.blocks}: at least 1; width={self.width}: a multiple of 8")
-        if min(self.mouth, *self.pull, self.still, self.gain, self.lively) < 0:
-            raise ConfigError("lips: mouth, pull, still, gain and lively must not be negative")
+        if min(self.mouth, *self.pull, self.still, *self.gain, self.lively, self.blink) < 0:
+            raise ConfigError("lips: mouth, pull, still, gain, lively and blink must not be negative")
 
 
 # ---------------------------------------------------------------- what paints mouths
@@ -142,7 +148,8 @@ def train_painter(config: LipsConfig, forcing: ForcingConfig, run: str | Path, s
 @dataclass(frozen=True)
 class Piece:
     """lips [B,F,4,2] in eye distances; rest [B]: the width of lips that do nothing; asked bool [B,F,4]: pictures whose lips matter;
-    mouth, still: bool [B,1,F,h,w] and [B,1,1,h,w]; closure [B,4F] of the lids as commanded."""
+    mouth, still: bool [B,1,F,h,w] and [B,1,1,h,w]; closure [B,4F] of the lids and head [B,4F,3] in degrees as commanded; told bool
+    [B,1,1,1,1]: whether the head is; clip [B,z,F,h,w]: the latents of those that it is of, 0 of the others."""
 
     batch: Batch
     lips: torch.Tensor
@@ -151,10 +158,13 @@ class Piece:
     mouth: torch.Tensor
     still: torch.Tensor
     closure: torch.Tensor
+    head: torch.Tensor
+    told: torch.Tensor
+    clip: torch.Tensor
 
     def to(self, device: torch.device) -> Piece:
         """The same on another device."""
-        others = ("lips", "rest", "asked", "mouth", "still", "closure")
+        others = ("lips", "rest", "asked", "mouth", "still", "closure", "head", "told", "clip")
         return replace(self, batch=self.batch.to(device), **{name: getattr(self, name).to(device) for name in others})
 
 
@@ -183,12 +193,17 @@ class LipsReader(EncodedReader):
             asked, rest = np.ones(lips.shape[:2], bool), resting_width(clip.lips)
             if not as_seen and rng.random() < self.lips.hush_share:
                 row[1] = self._hushed(row[1], lips, asked, rest, rng)
-            closure = float(rng.random() >= self.lips.drop_share) * clip.closure[piece].reshape(-1)
+            heard = rng.random() >= self.lips.drop_share
+            told = heard and rng.random() < self.lips.head_share and clip.head is not None
+            closure = float(heard) * clip.closure[piece].reshape(-1)
+            head = clip.head[piece].reshape(-1, 3) if told else np.zeros((closure.size, 3), np.float32)
+            shown = self._blinking(clip)[:, piece] if told else np.zeros(row[0].shape, np.float32)
             still = clip.latents.astype(np.float32).std(1).mean(0) < self.lips.still
             rows.append(row)
-            others.append((lips, np.float32(rest), asked, self._mouth(clip, piece)[None], still[None, None], closure))
-        lips, rest, asked, mouth, still, closure = (torch.from_numpy(np.stack(part)) for part in zip(*others))
-        return Piece(self.stacked(rows), lips.float(), rest, asked, mouth, still, closure.float())
+            others.append((lips, np.float32(rest), asked, self._mouth(clip, piece)[None], still[None, None], closure, head,
+                           np.full((1, 1, 1, 1), told), shown))
+        lips, rest, asked, mouth, still, closure, head, told, shown = (torch.from_numpy(np.stack(part)) for part in zip(*others))
+        return Piece(self.stacked(rows), lips.float(), rest, asked, mouth, still, closure.float(), head, told, shown)
 
     def _hushed(self, features: torch.Tensor, lips: np.ndarray, asked: np.ndarray, rest: float, rng: np.random.Generator) -> torch.Tensor:
         """The features with silence from some picture on. From there the lips are the portrait's, shut; in place."""
@@ -197,6 +212,11 @@ class LipsReader(EncodedReader):
         known[at : at + SETTLING] = False
         flat[at:] = 0, rest
         return torch.cat([features[..., :at], silent[..., at:]], dim=-1)
+
+    def _blinking(self, clip: Encoded) -> np.ndarray:
+        """Latents of a clip whose blinks go further, float32."""
+        eyes = opened(clip.latents, clip.closure.any(1), clip.eyes)
+        return eyes + self.lips.blink * (clip.latents - eyes)
 
     @staticmethod
     def _mouth(clip: Encoded, piece: slice) -> np.ndarray:
@@ -215,11 +235,12 @@ def eased(latents: torch.Tensor, block: int, share: float) -> torch.Tensor:
     return made
 
 
-def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
-    """What the avatar as it was makes of a state, [B,z,F,h,w], as it shall be; see the module text."""
+def truth_of(before: torch.Tensor, given: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
+    """What the avatar as it was makes of a state, [B,z,F,h,w], as it shall be; see the module text. given: bool [B,1,1,1,1], those that are
+    clips: they move as they shall."""
     rest, mean = resting_lips(piece), before.mean(2, keepdim=True)
-    painted = painter(torch.lerp(mean, before, config.lively), piece.batch.reference, piece.mouth, units_of(rest + config.gain * (piece.lips - rest)))
-    return torch.where(piece.still, mean, eased(painted, forcing.block_latents, config.ease))
+    painted = painter(torch.where(given, before, torch.lerp(mean, before, config.lively)), piece.batch.reference, piece.mouth, units_of(rest + rest.new_tensor(config.gain) * (piece.lips - rest)))
+    return torch.where(piece.still, mean, torch.where(given, painted, eased(painted, forcing.block_latents, config.ease)))
 
 
 def resting_lips(piece: Piece) -> torch.Tensor:
@@ -248,7 +269,9 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(forcing, draws.numpy)
     condition = ClipCondition(batch.features, batch.context, batch.reference, batch.motion, forcing.window_blocks, distance, first)
-    planes = lid_planes(piece.closure, model.config.cond_dim, *noise.shape[-2:])
+    sizes = model.config.cond_dim, *noise.shape[-2:]
+    lids = control_planes(piece.closure, None, *sizes)
+    planes = torch.where(piece.told, control_planes(piece.closure, piece.head, *sizes), lids) if config.head_share else lids
     table = exit_table(sigmas, 1 + int(draws.numpy.integers(len(sigmas) - 1)))
     velocity, left = condition.velocity(model, pose=planes), {}
 
@@ -258,8 +281,10 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
 
     made = level_parallel(remembered, table, noise, blocks)
     with torch.no_grad():
-        before = left["x"] - table[-2] * condition.velocity(kept, pose=planes)(left["x"], left["sigma"]).float()
-        truth = truth_of(before, painter, config, forcing, piece)
+        before = left["x"] - table[-2] * condition.velocity(kept, pose=lids)(left["x"], left["sigma"]).float()
+        given = piece.told & (table[-2] > config.head_above)
+        before = torch.where(given, piece.clip, before)
+        truth = truth_of(before, given, painter, config, forcing, piece)
     pull = pulled(made - truth, before, painter, piece)[piece.asked.all(-1)].square()
     error = (made - truth).square().mean(1, keepdim=True)
     known = piece.asked.any(-1)[:, None, :, None, None] | ~piece.mouth  # on their way to rest lips may do what they like

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from liveavatar.conditioning.audio_features import LogMelFrontEnd
+from liveavatar.conditioning.behaviour import LIDS_AND_HEAD
 from liveavatar.core import ConfigError, InputError, WeightsError
+from liveavatar.models.folders import open_folder
 from liveavatar.models.s2v import CausalS2V, S2VConfig
 from liveavatar.models.weights import load_hearing, load_text_encoder, load_transformer, load_vae, save_viseme_encoder
 from liveavatar.training import shards
 from liveavatar.training.checkpoints import checkpoint_path, save_checkpoint
 from liveavatar.training.forcing import ForcingConfig
+from liveavatar.training.lids import only_lids
 from liveavatar.training.progress import counted
 from liveavatar.training.stored import front_end_of_run, hears_visemes
 from liveavatar.training.textcode import Reader, TextConfig
@@ -46,6 +49,8 @@ def unpack(folder: str | Path, forcing: ForcingConfig, text: TextConfig | None, 
     Path(run).mkdir(parents=True, exist_ok=True)
     if hearing:
         save_viseme_encoder(Path(run) / "visemes", hearing)
+    if open_folder(folder).control != LIDS_AND_HEAD:
+        only_lids(model)
     if model.config != wanted:
         model = refitted(model, wanted, forcing, run, clips)
     for stage, module in ((STAGE, model), ("vae", vae.module), ("text", reader)):
@@ -54,6 +59,7 @@ def unpack(folder: str | Path, forcing: ForcingConfig, text: TextConfig | None, 
 
 
 def _keep(module: nn.Module, path: Path) -> None:
+    path.unlink(missing_ok=True)  # an avatar unpacked here before gives way
     averages = {f"ema/{name}": p.detach().float() for name, p in module.named_parameters()}
     save_checkpoint(path, averages | {"iteration": torch.tensor(0)}, alone=True)
 
