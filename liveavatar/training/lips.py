@@ -4,8 +4,7 @@ Regressing on clips trains a mouth to its mean, because where the head is is not
 better than the student. Here the truth is made: of what the avatar as it was makes of the states that a rollout goes through, the cells
 of the mouth are painted again, by a small network (`painter`) that has learned from clips how a mouth looks among such surroundings
 when lips are so far open and so wide. Then nothing is left to chance but what sound says of lips. Pieces that are told how the head is held have
-their clip in place of what the avatar makes, as long as there is more noise than picture: the head goes where it is told, and the last
-steps make of it what they always did. In cells where the clip stands still the
+their clip in place of what the avatar makes: with lips, lids and head told little of it is left to chance. In cells where the clip stands still the
 truth is that picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block is eased
 towards the block before, because every block has noise of its own. Some clips fall silent half way: nothing rendered shows lips
 that come to rest after a long speech.
@@ -64,7 +63,6 @@ class LipsConfig:
     drop_share: float = 0.4  # of the pieces come without the control of the lids
     head_share: float = 0.0  # of the others, those that are told how the head is held too, where clips know; 0: no such control is learned
     blink: float = 1.7  # how far a blink of those clips goes, over what the codec makes of it, as lids.gain
-    head_above: float = 0.7  # level above which what they are told is learned from clips
     width: int = 128  # channels of the painter
 
     def __post_init__(self):
@@ -235,12 +233,11 @@ def eased(latents: torch.Tensor, block: int, share: float) -> torch.Tensor:
     return made
 
 
-def truth_of(before: torch.Tensor, given: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
-    """What the avatar as it was makes of a state, [B,z,F,h,w], as it shall be; see the module text. given: bool [B,1,1,1,1], those that are
-    clips: they move as they shall."""
+def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
+    """What the avatar as it was makes of a state, or the clip whose head is told, [B,z,F,h,w], as it shall be; see the module text."""
     rest, mean = resting_lips(piece), before.mean(2, keepdim=True)
-    painted = painter(torch.where(given, before, torch.lerp(mean, before, config.lively)), piece.batch.reference, piece.mouth, units_of(rest + rest.new_tensor(config.gain) * (piece.lips - rest)))
-    return torch.where(piece.still, mean, torch.where(given, painted, eased(painted, forcing.block_latents, config.ease)))
+    painted = painter(torch.where(piece.told, before, torch.lerp(mean, before, config.lively)), piece.batch.reference, piece.mouth, units_of(rest + rest.new_tensor(config.gain) * (piece.lips - rest)))
+    return torch.where(piece.still, mean, torch.where(piece.told, painted, eased(painted, forcing.block_latents, config.ease)))
 
 
 def resting_lips(piece: Piece) -> torch.Tensor:
@@ -282,9 +279,8 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
     made = level_parallel(remembered, table, noise, blocks)
     with torch.no_grad():
         before = left["x"] - table[-2] * condition.velocity(kept, pose=lids)(left["x"], left["sigma"]).float()
-        given = piece.told & (table[-2] > config.head_above)
-        before = torch.where(given, piece.clip, before)
-        truth = truth_of(before, given, painter, config, forcing, piece)
+        before = torch.where(piece.told, piece.clip, before)
+        truth = truth_of(before, painter, config, forcing, piece)
     pull = pulled(made - truth, before, painter, piece)[piece.asked.all(-1)].square()
     error = (made - truth).square().mean(1, keepdim=True)
     known = piece.asked.any(-1)[:, None, :, None, None] | ~piece.mouth  # on their way to rest lips may do what they like
