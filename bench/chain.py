@@ -71,7 +71,7 @@ class GivenFeatures:
 class RandomSource:
     """A StageSource (runtime/sources.py) without a checkpoint."""
 
-    has_vae, observe, lids, sink_policy, lookahead_samples, text_encoder_bytes = True, False, False, SINK_DISTANCE, 0, 0
+    has_vae, observe, lids, head_motion, sink_policy, lookahead_samples, text_encoder_bytes = True, False, False, None, SINK_DISTANCE, 0, 0
 
     def __init__(self, config: Config, model: S2VConfig, vae: dict, geometry: Geometry):
         self.model_config, self.geometry, self.chain = model, geometry, config.chain

@@ -21,6 +21,7 @@ LAUNCHERS = ("inproc", "local", "torchrun", "ray")
 FACE_CROPS = ("auto", "none")
 ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch", "fp8")
 DTYPES = ("auto", "bfloat16", "float32")
+MOST_HEAD_MOTION = 10.0  # degrees of spread; clips that were trained on had 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,14 @@ class SamplerConfig:
     refresh_slices: int = 1  # blocks the new sink's prefill is spread over, a part before each; the last of them is the first to see it
     anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
     blinks: bool = True  # given to checkpoints that take them (conditioning/behaviour.py); False: eyes as the weights have them
-    head_motion: bool = True  # as blinks; False: the head moves as the weights have it
+    head_motion: tuple[float, float, float] | None = (3.0, 1.9, 1.35)  # spread of yaw, pitch and roll that a head is told to drift by, degrees,
+    # of checkpoints that take it; 0s: it is held still; None: it moves as the weights have it
     first_position: int = 0  # latent frames that the counter of time positions starts at: a stream as if so much had gone before
 
     def __post_init__(self):
+        head = self.head_motion
+        if head is not None and not (len(head) == 3 and all(0 <= spread <= MOST_HEAD_MOTION for spread in head)):
+            raise ConfigError(f"sampler.head_motion={list(head)}: yaw, pitch and roll must each be 0..{MOST_HEAD_MOTION:g} degrees; null: not told")
         if not 0 < self.shift < math.inf:
             raise ConfigError(f"sampler.shift={self.shift}: must be a positive number (1.0: evenly spaced steps)")
         if not 1 <= self.steps <= 100:

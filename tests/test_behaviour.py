@@ -85,16 +85,16 @@ def test_a_checkpoint_says_what_it_is_told_of(tmp_path, tiny_folder):
     told = save_tiny(tmp_path / "told", control=behaviour.LIDS)
     both = save_tiny(tmp_path / "both", control=behaviour.LIDS_AND_HEAD)
     for folder, blinks, moves, lids, head in ((told, True, True, True, False), (told, False, True, False, False), (tiny_folder, True, True, False, False),
-                                              (both, True, True, True, True), (both, False, True, False, True), (both, True, False, True, False)):
+                                              (both, True, True, True, True), (both, False, True, False, True), (both, True, False, True, False)):  # fmt: skip
         config = load(None, [f"model.path={folder}", "model.device=cpu", "model.dtype=float32", f"sampler.blinks={str(blinks).lower()}",
-                             f"sampler.head_motion={str(moves).lower()}"])
+                             f"sampler.head_motion={[4, 0, 1] if moves else 'null'}"])
         (conditioner,) = build_stage(config, ("condition",), "cpu")
         source = open_source(config)
-        assert (source.lids, source.head_motion) == (lids, head)
+        assert (source.lids, source.head_motion) == (lids, (4, 0, 1) if head else None)
         conditioner(Open("s", seed=5, context=torch.zeros(1, 16), reference=torch.zeros(16, 1, 8, 8), motion=torch.zeros(16, 3, 8, 8)))
         (block,) = conditioner(Audio("s", index=2, pcm=torch.zeros(7680 * 3 + 2000)))
         assert block.lids is None if not lids else np.array_equal(block.lids, behaviour.lid_closure(5, "s", 24, 12))
-        assert block.head_pose is None if not head else np.array_equal(block.head_pose, behaviour.head_pose(5, "s", 24, 12))
+        assert block.head_pose is None if not head else np.array_equal(block.head_pose, behaviour.head_pose(5, "s", 24, 12, (4, 0, 1)))
     settings = json.loads((told / "liveavatar.json").read_text())
     (told / "liveavatar.json").write_text(json.dumps({**settings, "control": {"kind": "brows"}}))
     with pytest.raises(WeightsError, match="brows"):
@@ -106,3 +106,11 @@ def test_open_lids_are_no_control_bit_for_bit():
     x = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     planes = behaviour.control_planes(torch.zeros(1, 12), None, model.config.cond_dim, 8, 8)
     assert torch.equal(model.noisy_tokens(x, planes), model.noisy_tokens(x))
+
+
+@pytest.mark.parametrize("said", ["[3, 2]", "[3, 2, -1]", "[3, 2, 11]", "true"])
+def test_a_head_moves_by_three_sizes_in_bounds(said):
+    with pytest.raises(ConfigError, match="head_motion"):
+        load(None, [f"sampler.head_motion={said}"])
+    assert load(None, ["sampler.head_motion=[0, 0, 0]"]).sampler.head_motion == (0, 0, 0)
+    assert not behaviour.head_pose(0, "s", 0, 50, (0, 0, 0)).any()

@@ -219,12 +219,15 @@ def test_outside_the_mouth_the_truth_is_the_avatar_as_it_was(micro, tmp_path):
     lively = lips.truth_of(x, painter, dataclasses.replace(config, lively=1.5), r.forcing, piece)
     moved = torch.where(piece.mouth | piece.still, 0, lively - (1.5 * x - 0.5 * x.mean(2, keepdim=True)))
     assert moved.abs().max() < 1e-5 and not piece.still.all(), "half as much again about the mean, but for mouth and backdrop"
+    one_by_one = dataclasses.replace(r.forcing, block_latents=1)
+    sudden, eased = (lips.truth_of(x, painter, dataclasses.replace(config, ease=ease), one_by_one, piece) for ease in (0.0, 0.5))
+    assert torch.equal(torch.where(piece.mouth, sudden, 0), torch.where(piece.mouth, eased, 0)) and not torch.equal(sudden, eased), "lips are never late"
 
 
 def test_a_head_that_is_told_goes_where_its_clip_has_it(micro, tmp_path):
     """The truth is the clip, untouched but for mouth and backdrop."""
     r = micro[0]
-    config = dataclasses.replace(lips_run(r, tmp_path), still=0.0, ease=0.5, lively=1.5, head_share=1.0, drop_share=0.0, blink=1.0)
+    config = dataclasses.replace(lips_run(r, tmp_path), still=0.0, ease=0.0, head_share=1.0, drop_share=0.0, blink=1.0)
     source, plain = (lips.LipsReader(c, tmp_path, r.forcing, r.texts(), 0) for c in (config, dataclasses.replace(config, head_share=0.0)))
     piece, untold = source.pieces(draws_of(0, "lips", 0), 3), plain.pieces(draws_of(0, "lips", 0), 3)
     assert piece.told.all() and torch.allclose(piece.clip, piece.batch.latents, atol=1e-5)
@@ -238,7 +241,6 @@ def test_a_head_that_is_told_goes_where_its_clip_has_it(micro, tmp_path):
     assert torch.where(piece.mouth | piece.still, 0, truth - piece.clip).abs().max() == 0
     model = casting.cast_of(r.forcing, r.run, r.seed).averaged("forcing", "student")[0]
     lids.only_lids(model)
-    config = dataclasses.replace(config, lively=1.0, ease=0.0)
     told, as_it_was = (lips.lips_loss(model, model, painter, c, r.forcing, p, draws_of(0, "lips", 1), r.export.sigmas)[1]["kept"]
                        for c, p in ((config, piece), (dataclasses.replace(config, head_share=0.0), untold)))  # fmt: skip
     assert told > 1e-3 and as_it_was < 1e-10
@@ -358,7 +360,7 @@ def test_an_export_says_what_its_avatar_is_told_of(micro, tmp_path):
         recipe.run("export", MICRO, [*overrides, f"run={run}", f"export.stage={stage}", f"lips.head_share={share}", f"export.folder={tmp_path}/out"])
         source = open_source(load(None, [f"model.path={tmp_path}/out", "model.device=cpu"]))
         assert read_settings(tmp_path / "out").get("control", {}) == control
-        assert (source.lids, source.head_motion) == (bool(control), control == LIDS_AND_HEAD)
+        assert (source.lids, source.head_motion) == (bool(control), source.config.sampler.head_motion if control == LIDS_AND_HEAD else None)
 
 
 def test_the_exported_folder_loads_and_speaks(micro):

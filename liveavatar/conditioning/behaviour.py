@@ -54,14 +54,14 @@ def closure_of(lid: np.ndarray) -> np.ndarray:
     return np.where(shut < SMALLEST, 0, np.clip(shut, 0, 1)).astype(np.float32)
 
 
-def head_pose(seed: int, session: str, first: int, count: int) -> np.ndarray:
-    """float32 [count,3] degrees of yaw, pitch and roll of pictures `first` and on; signs as in training/synth/director.py. The
-    spread of a long stream is HEAD_SPREAD. first: any 64-bit number."""
+def head_pose(seed: int, session: str, first: int, count: int, spread: tuple[float, float, float] = HEAD_SPREAD) -> np.ndarray:
+    """float32 [count,3] degrees of yaw, pitch and roll of pictures `first` and on; signs as in training/synth/director.py. spread: of
+    a long stream, degrees. first: any 64-bit number."""
     numbers = range((first - len(FELT)) // PUSH, (first + count - 1) // PUSH + 1)
     pushes = np.array([[_normal("head", axis, seed, session, number) for axis in AXES] for number in numbers])
     since = first - PUSH * numbers.start + np.arange(count)[:, None] - PUSH * np.arange(len(numbers))
     felt = np.where((since >= 0) & (since < len(FELT)), FELT[since % len(FELT)], 0) / np.linalg.norm(FELT[::PUSH])
-    return (felt @ pushes * HEAD_SPREAD).astype(np.float32)
+    return (felt @ pushes * spread).astype(np.float32)
 
 
 def _normal(*key: object) -> float:

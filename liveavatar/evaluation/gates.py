@@ -312,9 +312,10 @@ class Judgement:
 
     def _head_follows(self, watch: Watch) -> list[Measure]:
         """What the stream's head does on what it was told."""
-        if not self.avatar.source.head_motion:
+        spread = self.avatar.source.head_motion
+        if spread is None:
             return []
-        told, measures = head_pose(self.job.seed, SESSION, 0, watch.pictures), []
+        told, measures = head_pose(self.job.seed, SESSION, 0, watch.pictures, spread), []
         for column, axis in enumerate(AXES):
             rows = gm.moments([watch.series(axis)], [told[:, column]])
             measures += [self.probed(f"head_{axis}_r", gm.correlation(rows), "", watch.pictures, "higher"),

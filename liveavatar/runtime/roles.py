@@ -67,13 +67,13 @@ class Conditioner:
 
     front_end: AudioFrontEnd or None; encode_prompt: prompt -> [n, text_dim] or None; vae: StreamingVAE or
     None. Each may be None where the messages already carry the tensors (parity runs).
-    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank. lids, head_motion: blocks
-    are told when to blink, and how the head is held.
+    sink_policy: a distance, or "random". dtype: of the latents that hop from rank to rank. lids: blocks are
+    told when to blink. head_motion: spread of yaw, pitch and roll that heads are told to drift by, degrees; None: they are not told.
     """
 
     def __init__(self, *, geometry: Geometry, latent_channels: int, sink_policy: int | str, dtype: torch.dtype,
                  device: torch.device | str, front_end=None, encode_prompt=None, vae=None, lids: bool = False,
-                 head_motion: bool = False):
+                 head_motion: tuple[float, float, float] | None = None):
         self.geometry, self.sink_policy, self.dtype, self.device = geometry, sink_policy, dtype, torch.device(device)
         self.front_end, self.encode_prompt, self.vae = front_end, encode_prompt, vae
         self.lids, self.head_motion = lids, head_motion
@@ -148,7 +148,7 @@ class Conditioner:
         size = self.geometry.frames_per_block
         pictures = mine.seed, message.session, index * size, size
         lids = torch.from_numpy(lid_closure(*pictures)) if self.lids else None
-        head = torch.from_numpy(head_pose(*pictures)) if self.head_motion else None
+        head = torch.from_numpy(head_pose(*pictures, self.head_motion)) if self.head_motion is not None else None
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
                      latents=to_device(latents.to(self.dtype), self.device), features=to_device(features, self.device), lids=lids, head_pose=head,
                      observe=message.observe, finish_after=message.finish_after)

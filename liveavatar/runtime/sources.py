@@ -41,7 +41,8 @@ class StageSource(Protocol):
     chain: role names. sigmas: levels, ending in 0; timesteps: one per step. sink_policy: a distance or
     "random". refresh_block: 0 is never; swap_block: the first to see the new sink, later where it is prefilled in slices.
     lookahead_samples: of the audio front end. vae_config: diffusers mapping, None without a VAE. observe: every step reports its
-    latents (parity). lids, head_motion: the transformer is told when to blink, how to hold its head. framing: how portraits are cut, None: not at all.
+    latents (parity). lids: the transformer is told when to blink. head_motion: degrees that it is told to let its head
+    drift by, None: it is not. framing: how portraits are cut, None: not at all.
     """
 
     model_config: S2VConfig
@@ -57,7 +58,7 @@ class StageSource(Protocol):
     text_encoder_bytes: int
     observe: bool
     lids: bool
-    head_motion: bool
+    head_motion: tuple[float, float, float] | None
     framing: Framing | None
 
     @property
@@ -105,7 +106,7 @@ class FolderSource:
         self.lookahead_samples = self._lookahead()
         self.text_encoder_bytes = self._text_encoder_bytes()
         lids, head = self._controls()
-        self.lids, self.head_motion = lids and config.sampler.blinks, head and config.sampler.head_motion
+        self.lids, self.head_motion = lids and config.sampler.blinks, config.sampler.head_motion if head else None
         self.framing = self._framing() if config.video.face_crop == "auto" else None
 
     has_vae = True
@@ -290,7 +291,7 @@ class Fixture:
 class FixtureSource:
     """The chain of a rollout fixture: no VAE, no encoders; everything else comes with the messages."""
 
-    observe, has_vae, vae_config, lids, head_motion, framing = True, False, None, False, False, None
+    observe, has_vae, vae_config, lids, head_motion, framing = True, False, None, False, None, None
     sink_policy, lookahead_samples, text_encoder_bytes = SINK_DISTANCE, 0, 0
 
     def __init__(self, path: str | Path):

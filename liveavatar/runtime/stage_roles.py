@@ -108,7 +108,7 @@ def silence(session: str, source: StageSource, stage_names: Sequence[str], dtype
     else:
         step = min((step_of(name) for name in stage_names if name != "decode"), default=len(source.timesteps))
         lids = torch.zeros(g.frames_per_block) if source.lids else None
-        head = torch.zeros(g.frames_per_block, 3) if source.head_motion else None
+        head = torch.zeros(g.frames_per_block, 3) if source.head_motion is not None else None
         said = [Block(session, index=n, step=step, latents=latents, features=features.to(device), lids=lids, head_pose=head)
                 for n in range(blocks)]  # fmt: skip
     return [opened, *said, Close(session)]

@@ -6,7 +6,7 @@ of the mouth are painted again, by a small network (`painter`) that has learned 
 when lips are so far open and so wide. Then nothing is left to chance but what sound says of lips. Pieces that are told how the head is held have
 their clip in place of what the avatar makes: with lips, lids and head told little of it is left to chance. In cells where the clip stands still the
 truth is that picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block is eased
-towards the block before, because every block has noise of its own. Some clips fall silent half way: nothing rendered shows lips
+towards the block before, because every block has noise of its own; but not its mouth, which would come late. Some clips fall silent half way: nothing rendered shows lips
 that come to rest after a long speech.
 
 A network that reads lips off latents, as a loss (Wav2Lip, LatentSync), was tried first: after 1,000 iterations it was content with
@@ -56,7 +56,7 @@ class LipsConfig:
     pull: tuple[float, float] = (0.15, 0.03)  # weights of lips too far open and too wide, squared, in units of the corpus' spread: of a
     # mouth's cells little is lips; how wide they are is a few pixels, and mostly noise
     gain: tuple[float, float] = (1.4, 1.4)  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
-    lively: float = 1.0  # how far all else moves over what the avatar makes: a squared error takes some of the motion that is chance
+    lively: float = 1.0  # how far all else moves over what the avatar makes, or the clip: a squared error takes some of the motion that is chance
     still: float = 0.09  # standard deviation over time, of the corpus' own, below which a cell of a clip stands still
     ease: float = 0.2  # of the change from block to block that is taken from the first latent of a block
     hush_share: float = 0.25  # of the pieces fall silent somewhere
@@ -236,8 +236,8 @@ def eased(latents: torch.Tensor, block: int, share: float) -> torch.Tensor:
 def truth_of(before: torch.Tensor, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece) -> torch.Tensor:
     """What the avatar as it was makes of a state, or the clip whose head is told, [B,z,F,h,w], as it shall be; see the module text."""
     rest, mean = resting_lips(piece), before.mean(2, keepdim=True)
-    painted = painter(torch.where(piece.told, before, torch.lerp(mean, before, config.lively)), piece.batch.reference, piece.mouth, units_of(rest + rest.new_tensor(config.gain) * (piece.lips - rest)))
-    return torch.where(piece.still, mean, torch.where(piece.told, painted, eased(painted, forcing.block_latents, config.ease)))
+    painted = painter(torch.lerp(mean, before, config.lively), piece.batch.reference, piece.mouth, units_of(rest + rest.new_tensor(config.gain) * (piece.lips - rest)))
+    return torch.where(piece.still, mean, torch.where(piece.mouth, painted, eased(painted, forcing.block_latents, config.ease)))
 
 
 def resting_lips(piece: Piece) -> torch.Tensor:
