@@ -145,7 +145,8 @@ def test_whip_follows_no_redirect_and_uses_the_checked_address():
         out.close()
         await asyncio.wait_for(running, 5)
         await runner.cleanup()
-        assert asked == [("/whip", f"sfu.invalid:{port}")] and checked == [url]
+        assert set(asked) == {("/whip", f"sfu.invalid:{port}")} and set(checked) == {url}
+        assert len(checked) - len(asked) in (0, 1), "once a try; on a slow machine the next one may have begun before close"
         assert "5XX" in out.status.last_error
 
     asyncio.run(scene())
