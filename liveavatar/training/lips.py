@@ -261,7 +261,8 @@ def pulled(difference: torch.Tensor, before: torch.Tensor, painter: Painter, pie
 def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsConfig, forcing: ForcingConfig, piece: Piece, draws: Draws,
               sigmas: Sequence[float]) -> tuple[torch.Tensor, dict[str, float]]:
     """Squared error of a batch of rollouts, left at a level drawn for all of them, against what the avatar as it was makes of the very
-    state they were in, with another mouth; and metrics, of the mouth the share of what there was to learn that is not learned."""
+    state they were in, or against the clip where the head is told, with another mouth; and metrics, of the mouth the share of what there was to
+    learn that is not learned."""
     batch, blocks = piece.batch, piece.batch.latents.shape[2] // forcing.block_latents
     noise = torch.randn(batch.latents.shape, generator=draws.torch).to(batch.latents)
     distance, first = draw_position(forcing, draws.numpy)
