@@ -22,6 +22,7 @@ FACE_CROPS = ("auto", "none")
 ATTENTION = ("auto", "flash3", "cudnn", "flash2", "torch", "fp8")
 DTYPES = ("auto", "bfloat16", "float32")
 MOST_HEAD_MOTION = 10.0  # degrees of spread; clips that were trained on had 3
+MOST_HEAD_POSE = 15.0  # degrees of a pose that is pushed; those clips seldom went past 9
 
 
 @dataclass(frozen=True, kw_only=True)

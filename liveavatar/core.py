@@ -204,6 +204,7 @@ class Audio(Message):
     noise: torch.Tensor | None = None  # head: only for parity runs: latents [16,3,h,w] in place of noise(seed, block)
     features: torch.Tensor | None = None  # head: only for parity runs: [L,Ca,12] in place of the front end's
     sink_distance: int | None = None  # head: only for parity runs: rel in place of the policy's
+    head_pose: torch.Tensor | None = None  # head: degrees [12,3] of yaw, pitch and roll on top of what the head does by itself; None: none
     observe: bool = False  # head: every step reports its latents of this block (previews)
     finish_after: int | None = None  # head: only so many of the steps (SamplerConfig.finish_after, of this block alone); None: all
 

@@ -94,7 +94,10 @@ def test_a_checkpoint_says_what_it_is_told_of(tmp_path, tiny_folder):
         conditioner(Open("s", seed=5, context=torch.zeros(1, 16), reference=torch.zeros(16, 1, 8, 8), motion=torch.zeros(16, 3, 8, 8)))
         (block,) = conditioner(Audio("s", index=2, pcm=torch.zeros(7680 * 3 + 2000)))
         assert block.lids is None if not lids else np.array_equal(block.lids, behaviour.lid_closure(5, "s", 24, 12))
-        assert block.head_pose is None if not head else np.array_equal(block.head_pose, behaviour.head_pose(5, "s", 24, 12, (4, 0, 1)))
+        drift = behaviour.head_pose(5, "s", 24, 12, (4, 0, 1))
+        assert block.head_pose is None if not head else np.array_equal(block.head_pose, drift)
+        (turned,) = conditioner(Audio("s", index=2, pcm=torch.zeros(7680), head_pose=torch.full((12, 3), 2.0)))
+        assert turned.head_pose is None if not head else np.array_equal(turned.head_pose, drift + 2)
     settings = json.loads((told / "liveavatar.json").read_text())
     (told / "liveavatar.json").write_text(json.dumps({**settings, "control": {"kind": "brows"}}))
     with pytest.raises(WeightsError, match="brows"):

@@ -6,10 +6,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import speech
+from conftest import save_tiny, speech, tiny_model
 from test_engine import collect, config, digest, run, speak, with_engine
 
 from liveavatar import core, ops
+from liveavatar.conditioning.behaviour import LIDS_AND_HEAD
 from liveavatar.config import Config, ModelConfig
 from liveavatar.core import InputError, RankFailure, SessionClosed
 from liveavatar.runtime.sources import open_source
@@ -63,6 +64,30 @@ def test_arguments_of_a_wrong_kind_take_no_place(tiny_folder, portrait):
         assert len(await speak(await engine.open(portrait), speech(0.3))) == 1
 
     run(with_engine, config(tiny_folder, sessions=1), scenario)
+
+
+def test_a_head_is_turned_from_its_block_on(tmp_path, tiny_folder, portrait):
+    told = config(save_tiny(tmp_path, transformer=tiny_model(cond_dim=20), control=LIDS_AND_HEAD))
+
+    def scenario(poses):
+        async def played(engine):
+            session = await engine.open(portrait, seed=1, name="a")
+            for wrong, why in ((np.zeros(3), "n,3"), (np.zeros((4, 2)), "n,3"), ("left", "n,3"), ([[0, 16, 0]], "15 degrees"), ([[0, np.nan, 0]], "15 degrees")):
+                with pytest.raises(InputError, match=why):
+                    session.push_head(wrong)
+            session.push_head(poses)
+            return [x[3] for x in digest(await speak(session, speech(3 * 0.48)))]
+
+        return run(with_engine, told, played)
+
+    still, turned = scenario(torch.zeros(30, 3)), scenario(np.repeat([[0, 0, 0], [6, -3, 1]], 12, axis=0))
+    assert still[0] == turned[0] and still[1] != turned[1]
+
+    async def untold(engine):
+        with pytest.raises(InputError, match="not told how to hold it"):
+            (await engine.open(portrait)).push_head([[0, 0, 0]])
+
+    run(with_engine, config(tiny_folder), untold)
 
 
 def test_a_seed_may_be_numpys_and_crosses_to_other_processes(tiny_folder, portrait):

@@ -13,7 +13,7 @@ from drawn_clips import drawn_clip, write_corpus
 from typer.testing import CliRunner
 
 from liveavatar.__main__ import app
-from liveavatar.conditioning.behaviour import LIDS_AND_HEAD
+from liveavatar.conditioning.behaviour import LIDS_AND_HEAD, head_pose
 from liveavatar.conditioning.phones import WIDE_OPEN, Phone, Utterance
 from liveavatar.conditioning.visemes import articulate
 from liveavatar.config import load
@@ -165,6 +165,17 @@ def test_random_weights_fail_and_the_exit_status_says_so(judged):
     for axis in ("yaw", "pitch", "roll"):
         assert abs(report.measure(f"head_{axis}_r").value) <= 1 and np.isfinite(report.measure(f"head_{axis}_slope").value)
     assert json.loads(out.read_text())["origin"]["synthetic"] is True
+
+
+@pytest.mark.parametrize("pictures", [3 * 150 + 70, 2 * 150])
+def test_the_first_and_the_last_window_hold_their_heads_alike(pictures):
+    spread, period, second = (3.0, 2.0, 1.2), 150, 25
+    told, own = gate_runs.repeated_head(5, spread, period, pictures), head_pose(5, gate_runs.SESSION, 0, pictures, spread)
+    last = (pictures // period - 1) * period
+    alike = period if last > period else period - second  # of two windows the first ends in what leads to the second
+    assert told[last : last + alike] == pytest.approx(own[:alike], abs=1e-5)
+    assert np.array_equal(told[: last - second], own[: last - second]) and np.array_equal(told[last + period + second :], own[last + period + second :])
+    assert np.abs(np.diff(told, axis=0)).max() < 1
 
 
 class Foretold:

@@ -217,6 +217,21 @@ def test_memory_is_what_waits():
     assert len(t._pcm) < 2 * BLOCK and not t._inside and len(t._ahead) == AHEAD and t._pcm.base is None
 
 
+def test_a_pushed_head_goes_picture_by_picture_with_the_blocks():
+    t, heard = timeline(), []
+    t.push(speech(5 * 0.48 + 0.1))
+    poses = np.arange(30 * 3, dtype=np.float32).reshape(30, 3)
+    t.push_head(poses[:5])
+    t.push_head(poses[5:])
+    heard += t.admit(0.0)
+    t.interrupt()
+    t.push(speech(4 * 0.48 + 0.1))
+    run_out(t, heard)
+    said = [m.head_pose for m in heard if isinstance(m, Audio)]
+    assert np.array_equal(torch.cat(said[:3])[:30], poses) and not said[2][6:].any() and said[3] is None
+    assert [s.shape for s in said[:3]] == [(12, 3)] * 3
+
+
 # ---------------------------------------------------------------- intake
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import SAMPLES_PER_FRAME
-from liveavatar.conditioning.behaviour import closure_of, control_planes
+from liveavatar.conditioning.behaviour import closure_of, control_planes, head_pose
 from liveavatar.conditioning.clipfiles import Clip, clip_paths, read_clip
 from liveavatar.config import Config
-from liveavatar.core import SAMPLE_RATE, Audio, Block, ConfigError, Failed, InputError, Open
+from liveavatar.core import FPS, SAMPLE_RATE, Audio, Block, ConfigError, Failed, InputError, Open
 from liveavatar.diffusion.rollout import Course, cached_rollout
 from liveavatar.models.probe import Probe, Seen, identity_error
 from liveavatar.models.vae import StreamingVAE
@@ -96,20 +96,23 @@ def audio_messages(pcm: np.ndarray, blocks: int, size: int, lookahead: int) -> I
         yield Audio(SESSION, index=index, start=start, pcm=torch.from_numpy(whole[start:stop].copy()))
 
 
-def stream(config: Config, portrait: np.ndarray, prompt: str, seed: int, pcm: Iterator[np.ndarray], take: Callable[[np.ndarray], None]) -> None:
-    """Play float32 chunks of pcm through the Engine; `take` gets each block's pictures uint8 [T,S,S,3]. Flat memory.
+def stream(config: Config, portrait: np.ndarray, prompt: str, seed: int, pcm: Iterator[np.ndarray], take: Callable[[np.ndarray], None],
+           head: np.ndarray | None = None) -> None:
+    """Play float32 chunks of pcm through the Engine; `take` gets each block's pictures uint8 [T,S,S,3]. Flat memory. head: poses to push first.
 
     The portrait is the corpus' own and goes in as it is. Raises what the Engine raises.
     """
     config = replace(config, runtime=replace(config.runtime, sessions=1), video=replace(config.video, face_crop="none"))
-    asyncio.run(_play(config, portrait, prompt, seed, pcm, take))
+    asyncio.run(_play(config, portrait, prompt, seed, pcm, take, head))
 
 
-async def _play(config, portrait, prompt, seed, pcm, take) -> None:
+async def _play(config, portrait, prompt, seed, pcm, take, head) -> None:
     engine = await Engine.start(config)
     try:
         picture = torch.from_numpy(portrait).permute(2, 0, 1)
         session = await engine.open(picture, prompt=prompt, seed=seed, name=SESSION)
+        if head is not None:
+            session.push_head(head)
         feeding = asyncio.create_task(_feed(session, pcm))
         async for out in session:
             take(out.pictures)
@@ -227,6 +230,15 @@ class Watch:
     def series(self, name: str) -> np.ndarray:
         """One number per picture, float32."""
         return np.array(self.rows[name], np.float32)
+
+
+def repeated_head(seed: int, spread: tuple[float, float, float], period: int, pictures: int) -> np.ndarray:
+    """float32 [pictures,3] degrees: a session's drift, which in the last whole period is that of the first again, with a second before and
+    behind in which the one becomes the other."""
+    last = (pictures // period - 1) * period
+    own, again = (head_pose(seed, SESSION, first, pictures, spread) for first in (0, -last))
+    at = np.arange(pictures, dtype=np.float32)[:, None] - last
+    return own + np.clip(1 + np.minimum(at, period - 1 - at) / FPS, 0, 1) * (again - own)
 
 
 def looped(clips: list[Clip], pictures: int, per_block: int) -> tuple[int, Iterator[np.ndarray]]:

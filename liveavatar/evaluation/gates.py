@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import torch
 
-from liveavatar.conditioning.behaviour import AXES, head_pose
+from liveavatar.conditioning.behaviour import AXES
 from liveavatar.conditioning.clipfiles import clip_paths, read_arrays, read_clip
 from liveavatar.conditioning.face import FaceTracker
 from liveavatar.conditioning.faceprint import embedding
@@ -30,7 +30,7 @@ from liveavatar.config import Config
 from liveavatar.core import FPS, ConfigError, InputError
 from liveavatar.evaluation import gate_measures as gm
 from liveavatar.evaluation import prompts, provenance
-from liveavatar.evaluation.gate_runs import GROUPS, SESSION, Avatar, Take, Watch, grouped_clips, looped, stream, take_clip
+from liveavatar.evaluation.gate_runs import GROUPS, Avatar, Take, Watch, grouped_clips, looped, repeated_head, stream, take_clip
 from liveavatar.evaluation.likeness import Likeness
 from liveavatar.evaluation.quality import psnr
 from liveavatar.evaluation.report import Check, Measure, Origin, Report, System, absent, bootstrap, judge_gates, rejected
@@ -138,7 +138,7 @@ class Judgement:
         return self._watched(self.job.frames, self.config)
 
     def _watched(self, frames: int, config: Config) -> Watch:
-        """A stream of the avatar that ships, or of the first person there is."""
+        """A stream of the avatar that ships, or of the first person there is; its first and last windows say the same and hold the head alike."""
         own = [clip for group, clip in self.clips if group == "default"] or [clip for _, clip in self.clips]
         spoken = [clip for group, clip in self.clips if group != "readings"]
         period, chunks = looped(spoken, frames, self.avatar.geometry.frames_per_block)
@@ -152,8 +152,15 @@ class Judgement:
                     self.memory.append((watch.pictures, psutil.Process().memory_info().rss / 1e6))
                 self.say(f"stream: {watch.pictures} of {frames} frames")
 
-        stream(config, own[0].reference, own[0].caption, self.job.seed, chunks, take)
+        head, told = None, config
+        if self.avatar.source.head_motion is not None:
+            head, told = self._told(watch, frames), replace(config, sampler=replace(config.sampler, head_motion=(0.0, 0.0, 0.0)))
+        stream(told, own[0].reference, own[0].caption, self.job.seed, chunks, take, head)
         return watch
+
+    def _told(self, watch: Watch, pictures: int) -> np.ndarray:
+        """How a stream's head is told to be held, degrees [pictures,3]."""
+        return repeated_head(self.job.seed, self.avatar.source.head_motion, watch.period, pictures)
 
     @cached_property
     def corpus(self) -> list[Path]:
@@ -312,10 +319,9 @@ class Judgement:
 
     def _head_follows(self, watch: Watch) -> list[Measure]:
         """What the stream's head does on what it was told."""
-        spread = self.avatar.source.head_motion
-        if spread is None:
+        if self.avatar.source.head_motion is None:
             return []
-        told, measures = head_pose(self.job.seed, SESSION, 0, watch.pictures, spread), []
+        told, measures = self._told(watch, watch.pictures), []
         for column, axis in enumerate(AXES):
             rows = gm.moments([watch.series(axis)], [told[:, column]])
             measures += [self.probed(f"head_{axis}_r", gm.correlation(rows), "", watch.pictures, "higher"),

@@ -8,6 +8,8 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from liveavatar.conditioning.behaviour import AXES
+from liveavatar.config import MOST_HEAD_POSE
 from liveavatar.core import SAMPLE_RATE, InputError
 
 
@@ -64,6 +66,19 @@ def as_pcm(pcm) -> np.ndarray:
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise InputError("audio holds NaN or infinite samples")
+    return array
+
+
+def as_poses(poses) -> np.ndarray:
+    """float32 [n,3] degrees from what people push, numpy, torch or lists. Raises InputError."""
+    try:
+        array = np.asarray(poses, np.float32)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.ndim != 2 or array.shape[1] != len(AXES):
+        raise InputError(f"poses of a head: give [n,3] numbers, yaw, pitch and roll of each picture, not {type(poses).__name__} {list(np.shape(array))}")
+    if not (np.abs(array) <= MOST_HEAD_POSE).all():
+        raise InputError(f"poses of a head: every angle must be {-MOST_HEAD_POSE:g}..{MOST_HEAD_POSE:g} degrees")
     return array
 
 

@@ -149,6 +149,8 @@ class Conditioner:
         pictures = mine.seed, message.session, index * size, size
         lids = torch.from_numpy(lid_closure(*pictures)) if self.lids else None
         head = torch.from_numpy(head_pose(*pictures, self.head_motion)) if self.head_motion is not None else None
+        if head is not None and message.head_pose is not None:
+            head = head + message.head_pose
         return Block(message.session, index=index, epoch=message.epoch, sink_distance=distance,
                      latents=to_device(latents.to(self.dtype), self.device), features=to_device(features, self.device), lids=lids, head_pose=head,
                      observe=message.observe, finish_after=message.finish_after)

@@ -13,8 +13,8 @@ from liveavatar import core
 from liveavatar.conditioning.framing import Fitted
 from liveavatar.conditioning.prompt import clean
 from liveavatar.config import Config
-from liveavatar.core import Geometry, LiveAvatarError, Message, SessionClosed
-from liveavatar.runtime.intake import Intake
+from liveavatar.core import Geometry, InputError, LiveAvatarError, Message, SessionClosed
+from liveavatar.runtime.intake import Intake, as_poses
 from liveavatar.runtime.observing import Observation
 from liveavatar.runtime.scheduler import Candidate, Playout, candidate
 from liveavatar.runtime.sources import StageSource
@@ -117,6 +117,18 @@ class Session:
         self._check_audio()
         await self._queue(self._intake.flush())
         self.timeline.settle()
+
+    # ------------------------------------------------------------ the head
+
+    def push_head(self, poses) -> None:
+        """Turn the head: degrees [n,3] of yaw (+ to the picture's right), pitch (+ up) and roll of the n pictures behind those that were said so far, on top
+        of the drift that it has by itself (sampler.head_motion, [0,0,0]: none); back to that where they end, so let them end at 0.
+        From the next block on; an interrupt leaves them. Raises InputError, also of a checkpoint that is not told, SessionClosed, RankFailure.
+        """
+        self._check()
+        if self._engine.source.head_motion is None:
+            raise InputError("the head cannot be turned: this checkpoint is not told how to hold it, or sampler.head_motion is null")
+        self.timeline.push_head(as_poses(poses))
 
     def park(self, parked: bool = True) -> None:
         """A parked live session asks for no idle blocks: it costs nothing until it is pushed audio or woken (park(False))."""

@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from liveavatar.conditioning.behaviour import AXES
 from liveavatar.core import FPS, SAMPLE_RATE, Audio, CleanLatent, Frames, Geometry, Interrupt, Message, Refresh
 
 
@@ -66,6 +67,7 @@ class Timeline:
         self._settled = False  # what waits is the end of an utterance
         self._idled = True  # the last block was idle
         self._ahead = self._pcm  # look-ahead the chain was already sent beyond the start of next_block
+        self._head = np.zeros((0, len(AXES)), np.float32)  # how the head is turned in the pictures of next_block and on
         self._inside: dict[int, Admitted] = {}
         self._ready: deque[tuple[int, Admitted, np.ndarray]] = deque()  # pictures not yet taken
         self._anchor, self._clean = 0, None  # first block of the present portrait, and its first clean latent
@@ -123,6 +125,10 @@ class Timeline:
         assert not self.ended and pcm.dtype == np.float32 and pcm.ndim == 1
         self._pcm, self._arriving, self._settled = np.concatenate([self._pcm, pcm]), True, False
         self.received += len(pcm)
+
+    def push_head(self, poses: np.ndarray) -> None:
+        """Append degrees [n,3] float32, of the pictures behind those that were said."""
+        self._head = np.concatenate([self._head, poses])
 
     def settle(self) -> None:
         """What waits is the end of an utterance: it need not wait for more, silence goes behind it."""
@@ -191,13 +197,19 @@ class Timeline:
             self._ahead = self._ahead[:0]
         fresh = window[len(self._ahead) :]
         messages.append(Audio(self.session, index=self.next_block, epoch=self.epoch, start=self._start + len(self._ahead),
-                              pcm=torch.from_numpy(fresh.copy()), observe=self._observe, finish_after=finish_after))
+                              pcm=torch.from_numpy(fresh.copy()), head_pose=self._turned(), observe=self._observe, finish_after=finish_after))
         self._observe = False
         self._inside[self.next_block] = self._admitted(window[:size], now)
         self._silence = max(0, self._silence - size)
         self._ahead, self._pcm = window[size:], self._pcm[size:].copy()
         self.next_block += 1
         return messages
+
+    def _turned(self) -> torch.Tensor | None:
+        """What was pushed for the next block's pictures, 0 where that ends; None: nothing."""
+        size, turned = self.geometry.frames_per_block, self._head
+        self._head = turned[size:].copy()
+        return torch.from_numpy(np.pad(turned[:size], [(0, max(0, size - len(turned))), (0, 0)])) if len(turned) else None
 
     def _admitted(self, pcm: np.ndarray, now: float) -> Admitted:
         per_picture = self.geometry.samples_per_block // self.geometry.frames_per_block
