@@ -90,7 +90,7 @@ class SamplerConfig:
     refresh_slices: int = 1  # blocks the new sink's prefill is spread over, a part before each; the last of them is the first to see it
     anchor_blocks: int = 0  # first blocks that never leave the ring (Anchor-Heavy Identity Sinks); the paper's: 3 of 5
     blinks: bool = True  # given to checkpoints that take them (conditioning/behaviour.py); False: eyes as the weights have them
-    head_motion: tuple[float, float, float] | None = (3.0, 1.9, 1.35)  # spread of yaw, pitch and roll that a head is told to drift by, degrees,
+    head_motion: tuple[float, float, float] | None = (3.0, 1.8, 1.35)  # spread of yaw, pitch and roll that a head is told to drift by, degrees,
     # of checkpoints that take it; 0s: it is held still; None: it moves as the weights have it. The embedded avatar, so told, shows the 3, 2 and
     # 1.2 of its corpus: it goes further than told where it nods, less far where it tilts
     first_position: int = 0  # latent frames that the counter of time positions starts at: a stream as if so much had gone before

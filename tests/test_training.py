@@ -244,6 +244,23 @@ def test_a_head_that_is_told_goes_where_its_clip_has_it(micro, tmp_path):
     told, as_it_was = (lips.lips_loss(model, model, painter, c, r.forcing, p, draws_of(0, "lips", 1), r.export.sigmas)[1]["kept"]
                        for c, p in ((config, piece), (dataclasses.replace(config, head_share=0.0), untold)))  # fmt: skip
     assert told > 1e-3 and as_it_was < 1e-10
+    shirt = torch.zeros(piece.still.shape)
+    shirt[..., -1, :2] = 1
+    elsewhere = dataclasses.replace(piece, batch=dataclasses.replace(piece.batch, reference=piece.clip.mean(2, keepdim=True) + 1.3 * shirt))
+    assert torch.allclose(lips.exchanged(elsewhere), shirt) and not lips.exchanged(dataclasses.replace(elsewhere, told=~piece.told)).any()
+    losses = [lips.lips_loss(model, model, painter, dataclasses.replace(config, dress=weight), r.forcing, elsewhere, draws_of(0, "lips", 1), r.export.sigmas)
+              for weight in (0.0, 1.0)]  # fmt: skip
+    assert float((losses[1][0] - losses[0][0]).detach()) == pytest.approx(losses[0][1]["dress"], rel=1e-4) and losses[0][1]["dress"] > 1e-3
+
+
+def test_motion_is_missed_wherever_it_happens():
+    """A video that stands still inside of latents and jumps between them has the right change in sum, and is told off for it at every picture."""
+    smooth = torch.arange(9.0)[None, None, :, None, None].expand(1, 3, 9, 16, 16) * torch.linspace(0, 1, 16)
+    judder = smooth[:, :, [0, 4, 4, 4, 4, 8, 8, 8, 8]]
+    assert losses.motion_error(smooth, smooth) == 0 and losses.motion_error(smooth.flip(-1), smooth) > 0
+    change = smooth.diff(dim=2).mean()
+    assert losses.motion_error(judder, smooth) == pytest.approx(float(change * (2 * 3 + 6) / 8), rel=1e-4)
+    assert losses.motion_error(smooth + 0.5, smooth) < 1e-6, "colours are another loss's"
 
 
 def test_a_block_begins_nearer_to_the_one_before():

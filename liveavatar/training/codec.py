@@ -42,6 +42,7 @@ class CodecConfig:
     kl: float = 1e-4
     noise: float = 0.1  # fixed spread around the mean; learning it from 1 downwards took most of the training
     gradient: float = 0.5
+    motion: float = 0.0  # weight of how much patches change from picture to picture: latents are four pictures, and without it they are seen to begin
     detail: float = 4.0  # extra weight of mouth and eyes
     blinks: float = 0.0  # of the pieces that can show shut eyes: they are a picture in 25, and a codec that sees them so rarely smears them
     statistics_clips: int = 64
@@ -205,7 +206,7 @@ class PieceReader:
 
 def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tensor, weight: torch.Tensor, draws: Draws,
                learn_latents: bool = True):
-    """Weighted L1 + gradient L1 + KL of latents with a fixed spread, and metrics. learn_latents: into the encoder too."""
+    """Weighted L1 + gradient L1 + motion + KL of latents with a fixed spread, and metrics. learn_latents: into the encoder too."""
     with torch.set_grad_enabled(learn_latents):
         mean, _ = encode(module, video)
     made = decode(module, mean + config.noise * torch.randn(mean.shape, generator=draws.torch).to(mean.device)).float()
@@ -215,7 +216,11 @@ def codec_loss(module: AutoencoderKLWan, config: CodecConfig, video: torch.Tenso
     kl = 0.5 * mean.square().mean()  # up to a constant, as the spread is fixed
     mse = F.mse_loss(made.detach().clamp(-1, 1), video)
     metrics = {"psnr": float(-10 * torch.log10(mse / 4)), "kl": float(kl.detach()), "l1": float(error.detach().mean())}
-    return rec + config.gradient * edges + config.kl * kl, metrics
+    loss = rec + config.gradient * edges + config.kl * kl
+    if config.motion and made.shape[2] > 1:
+        motion = losses.motion_error(made, video)
+        loss, metrics["motion"] = loss + config.motion * motion, float(motion.detach())
+    return loss, metrics
 
 
 def train_codec(config: CodecConfig, data_folder: str, run: str | Path, seed: int, stop_after: int | None = None) -> list[float]:

@@ -4,10 +4,11 @@ Regressing on clips trains a mouth to its mean, because where the head is is not
 better than the student. Here the truth is made: of what the avatar as it was makes of the states that a rollout goes through, the cells
 of the mouth are painted again, by a small network (`painter`) that has learned from clips how a mouth looks among such surroundings
 when lips are so far open and so wide. Then nothing is left to chance but what sound says of lips. Pieces that are told how the head is held have
-their clip in place of what the avatar makes: with lips, lids and head told little of it is left to chance. In cells where the clip stands still the
-truth is that picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block is eased
-towards the block before, because every block has noise of its own; but not its mouth, which would come late. Some clips fall silent half way: nothing rendered shows lips
-that come to rest after a long speech.
+their clip in place of what the avatar makes: with lips, lids and head told little of it is left to chance. What such a clip shows otherwise
+than the portrait, as its text says, is weighed by itself: a shirt is six cells of 64. In cells where the clip stands still the truth is that
+picture's mean over time, so that few-step noise in a backdrop goes, and the first latent of a block may be eased towards the block before, but not
+its mouth, which would come late; most of what seams there were was the codec's (bench/results/training-v8). Some clips fall silent half way: nothing
+rendered shows lips that come to rest after a long speech.
 
 A network that reads lips off latents, as a loss (Wav2Lip, LatentSync), was tried first: after 1,000 iterations it was content with
 a mouth that moved half as far. What the avatar as it was makes of the same noise, as truth, is a path that cannot be learned: all motion
@@ -53,6 +54,7 @@ class LipsConfig:
     start: str = "lids"
     blocks: int = 4  # of a clip's, a piece drawn anew each time
     mouth: float = 2.0  # extra loss weight of the mouth's cells
+    dress: float = 0.0  # extra loss weight of what a clip as truth shows otherwise than the portrait, shared by its cells: a shirt has few
     pull: tuple[float, float] = (0.15, 0.03)  # weights of lips too far open and too wide, squared, in units of the corpus' spread: of a
     # mouth's cells little is lips; how wide they are is a few pixels, and mostly noise
     gain: tuple[float, float] = (1.4, 1.4)  # how far lips go over what the clip's do: what is heard of a strange voice is learned as less than it is
@@ -72,8 +74,8 @@ class LipsConfig:
                 raise ConfigError(f"lips.{name}={getattr(self, name)}: must be in 0..1")
         if self.blocks < 1 or self.width < 8 or self.width % 8:
             raise ConfigError(f"lips: blocks={self.blocks}: at least 1; width={self.width}: a multiple of 8")
-        if min(self.mouth, *self.pull, self.still, *self.gain, self.lively, self.blink) < 0:
-            raise ConfigError("lips: mouth, pull, still, gain, lively and blink must not be negative")
+        if min(self.mouth, self.dress, *self.pull, self.still, *self.gain, self.lively, self.blink) < 0:
+            raise ConfigError("lips: mouth, dress, pull, still, gain, lively and blink must not be negative")
 
 
 # ---------------------------------------------------------------- what paints mouths
@@ -245,6 +247,13 @@ def resting_lips(piece: Piece) -> torch.Tensor:
     return torch.stack([torch.zeros_like(piece.rest), piece.rest], dim=-1)[:, None, None]
 
 
+def exchanged(piece: Piece) -> torch.Tensor:
+    """Cells [B,1,1,h,w] of clips as truth that are not as in the portrait, over the whole piece, 0..1: what a prompt is there to say. Where
+    nothing is exchanged cells differ by .3. 0 where the avatar's own is the truth."""
+    apart = (piece.clip.mean(2, keepdim=True) - piece.batch.reference).square().mean(1, keepdim=True)
+    return piece.told * (apart - 0.5).clamp(0, 1)
+
+
 def pulled(difference: torch.Tensor, before: torch.Tensor, painter: Painter, piece: Piece) -> torch.Tensor:
     """How much too far open and too wide lips are where latents are off by `difference` [B,z,F,h,w]: [B,F,2], units of TYPICAL. As far as
     it lies in the direction in which the painter opens, or widens, a mouth at rest among the same surroundings."""
@@ -282,13 +291,15 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
         before = left["x"] - table[-2] * condition.velocity(kept, pose=lids)(left["x"], left["sigma"]).float()
         before = torch.where(piece.told, piece.clip, before)
         truth = truth_of(before, painter, config, forcing, piece)
+    other = exchanged(piece)
     pull = pulled(made - truth, before, painter, piece)[piece.asked.all(-1)].square()
     error = (made - truth).square().mean(1, keepdim=True)
+    dressed = ((error * other).mean(2).sum((1, 2, 3)) / other.sum((1, 2, 3, 4)).clamp_min(1)).mean()
     known = piece.asked.any(-1)[:, None, :, None, None] | ~piece.mouth  # on their way to rest lips may do what they like
-    loss = (error * known * (1 + config.mouth * piece.mouth)).mean() + (pull * pull.new_tensor(config.pull)).sum(-1).mean()
+    loss = (error * known * (1 + config.mouth * piece.mouth)).mean() + config.dress * dressed + (pull * pull.new_tensor(config.pull)).sum(-1).mean()
     there = (before - truth).square().mean(1, keepdim=True)
     left = (error.detach() * known)[piece.mouth].sum() / (there * known)[piece.mouth].sum().clamp_min(1e-9)
-    metrics = {"kept": float(error.detach()[~piece.mouth].mean()), "mouth": float(left), "steps": float(len(table) - 1)}
+    metrics = {"kept": float(error.detach()[~piece.mouth].mean()), "mouth": float(left), "dress": float(dressed.detach()), "steps": float(len(table) - 1)}
     return loss, metrics | dict(zip(READ, pull.detach().mean(0).tolist()))
 
 

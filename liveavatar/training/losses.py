@@ -36,6 +36,13 @@ def gradient_error(made: torch.Tensor, video: torch.Tensor, weight: torch.Tensor
     return total
 
 
+def motion_error(made: torch.Tensor, video: torch.Tensor, side: int = 8) -> torch.Tensor:
+    """L1 between how much patches of `side` pixels of [B,3,T,H,W] videos change from picture to picture. A decoder that is only asked to be near
+    rounds motion off inside of a latent and makes up for it where the next begins, a judder of every fourth picture."""
+    change, wanted = (F.avg_pool2d(x.diff(dim=2).abs().mean(1), side) for x in (made, video))
+    return (change - wanted).abs().mean()
+
+
 def cell_weight(mouth: np.ndarray, eyes: np.ndarray, sides: tuple[int, int], stride: int, mouth_gain: float, eye_gain: float) -> torch.Tensor:
     """Loss weight of latent cells of pictures (height, width): float32 [1 + (T-1)/4, height/stride, width/stride], 1 plus gain * covered share.
 
