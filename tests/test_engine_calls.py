@@ -67,9 +67,9 @@ def test_arguments_of_a_wrong_kind_take_no_place(tiny_folder, portrait):
 
 
 def test_a_head_is_turned_from_its_block_on(tmp_path, tiny_folder, portrait):
-    told = config(save_tiny(tmp_path, transformer=tiny_model(cond_dim=20), control=LIDS_AND_HEAD))
+    folder = save_tiny(tmp_path, transformer=tiny_model(cond_dim=20), control=LIDS_AND_HEAD)
 
-    def scenario(poses):
+    def scenario(poses, *cut):
         async def played(engine):
             session = await engine.open(portrait, seed=1, name="a")
             for wrong, why in ((np.zeros(3), "n,3"), (np.zeros((4, 2)), "n,3"), ("left", "n,3"), ([[0, 16, 0]], "15 degrees"), ([[0, np.nan, 0]], "15 degrees")):
@@ -78,10 +78,12 @@ def test_a_head_is_turned_from_its_block_on(tmp_path, tiny_folder, portrait):
             session.push_head(poses)
             return [x[3] for x in digest(await speak(session, speech(3 * 0.48)))]
 
-        return run(with_engine, told, played)
+        return run(with_engine, config(folder, *cut), played)
 
-    still, turned = scenario(torch.zeros(30, 3)), scenario(np.repeat([[0, 0, 0], [6, -3, 1]], 12, axis=0))
+    there = np.repeat([[0, 0, 0], [6, -3, 1]], 12, axis=0)
+    still, turned = scenario(torch.zeros(30, 3)), scenario(there)
     assert still[0] == turned[0] and still[1] != turned[1]
+    assert scenario(there, 2, "local") == turned, "it reaches other processes"
 
     async def untold(engine):
         with pytest.raises(InputError, match="not told how to hold it"):

@@ -52,6 +52,8 @@ class CodecConfig:
             raise ConfigError(f"vae.pictures={self.pictures}: must be 1 + 4n, at least 5")
         if not 0 <= self.blinks <= 1:
             raise ConfigError(f"vae.blinks={self.blinks}: must be in 0..1")
+        if self.motion < 0:
+            raise ConfigError(f"vae.motion={self.motion}: must not be negative")
         if self.crop % self.spatial_stride:
             raise ConfigError(f"vae.crop={self.crop}: must be a multiple of the codec's spatial stride")
         for name, loop in (("loop", self.loop), ("decoder", self.decoder)):
