@@ -157,7 +157,9 @@ class AvatarWorker:
         working, left = asyncio.create_task(self._work()), asyncio.create_task(self._left.wait())
         try:
             await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done() and (error := working.exception()) is not None:
+            if self.session.state in ("closing", "closed"):  # what it refuses meanwhile is no failure; on_end comes last
+                self._leave("the session ended")
+            elif working.done() and (error := working.exception()) is not None:
                 log.error("livekit_failed", session=self.session.id, reason=str(error), exc_info=None if isinstance(error, LiveAvatarError) else error)
                 self._leave("the worker failed")
         finally:
