@@ -97,22 +97,23 @@ def audio_messages(pcm: np.ndarray, blocks: int, size: int, lookahead: int) -> I
 
 
 def stream(config: Config, portrait: np.ndarray, prompt: str, seed: int, pcm: Iterator[np.ndarray], take: Callable[[np.ndarray], None],
-           head: np.ndarray | None = None) -> None:
-    """Play float32 chunks of pcm through the Engine; `take` gets each block's pictures uint8 [T,S,S,3]. Flat memory. head: poses to push first.
+           poses: np.ndarray | None = None) -> None:
+    """Play float32 chunks of pcm through the Engine; `take` gets each block's pictures uint8 [T,S,S,3]. Flat memory.
 
-    The portrait is the corpus' own and goes in as it is. Raises what the Engine raises.
+    poses float32 [n,3]: degrees that the head is turned by, pushed first. The portrait is the corpus' own and goes in as it is.
+    Raises what the Engine raises.
     """
     config = replace(config, runtime=replace(config.runtime, sessions=1), video=replace(config.video, face_crop="none"))
-    asyncio.run(_play(config, portrait, prompt, seed, pcm, take, head))
+    asyncio.run(_play(config, portrait, prompt, seed, pcm, take, poses))
 
 
-async def _play(config, portrait, prompt, seed, pcm, take, head) -> None:
+async def _play(config, portrait, prompt, seed, pcm, take, poses) -> None:
     engine = await Engine.start(config)
     try:
         picture = torch.from_numpy(portrait).permute(2, 0, 1)
         session = await engine.open(picture, prompt=prompt, seed=seed, name=SESSION)
-        if head is not None:
-            session.push_head(head)
+        if poses is not None:
+            session.push_head(poses)
         feeding = asyncio.create_task(_feed(session, pcm))
         async for out in session:
             take(out.pictures)

@@ -152,14 +152,14 @@ class Judgement:
                     self.memory.append((watch.pictures, psutil.Process().memory_info().rss / 1e6))
                 self.say(f"stream: {watch.pictures} of {frames} frames")
 
-        head, told = None, config
-        if self.avatar.source.head_motion is not None:
-            head, told = self._told(watch, frames), replace(config, sampler=replace(config.sampler, head_motion=(0.0, 0.0, 0.0)))
-        stream(told, own[0].reference, own[0].caption, self.job.seed, chunks, take, head)
+        poses, played = None, config
+        if self.avatar.source.head_motion is not None:  # the head does nothing by itself: all that it does is pushed
+            poses, played = self._poses(watch, frames), replace(config, sampler=replace(config.sampler, head_motion=(0.0, 0.0, 0.0)))
+        stream(played, own[0].reference, own[0].caption, self.job.seed, chunks, take, poses)
         return watch
 
-    def _told(self, watch: Watch, pictures: int) -> np.ndarray:
-        """How a stream's head is told to be held, degrees [pictures,3]."""
+    def _poses(self, watch: Watch, pictures: int) -> np.ndarray:
+        """How a stream's head is told to be held: float32 [pictures,3], degrees of yaw, pitch and roll."""
         return repeated_head(self.job.seed, self.avatar.source.head_motion, watch.period, pictures)
 
     @cached_property
@@ -321,7 +321,7 @@ class Judgement:
         """What the stream's head does on what it was told."""
         if self.avatar.source.head_motion is None:
             return []
-        told, measures = self._told(watch, watch.pictures), []
+        told, measures = self._poses(watch, watch.pictures), []
         for column, axis in enumerate(AXES):
             rows = gm.moments([watch.series(axis)], [told[:, column]])
             measures += [self.probed(f"head_{axis}_r", gm.correlation(rows), "", watch.pictures, "higher"),

@@ -121,9 +121,10 @@ class Session:
     # ------------------------------------------------------------ the head
 
     def push_head(self, poses) -> None:
-        """Turn the head: degrees [n,3] of yaw (+ to the picture's right), pitch (+ up) and roll of the n pictures behind those that were said so far, on top
-        of the drift that it has by itself (sampler.head_motion, [0,0,0]: none); back to that where they end, so let them end at 0.
-        From the next block on; an interrupt leaves them. Raises InputError, also of a checkpoint that is not told, SessionClosed, RankFailure.
+        """Turn the head: float [n,3], degrees of yaw (+ to the picture's right), pitch (+ up) and roll (+ clockwise) of the n pictures behind those
+        that were said so far, on top of the drift that it has by itself (sampler.head_motion, [0,0,0]: none); back to that where they end, so
+        let them end at 0. From the next block on; an interrupt leaves them.
+        Raises InputError, also of a checkpoint that is not told, SessionClosed, RankFailure.
         """
         self._check()
         if self._engine.source.head_motion is None:

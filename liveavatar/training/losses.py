@@ -37,8 +37,11 @@ def gradient_error(made: torch.Tensor, video: torch.Tensor, weight: torch.Tensor
 
 
 def motion_error(made: torch.Tensor, video: torch.Tensor, side: int = 8) -> torch.Tensor:
-    """L1 between how much patches of `side` pixels of [B,3,T,H,W] videos change from picture to picture. A decoder that is only asked to be near
-    rounds motion off inside of a latent and makes up for it where the next begins, a judder of every fourth picture."""
+    """L1, a scalar, between how much patches of `side` pixels of float [B,3,T,H,W] videos, T at least 2, change from picture to picture.
+
+    A decoder that is only asked to be near rounds motion off inside of a latent and makes up for it where the next begins, a judder of
+    every fourth picture.
+    """
     change, wanted = (F.avg_pool2d(x.diff(dim=2).abs().mean(1), side) for x in (made, video))
     return (change - wanted).abs().mean()
 
