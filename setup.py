@@ -8,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "liveavatar/__init__.py").read_text(encoding="utf-8"))[1]
 
-TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14", "peft>=0.17"]
+TRAIN = ["anny>=0.6", "moderngl>=5.12", "pocketsphinx>=5.1", "scipy>=1.14", "peft>=0.17", "onnx>=1.19"]
 RAY = ["ray>=2.50"]
 DEEPSPEED = ["deepspeed>=0.18"]  # a source package: its kernels are compiled when they are used
 # the models of the face tracker lie in one wheel of mediapipe, which is installed without what it asks for (see Makefile)

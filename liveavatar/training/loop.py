@@ -43,7 +43,7 @@ class LoopConfig:
     warmup: int = 50
     cooldown: float = 0.5
     floor: float = 0.03
-    audio_factor: float = 1.0  # the audio injectors learn at so much of lr
+    audio_factor: float = 1.0  # the audio injectors, or what a speech encoder begins as, learn at so much of lr
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99

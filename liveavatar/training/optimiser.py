@@ -81,10 +81,13 @@ def is_matrix(p: torch.Tensor) -> bool:
     return p.dim() >= 2 and min(p.shape[0], p.shape[1:].numel()) > 1
 
 
+PRETRAINED = ("audio_injector.", "encoder.")  # of a transformer, and of a speech encoder on a recogniser
+
+
 def groups_of(named: Mapping[str, nn.Parameter], weight_decay: float, muon: bool, audio_factor: float = 1.0) -> list[dict]:
     """Parameters in groups: matrices (to Muon when asked for, with decay), then everything of one axis or one row. Where
-    the audio injectors learn at another rate, theirs follow. "factor": of the learning rate."""
-    audio = {name for name in named if name.startswith("audio_injector.") and audio_factor != 1}
+    the PRETRAINED learn at another rate, theirs follow. "factor": of the learning rate."""
+    audio = {name for name in named if name.startswith(PRETRAINED) and audio_factor != 1}
     groups = []
     for names, factor in ((named.keys() - audio, 1.0), (audio, audio_factor)):
         own = [p for name, p in named.items() if name in names]

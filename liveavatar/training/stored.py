@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd, VisemeFrontEnd, build_front_end
+from liveavatar.conditioning.audio_features import AudioFrontEnd, LogMelFrontEnd, build_front_end, viseme_front_end
 from liveavatar.conditioning.visemes import ARTICULATORS
 from liveavatar.core import InputError, WeightsError
 from liveavatar.models.encoders import TextEncoder
@@ -79,7 +79,7 @@ def front_end_of_run(model: Mapping, run: str | Path) -> AudioFrontEnd:
     if hears_visemes(model):
         if not (Path(run) / "visemes").is_dir():
             raise WeightsError(f"{run}/visemes: what this avatar hears through is not there; run the visemes stage")
-        return VisemeFrontEnd(load_viseme_encoder(Path(run) / "visemes"))
+        return viseme_front_end(load_viseme_encoder(Path(run) / "visemes"))
     return LogMelFrontEnd()
 
 
