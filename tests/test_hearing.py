@@ -17,7 +17,7 @@ from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models import weights
 from liveavatar.models.s2v import S2VConfig
 from liveavatar.models.viseme_encoder import MoonshineSizes, MoonshineVisemes, VisemeEncoder, VisemeSizes, load_viseme_encoder
-from liveavatar.training import codec, hearing, moonshine, recipe, shards, unpack
+from liveavatar.training import codec, export, hearing, moonshine, recipe, shards, unpack
 from liveavatar.training.checkpoints import load_average
 from liveavatar.training.loop import LoopConfig
 from liveavatar.training.synth import speakers, speech
@@ -334,6 +334,12 @@ def test_published_convolutions_stay_and_layers_learn(spoken, tmp_path):
     load_average(ended, tmp_path / "visemes.pt")
     same = {name for name, p in ended.state_dict().items() if torch.equal(p, began[name])}
     assert same == {name for name in began if name.startswith(("encoder.conv", "encoder.groupnorm"))}
+
+
+def test_where_an_encoder_began_is_said_with_its_licence(tmp_path):
+    plain, published = (export.media_text(tmp_path, recipe.read_recipe(MICRO).data, (), began) for began in (False, True))
+    assert "Moonshine" not in plain and "MIT, (c) 2025 Useful Sensors, Inc." in published and "viseme_encoder/LICENSE" in published
+    assert "Permission is hereby granted" in moonshine.LICENCE and "Useful Sensors" in moonshine.LICENCE
 
 
 # ---------------------------------------------------------------- in an avatar

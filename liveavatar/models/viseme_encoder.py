@@ -109,10 +109,9 @@ class MoonshineVisemes(nn.Module):
         from transformers.models.moonshine.modeling_moonshine import MoonshineEncoder
 
         self.sizes, width = sizes, sizes.width
-        with torch.random.fork_rng(devices=[]):  # what it draws is replaced by weights
-            self.encoder = MoonshineEncoder(MoonshineConfig(
-                encoder_num_hidden_layers=sizes.layers, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
-                encoder_num_attention_heads=sizes.heads, encoder_num_key_value_heads=sizes.heads))  # fmt: skip
+        self.encoder = MoonshineEncoder(MoonshineConfig(
+            encoder_num_hidden_layers=sizes.layers, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
+            encoder_num_attention_heads=sizes.heads, encoder_num_key_value_heads=sizes.heads))  # fmt: skip
         self.enter = nn.Conv1d(sizes.hidden, width, 1)
         self.mixed = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(2))
         self.leave = nn.Conv1d(width, ARTICULATORS, 1)
@@ -151,7 +150,8 @@ def plan_viseme_encoder(folder: str | Path) -> tensorfiles.LoadPlan:
     network = config.pop("network", "")
     try:
         if network == MOONSHINE:
-            return tensorfiles.LoadPlan(MoonshineVisemes(build(MoonshineSizes, config)), tensorfiles.from_int8(source), LAYOUT)
+            with torch.random.fork_rng(devices=[]):  # not on the meta device: it has a table that no file holds
+                return tensorfiles.LoadPlan(MoonshineVisemes(build(MoonshineSizes, config)), tensorfiles.from_int8(source), LAYOUT)
         if network:
             raise ConfigError(f"network={network!r}: {MOONSHINE}, or none")
         with torch.device("meta"):

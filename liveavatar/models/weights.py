@@ -79,7 +79,8 @@ def plan_transformer(folder: CheckpointFolder) -> LoadPlan:
 
 def _holds_still(geometry: Mapping) -> bool:
     """Whether a checkpoint's motion never reaches the weight that save_folder then leaves out: 3 of 17 MB of the embedded avatar."""
-    return "motion_frames" in geometry and latents_of(geometry["motion_frames"]) <= NEAR_LATENTS
+    frames = geometry.get("motion_frames")
+    return isinstance(frames, int) and latents_of(frames) <= NEAR_LATENTS
 
 
 def _contradictions(config: S2VConfig, source: TensorSource) -> list[str]:

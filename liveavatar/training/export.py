@@ -84,7 +84,8 @@ def control_of(stage: str, heads: bool) -> dict | None:
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
                   rendered: bool = True, visemes: VisemesConfig | None = None, heads: bool = False) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
-    known; portraits are then cut to it. visemes: how the viseme encoder was trained; heads: stage lips was told how heads are held. Raises WeightsError without checkpoints."""
+    known; portraits are then cut to it. visemes: how the viseme encoder was trained; heads: stage lips was told how heads
+    are held. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     encoder = load_viseme_encoder(Path(run) / "visemes") if hears_visemes(training.model) else None
