@@ -19,6 +19,8 @@ from liveavatar.models.folders import open_folder
 from liveavatar.models.s2v import FAR_WEIGHT, CausalS2V, S2VConfig
 from liveavatar.models.vae import StreamingVAE
 
+from conftest import tiny_moonshine
+
 GOLDEN = Path(__file__).parent / "golden" / "tensors_s2v.txt"
 CONFIG = S2VConfig(
     dim=32, ffn_dim=48, freq_dim=16, text_dim=24, text_len=16, num_heads=2, num_layers=3, audio_dim=20,
@@ -468,3 +470,15 @@ def test_the_weight_of_motion_that_there_is_none_of_is_left_out(tmp_path, model)
     (near / "liveavatar.json").write_text(json.dumps(settings))
     with pytest.raises(WeightsError, match="1 missing: frame_packer.proj_4x.weight"):
         weights.load_transformer(near)
+
+
+def test_a_report_counts_what_lies_in_files(tmp_path, model):
+    """Rows of eight bits as such, and nothing for the weight that is left out."""
+    folder = weights.save_folder(tmp_path / "ours", transformer=model, audio={"kind": "visemes"}, viseme_encoder=tiny_moonshine(), sampler={},
+                                 geometry={"motion_frames": 9})  # fmt: skip
+    parts = {part.name: part for part in weights.inspect_folder(folder).parts}
+    for name, path in (("transformer", "transformer.safetensors"), ("viseme_encoder", "viseme_encoder/model.safetensors")):
+        held = load_file(folder / path)
+        assert parts[name].nbytes == sum(t.nbytes for t in held.values())
+        assert parts[name].tensors == sum(not key.endswith(tensorfiles.SCALE) for key in held)
+    assert set(parts["viseme_encoder"].dtypes) == {"int8", "float32"}

@@ -28,12 +28,13 @@ STORED_DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: what the header says, and how to read it."""
+    """One stored tensor: what the header says, and how to read it. stored: type and bytes in the file, where reading makes something else of it."""
 
     shape: tuple[int, ...]
     dtype: str  # torch's name, e.g. "bfloat16"
     file: Path
     read: Callable[[], torch.Tensor]
+    stored: tuple[str, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +186,8 @@ def from_int8(source: TensorSource) -> TensorSource:
         scale = entries.get(name + SCALE)
         if entry.dtype == "int8" and scale is not None and scale.shape == entry.shape[:1]:
             del entries[name + SCALE]
-            entries[name] = Entry(entry.shape, "float32", entry.file, lambda entry=entry, scale=scale: _times_scale(entry, scale))
+            entries[name] = Entry(entry.shape, "float32", entry.file, lambda entry=entry, scale=scale: _times_scale(entry, scale),
+                                  stored=("int8", entry.nbytes + scale.nbytes))  # fmt: skip
     return TensorSource(source.label, entries)
 
 

@@ -72,7 +72,7 @@ def plan_transformer(folder: CheckpointFolder) -> LoadPlan:
         model = CausalS2V(config)
     if FAR_WEIGHT not in source.entries and folder.layout == "ours" and _holds_still(folder.geometry):
         shape = tuple(model.get_parameter(FAR_WEIGHT).shape)
-        zeros = Entry(shape, "float32", folder.transformer, lambda: torch.zeros(shape))
+        zeros = Entry(shape, "float32", folder.transformer, lambda: torch.zeros(shape), stored=("nothing", 0))
         source = TensorSource(source.label, {**source.entries, FAR_WEIGHT: zeros})
     return LoadPlan(model, source, LAYOUTS[folder.layout])
 
@@ -370,8 +370,8 @@ def _inspect_lora(folder: CheckpointFolder, path: Path) -> PartReport:
 
 
 def _report(name: str, path: Path, source: TensorSource) -> PartReport:
-    dtypes = Counter(entry.dtype for entry in source.entries.values())
-    return PartReport(name, path, len(source.entries), source.nbytes, dict(dtypes.most_common()))
+    stored = [held for entry in source.entries.values() if (held := entry.stored or (entry.dtype, entry.nbytes))[1]]
+    return PartReport(name, path, len(stored), sum(nbytes for _, nbytes in stored), dict(Counter(dtype for dtype, _ in stored).most_common()))
 
 
 def _tokenizer_problems(folder: CheckpointFolder) -> list[str]:
