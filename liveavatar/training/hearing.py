@@ -127,15 +127,12 @@ class Spoken:
 
 
 class SpokenBlocks(Spoken):
-    """The same, as a network on a recogniser hears it: windows of sound around a block of pictures."""
+    """The same, as a network on a recogniser hears it: of a batch pcm float32 [B, sum of margins], windows of sound at 16 kHz around a block of
+    pictures, and their articulators [B,8,12]."""
 
     def __init__(self, config: VisemesConfig):
         super().__init__(config)
         self.pause = articulators_of(speech.silence(1.0))[TICKS_PER_SECOND // 2]
-
-    def batch(self, rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """pcm float32 [B, sum of margins] and articulators [B,8,12] of its pictures."""
-        return super().batch(rng, count)
 
     def _piece(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         said, c = self.said[int(rng.integers(len(self.said)))], self.config
