@@ -334,6 +334,8 @@ def test_published_convolutions_stay_and_layers_learn(spoken, tmp_path):
     load_average(ended, tmp_path / "visemes.pt")
     same = {name for name, p in ended.state_dict().items() if torch.equal(p, began[name])}
     assert same == {name for name in began if name.startswith(("encoder.conv", "encoder.groupnorm"))}
+    assert (tmp_path / "visemes" / moonshine.NOTICE).read_text() == moonshine.LICENCE
+    assert not moonshine.pass_on_licence(tmp_path, tmp_path / "visemes")  # where there is none, none is made
 
 
 def test_where_an_encoder_began_is_said_with_its_licence(tmp_path):

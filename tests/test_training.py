@@ -23,7 +23,7 @@ from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.s2v import FAR_WEIGHT
 from liveavatar.models.weights import inspect_folder, load_hearing, load_text_encoder, load_transformer, load_vae
 from liveavatar.runtime.sources import open_source
-from liveavatar.training import casting, codec, data, export, forcing, levels, lids, lips, losses, preview, progress, recipe, shards, unpack
+from liveavatar.training import casting, codec, data, export, forcing, levels, lids, lips, losses, moonshine, preview, progress, recipe, shards, unpack
 from liveavatar.training.loop import LoopConfig, draws_of, learning_rate, load_checkpoint
 from liveavatar.training.optimiser import orthogonal
 from liveavatar.training.stored import front_end_of_run
@@ -300,7 +300,11 @@ def test_an_avatar_taken_apart_is_the_avatar(micro, tmp_path):
     """Unpacked and put together again, every tensor is the folder's own, but for what it makes of planes that it was never told of."""
     r = micro[0]
     recipe.run("export", MICRO, micro[1])
+    notice = Path("viseme_encoder") / moonshine.NOTICE  # a licence goes wherever the weights go
+    (Path(r.export.folder) / notice).write_text("MIT")
     unpack.unpack(r.export.folder, r.forcing, r.text, tmp_path, r.seed)
+    assert (tmp_path / "visemes" / moonshine.NOTICE).read_text() == "MIT"
+    (Path(r.export.folder) / notice).unlink()
     again, _ = casting.averaged_model(r.forcing, tmp_path, "avatar", r.seed)
     first = load_transformer(r.export.folder)
     assert not again.cond_encoder.weight[:, 4:].any() and first.cond_encoder.weight[:, 4:].any()
@@ -398,6 +402,14 @@ def test_the_exported_folder_loads_and_speaks(micro):
     assert pictures.shape == (24, 64, 64, 3) and pictures.std() > 0
     media = Path(r.export.media).read_text()
     assert "out/transformer.safetensors" in media and "Computer-generated" in media
+    notice = Path(r.run) / "visemes" / moonshine.NOTICE
+    notice.write_text("MIT")
+    recipe.run("export", MICRO, overrides)
+    notice.unlink()
+    held = Path(r.export.folder) / "viseme_encoder" / moonshine.NOTICE
+    assert held.read_text() == "MIT" and "Moonshine" in Path(r.export.media).read_text() and "Moonshine" not in media
+    assert read_settings(Path(r.export.folder))["card"]["licence"] == "CC0-1.0; viseme_encoder: MIT"
+    held.unlink()
     settings = json.loads((Path(r.export.folder) / "liveavatar.json").read_text())
     assert settings["geometry"]["height"] == 64 and settings["sampler"]["sigmas"][-1] == 0
     kept = forcing.Kept.load(r.export.folder)

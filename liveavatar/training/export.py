@@ -28,7 +28,6 @@ from liveavatar.training.adapters import BaseConfig, save_adapter
 from liveavatar.training.casting import averaged_model
 from liveavatar.training.checkpoints import Stored, checkpoint_path
 from liveavatar.training.data import DataConfig
-from liveavatar.training.hearing import VisemesConfig
 from liveavatar.training.stored import hears_visemes
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
@@ -82,17 +81,17 @@ def control_of(stage: str, heads: bool) -> dict | None:
 
 
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
-                  rendered: bool = True, visemes: VisemesConfig | None = None, heads: bool = False) -> Path:
+                  rendered: bool = True, heard: Sequence[str] = (), heads: bool = False) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
-    known; portraits are then cut to it. visemes: how the viseme encoder was trained; heads: stage lips was told how heads
-    are held. Raises WeightsError without checkpoints."""
+    known; portraits are then cut to it. heard: voices that the viseme encoder was trained on; heads: stage lips was
+    told how heads are held. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     encoder = load_viseme_encoder(Path(run) / "visemes") if hears_visemes(training.model) else None
     card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,
             "clips": len(list((Path(run) / "latents" / "train").glob("clip_*.npz"))),
             "identities": data.keep_identities or data.identities, "history": config.history,
-            "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0" + ("; viseme_encoder: MIT" if visemes and visemes.published else ""),
+            "caption": Identity.sample(data.default_identity).caption, "licence": "CC0-1.0" + ("; viseme_encoder: MIT" if encoder and (Path(run) / "visemes" / moonshine.NOTICE).is_file() else ""),
             "preview": preview_of(run, config.stage, iteration), "gates": "not measured"}
     folder = save_folder(config.folder, transformer=model, vae=vae, text_encoder=text,
                          viseme_encoder=encoder, audio={"kind": "visemes" if encoder else "log_mel"},
@@ -101,15 +100,13 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                                   "refresh_block": config.refresh_block},
                          framing=RENDERED if rendered else None, control=control_of(config.stage, heads),
                          dtype=DTYPES[config.dtype])
-    published = bool(visemes and visemes.published)
-    if published:
-        (folder / "viseme_encoder" / "LICENSE").write_text(moonshine.LICENCE, encoding="utf-8")
+    published = encoder is not None and moonshine.pass_on_licence(Path(run) / "visemes", folder / "viseme_encoder")
     if config.gates:
         add_gates(folder, Path(config.gates))
     if config.portrait:
         write_portrait(config, data)
     if config.media:
-        Path(config.media).write_text(media_text(Path(config.media).parent, data, tuple(visemes.voices) if visemes else (), published), encoding="utf-8")
+        Path(config.media).write_text(media_text(Path(config.media).parent, data, heard, published), encoding="utf-8")
     return folder
 
 

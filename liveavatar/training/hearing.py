@@ -26,7 +26,7 @@ from liveavatar.models.weights import save_viseme_encoder
 from liveavatar.training import shards
 from liveavatar.training.checkpoints import checkpoint_path, load_average
 from liveavatar.training.loop import Draws, LoopConfig, Trainer
-from liveavatar.training.moonshine import begin_as_published
+from liveavatar.training.moonshine import LICENCE, NOTICE, begin_as_published
 from liveavatar.training.probing import agreement
 from liveavatar.training.progress import counted
 from liveavatar.training.synth import speakers, speech
@@ -215,6 +215,8 @@ def train_visemes(config: VisemesConfig, run: str | Path, seed: int, stop_after:
         encoder = new_encoder(config, seed)
         iteration = load_average(encoder, checkpoint_path(run, "visemes"))
         save_viseme_encoder(Path(run) / "visemes", encoder)
+        if config.published:
+            (Path(run) / "visemes" / NOTICE).write_text(LICENCE, encoding="utf-8")
         front_end = viseme_front_end(load_viseme_encoder(Path(run) / "visemes"))
         worth = {name: follows(front_end, said) for name, said in held_out(seed).items()}
         sizes = asdict(config.moonshine or config.sizes)

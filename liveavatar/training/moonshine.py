@@ -8,6 +8,7 @@ UsefulSensors/moonshine-tiny, in float32, does as well.
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
 OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 """
+NOTICE = "LICENSE"  # of a viseme encoder's folder: goes wherever its weights go
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 
 
@@ -61,6 +63,14 @@ def begin_as_published(encoder: MoonshineVisemes, path: str | Path) -> None:
     if wrong:
         raise WeightsError(f"{path}: not Moonshine of these sizes; missing or of another shape: {tensorfiles.listing('tensors', wrong)}")
     encoder.encoder.load_state_dict(found)
+
+
+def pass_on_licence(source: Path, target: Path) -> bool:
+    """Copy the notice of one viseme encoder's folder to another; whether there is one, and the encoder so began as Moonshine."""
+    if (source / NOTICE).is_file():
+        shutil.copyfile(source / NOTICE, target / NOTICE)
+        return True
+    return False
 
 
 def _of_folder(path: Path) -> dict[str, torch.Tensor]:

@@ -279,7 +279,8 @@ def run_export(recipe: Recipe) -> None:
         export.export_adapter(recipe.export, recipe.forcing, recipe.run, recipe.seed)
     elif first_rank():
         export.export_folder(recipe.export, recipe.forcing, recipe.data, recipe.run, recipe.seed, recipe.texts(), recipe.videos is None,
-                             recipe.visemes, bool(recipe.lips and recipe.lips.head_share and recipe.videos is None))
+                             tuple(recipe.visemes.voices) if recipe.visemes else (),
+                             bool(recipe.lips and recipe.lips.head_share and recipe.videos is None))
     progress.LOG.info("wrote %s", recipe.export.folder)
 
 

@@ -18,6 +18,7 @@ from liveavatar.training import shards
 from liveavatar.training.checkpoints import checkpoint_path, save_checkpoint
 from liveavatar.training.forcing import ForcingConfig
 from liveavatar.training.lids import only_lids
+from liveavatar.training.moonshine import pass_on_licence
 from liveavatar.training.progress import counted
 from liveavatar.training.stored import front_end_of_run, hears_visemes
 from liveavatar.training.textcode import Reader, TextConfig
@@ -49,6 +50,7 @@ def unpack(folder: str | Path, forcing: ForcingConfig, text: TextConfig | None, 
     Path(run).mkdir(parents=True, exist_ok=True)
     if hearing:
         save_viseme_encoder(Path(run) / "visemes", hearing)
+        pass_on_licence(open_folder(folder).need("viseme_encoder"), Path(run) / "visemes")
     if open_folder(folder).control != LIDS_AND_HEAD:
         only_lids(model)
     if model.config != wanted:
