@@ -74,13 +74,25 @@ def test_answers_are_counted_by_what_was_to_be_seen(dressed):
     both = prompts.Ask("bare", "", {"shirt": "green", "background": "white"}, worn)
     alone = prompts.Ask("shirt", "", {"shirt": "white"}, worn)
     given = [(both, portrait("green", "white")), (both, portrait("green", "blue")), (alone, portrait("white", "blue")), (alone, portrait("red", "green"))]
-    answers = [prompts.answer(ask, picture[None], parts) for ask, picture in given]
+    answers = [prompts.answer(ask, portrait("red", "blue"), picture[None], parts) for ask, picture in given]
     found = prompts.figures(answers)
     assert found["shirt"].tolist() == [1, 1, 1, 0] and found["background"].tolist() == [1, 0] and found["kept"].tolist() == [1, 0]
     assert found["background_away"][0] < 1 < found["background_away"][1]
     measures = {m.name: m for m in prompts.measures_of(answers, {"shirt": 0.9, "background": 1.0})}
     assert measures["prompt_shirt"].value == 0.75 and measures["prompt_kept"].n == 2
+    assert "; 0 prompts" in measures["prompt_shirt"].reason
     assert not {m.name: m for m in prompts.measures_of([], {"shirt": 1, "background": 1})}["prompt_kept"].measured
+
+
+def test_whose_shirt_is_hidden_is_not_judged_by_it(dressed):
+    pictures, names = dressed
+    parts = {part: prompts.Part.learn(part, pictures, names[part]) for part in names}
+    ask = prompts.Ask("bare", "", {"shirt": "green", "background": "white"}, {"shirt": "red", "background": "blue"})
+    hidden = prompts.answer(ask, portrait("blue", "blue"), portrait("blue", "white")[None], parts)
+    seen = prompts.answer(ask, portrait("red", "blue"), portrait("blue", "white")[None], parts)
+    assert prompts.figures([hidden, seen])["shirt"].tolist() == [0], "and that is the one who is seen"
+    measures = {m.name: m for m in prompts.measures_of([hidden, seen], {"shirt": 1.0, "background": 1.0})}
+    assert measures["prompt_shirt"].n == 1 and "; 1 prompts" in measures["prompt_shirt"].reason and measures["prompt_background"].n == 2
 
 
 def test_the_picture_has_a_row_for_each_prompt():

@@ -16,7 +16,7 @@ from liveavatar.models import lora, tensorfiles, weights
 from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.fast import fp8_linears, prepare
 from liveavatar.models.folders import open_folder
-from liveavatar.models.s2v import FAR_WEIGHT, CausalS2V, S2VConfig
+from liveavatar.models.s2v import FAR_WEIGHT, CausalS2V, S2VConfig, stored_dtype
 from liveavatar.models.vae import StreamingVAE
 
 from conftest import tiny_moonshine
@@ -470,6 +470,26 @@ def test_the_weight_of_motion_that_there_is_none_of_is_left_out(tmp_path, model)
     (near / "liveavatar.json").write_text(json.dumps(settings))
     with pytest.raises(WeightsError, match="1 missing: frame_packer.proj_4x.weight"):
         weights.load_transformer(near)
+
+
+def test_matrices_in_rows_of_eight_bits_stay_within_half_a_step(tmp_path, model):
+    """Only those that compute in bf16 anyway; a LoRA is added to what was read."""
+    folder = weights.save_folder(tmp_path / "ours", transformer=model, audio={"kind": "log_mel"}, sampler={}, geometry={"motion_frames": 73},
+                                 dtype=torch.float16, eight_bits=True)  # fmt: skip
+    held, loaded = load_file(folder / "transformer.safetensors"), weights.load_transformer(folder).state_dict()
+    for name, tensor in model.state_dict().items():
+        exact = stored_dtype(name, torch.float16) == torch.float32
+        if exact or tensor.dim() < 2:
+            assert held[name].dtype == stored_dtype(name, torch.float16) and torch.equal(loaded[name], tensor.to(held[name].dtype).float()), name
+        else:
+            assert held[name].dtype == torch.int8, name
+            step = tensor.flatten(1).abs().amax(1) / 127
+            assert ((loaded[name] - tensor).flatten(1).abs().amax(1) <= 0.501 * step).all(), name
+    assert weights.inspect_folder(folder).parts[0].problem is None
+    del held["blocks.0.ffn.0.weight" + tensorfiles.SCALE]
+    save_file(held, folder / "transformer.safetensors")
+    with pytest.raises(WeightsError, match=r"1 quantised \(unsupported\): blocks.0.ffn.0.weight int8"):
+        weights.load_transformer(folder)
 
 
 def test_a_report_counts_what_lies_in_files(tmp_path, model):

@@ -3,7 +3,7 @@
 Light falls on cloth, so a "white" shirt is no white pixel. What a name looks like, and where, is learned from rendered
 pictures whose colours are known: a pixel belongs to the shirt where its name explains most of the pixel's variance, and a
 name looks like the median of such pixels over all pictures of that name. The same judge on pictures that it was not made
-from is the ceiling.
+from is the ceiling. Of whom it misreads the portrait itself, it cannot judge: long hair hides a shirt.
 """
 
 from __future__ import annotations
@@ -64,19 +64,22 @@ class Part:
         """The name whose look is nearest."""
         return min(self.looks, key=lambda name: self.away(colour, name))
 
+    def names(self, picture: np.ndarray) -> str:
+        """What the part's colour in one picture uint8 [S,S,3] is called."""
+        return self.nearest(self.shown(picture[None]))
+
 
 def wardrobe(folder: Path) -> tuple[dict[str, Part], dict[str, float]]:
-    """(the parts by name; share of pictures named right by a judge made from the others) from the portraits of a corpus'
+    """(the parts by name; share of pictures named right, each by a judge made from the others) from the portraits of a corpus'
     training clips. Raises InputError where cards say no colours."""
     cards, pictures = zip(*[read_arrays(path, "reference") for path in clip_paths(folder, "train")] or [({}, {})])
     if any(f"{part}_name" not in card.get("identity", {}) for card in cards for part in EXPLAINED):
         raise InputError(f"{folder}: holds no train/clip_*.npz with the colours of shirt and background in their cards")
     seen, parts, ceiling = np.stack([arrays["reference"] for arrays in pictures]), {}, {}
     for part in EXPLAINED:
-        names = [card["identity"][f"{part}_name"] for card in cards]
-        parts[part] = Part.learn(part, seen, names)
-        halves = [Part.learn(part, seen[k::2], names[k::2]) for k in (0, 1)]
-        right = [half.nearest(half.shown(seen[i][None])) == names[i] for k, half in enumerate(halves) for i in range(1 - k, len(names), 2)]
+        names = np.array([card["identity"][f"{part}_name"] for card in cards])
+        parts[part], others = Part.learn(part, seen, names), ~np.eye(len(names), dtype=bool)
+        right = [Part.learn(part, seen[rest], names[rest]).names(seen[i]) == names[i] for i, rest in enumerate(others)]
         ceiling[part] = float(np.mean(right))
     return parts, ceiling
 
@@ -115,10 +118,11 @@ def _prompt(caption: str, saying: str, named: dict[str, str], worn: dict[str, st
 @dataclass(frozen=True)
 class Answer:
     """What a prompt gave. shown: colour [3] by part; taken: the name it is nearest to; away: grey levels from what was to be
-    seen, which is what was named, else what the portrait shows."""
+    seen, which is what was named, else what the portrait shows. judged: the parts that the judge knows in the portrait itself."""
 
     ask: Ask
     picture: np.ndarray
+    judged: tuple[str, ...]
     shown: dict[str, np.ndarray]
     taken: dict[str, str]
     away: dict[str, float]
@@ -128,11 +132,12 @@ class Answer:
         return self.taken[part] == self.ask.named.get(part, self.ask.worn[part])
 
 
-def answer(ask: Ask, pictures: np.ndarray, parts: Mapping[str, Part]) -> Answer:
-    """Judge pictures uint8 [T,S,S,3]."""
+def answer(ask: Ask, portrait: np.ndarray, pictures: np.ndarray, parts: Mapping[str, Part]) -> Answer:
+    """Judge pictures uint8 [T,S,S,3] of whom portrait uint8 [S,S,3] shows."""
+    judged = tuple(name for name, part in parts.items() if part.names(portrait) == ask.worn[name])
     shown = {name: part.shown(pictures) for name, part in parts.items()}
     away = {name: part.away(shown[name], ask.named.get(name, ask.worn[name])) for name, part in parts.items()}
-    return Answer(ask, pictures[-1], shown, {name: part.nearest(shown[name]) for name, part in parts.items()}, away)
+    return Answer(ask, pictures[-1], judged, shown, {name: part.nearest(shown[name]) for name, part in parts.items()}, away)
 
 
 def people_of(clips: Sequence[tuple[str, Clip]]) -> list[Clip]:
@@ -150,20 +155,20 @@ def answers_of(avatar: Avatar, parts: Mapping[str, Part], people: Sequence[Clip]
         row = []
         for k, ask in enumerate(asks(clip.card, {name: list(part.looks) for name, part in parts.items()}, count, rng)):
             pictures = avatar.make(clip.reference, clip.sound, ask.prompt, BLOCKS, seed + k)[1]
-            row.append(answer(ask, pictures[-avatar.geometry.frames_per_block :], parts))
+            row.append(answer(ask, clip.reference, pictures[-avatar.geometry.frames_per_block :], parts))
         made.append(row)
     return made
 
 
 def figures(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-    """Per measure one number per prompt it is about: of each part 0 or 1 whether the colour named is shown and how many grey
-    levels it is off; kept: whether a part that was not named stays as the portrait has it."""
+    """Per measure one number per prompt that it is about and can be judged: of each part 0 or 1 whether the colour named is shown and
+    how many grey levels it is off; kept: whether a part that was not named stays as the portrait has it."""
     found = {}
     for part in EXPLAINED:
-        named = [a for a in answers if part in a.ask.named]
+        named = [a for a in answers if part in a.ask.named and part in a.judged]
         found[part] = np.array([a.right(part) for a in named], float)
         found[f"{part}_away"] = np.array([a.away[part] for a in named])
-    found["kept"] = np.array([a.right(part) for a in answers for part in EXPLAINED if part not in a.ask.named], float)
+    found["kept"] = np.array([a.right(part) for a in answers for part in a.judged if part not in a.ask.named], float)
     return found
 
 
@@ -171,7 +176,8 @@ def measures_of(answers: Sequence[Answer], ceiling: Mapping[str, float]) -> list
     """Shares and distances over all prompts, with the judge's own share on pictures whose colours are known."""
     found, made = figures(answers), []
     for part in EXPLAINED:
-        note = f"the judge names {ceiling[part]:.3g} of rendered portraits right"
+        unseen = sum(part in a.ask.named and part not in a.judged for a in answers)
+        note = f"the judge names {ceiling[part]:.3g} of rendered portraits right; {unseen} prompts to whom it misreads the portrait itself are left out"
         made.append(_measure(f"prompt_{part}", found[part], "", "higher", note))
         made.append(_measure(f"prompt_{part}_away", found[f"{part}_away"], "grey levels", "lower", "from what the colour named looks like"))
     return [*made, _measure("prompt_kept", found["kept"], "", "higher", "parts that the prompt does not name stay as in the portrait")]

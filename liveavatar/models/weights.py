@@ -65,6 +65,8 @@ def plan_transformer(folder: CheckpointFolder) -> LoadPlan:
     """How a CausalS2V is filled. Raises WeightsError, also when the config contradicts the tensors."""
     config = transformer_config(folder)
     source = tensorfiles.open_file(folder.transformer)
+    if folder.layout == "ours":
+        source = tensorfiles.from_int8(source)
     conflicts = _contradictions(config, source)
     if conflicts:
         raise WeightsError(f"{folder.transformer_config} contradicts {source.label}: " + "; ".join(conflicts))
@@ -220,19 +222,23 @@ def save_folder(
     control: Mapping | None = None,
     card: Mapping | None = None,
     dtype: torch.dtype = torch.float32,
+    eight_bits: bool = False,
 ) -> Path:
     """Write "our" checkpoint folder and return its path; parts given as None are not written.
 
     audio, sampler, geometry, framing, control, card: sections of liveavatar.json, in plain JSON values. dtype: tensors are
-    rounded to it (transformer parts that compute in fp32 stay fp32). The weight of motion that this geometry has none of is not written.
+    rounded to it (transformer parts that compute in fp32 stay fp32). eight_bits: the transformer's matrices, but for those parts, are stored
+    as rows of eight bits. The weight of motion that this geometry has none of is not written.
     Each file appears whole or not at all, liveavatar.json last.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(stored_dtype(name, dtype)) for name, tensor in transformer.state_dict().items()}
+    state = transformer.state_dict()
     if _holds_still(geometry):
         del state[FAR_WEIGHT]
-    _write_tensors(folder / "transformer.safetensors", state)
+    small = tensorfiles.as_int8({name: t for name, t in state.items() if eight_bits and t.dim() > 1 and stored_dtype(name, torch.float16) == torch.float16})
+    state = {name: tensor.to(stored_dtype(name, dtype)) for name, tensor in state.items() if name not in small}
+    _write_tensors(folder / "transformer.safetensors", state | small)
     if vae is not None:
         config = json.loads(vae.module.to_json_string())
         config.pop("_name_or_path", None)  # where it was loaded from is nobody's business

@@ -44,7 +44,7 @@ class ExportConfig:
     """stage: whose averages are exported; chosen: by the stage `choose`, best: by dmd.judge. folder: where the checkpoint folder goes;
     portrait: picture of the default identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how
     the weights came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very weights, "" for
-    none."""
+    none. eight_bits: the transformer's matrices are stored as rows of eight bits; what it computes in is not changed by that."""
 
     stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
@@ -55,6 +55,7 @@ class ExportConfig:
     history: str = ""
     gates: str = ""
     dtype: str = "bfloat16"
+    eight_bits: bool = False
     sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625, 0.0)
     sink_distance: int = 30
     refresh_block: int = 0
@@ -99,7 +100,7 @@ def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: D
                          sampler={"sigmas": list(config.sigmas), "sink_distance": config.sink_distance,
                                   "refresh_block": config.refresh_block},
                          framing=RENDERED if rendered else None, control=control_of(config.stage, heads),
-                         dtype=DTYPES[config.dtype])
+                         dtype=DTYPES[config.dtype], eight_bits=config.eight_bits)
     published = encoder is not None and moonshine.pass_on_licence(Path(run) / "visemes", folder / "viseme_encoder")
     if config.gates:
         add_gates(folder, Path(config.gates))
