@@ -62,6 +62,14 @@ def test_level_parallel_equals_the_cached_order(model):
         assert gap(parallel[i], streamed(model, condition, x, i)) < 1e-5 * parallel.abs().max()
 
 
+def test_some_clips_of_a_batch_are_what_they_are_among_all(model):
+    condition, x, some = clips(3), start(3), torch.tensor([True, False, True])
+    sigma = torch.rand(3, BLOCKS, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        whole, part = condition.velocity(model)(x, sigma), condition.of(some).velocity(model)(x[some], sigma[some])
+    assert len(part) == 2 and gap(whole[some], part) < 1e-5 * whole.abs().max()
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_both_orders_leave_at_the_same_level(model, steps):
     """Deep in a stream, too: block 500 and on."""

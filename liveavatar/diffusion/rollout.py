@@ -182,6 +182,11 @@ class ClipCondition(Clip):
         """The same on another device; text rows stay, they are copied where they are read."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("features", "reference", "motion")})
 
+    def of(self, clips: torch.Tensor) -> ClipCondition:
+        """That of some of its clips: bool [B]."""
+        return replace(self, context=[rows for rows, kept in zip(self.context, clips.tolist()) if kept],
+                       **{name: getattr(self, name)[clips] for name in ("features", "reference", "motion")})
+
     def velocity(self, model: CausalS2V, history_grad: bool = True, pose: torch.Tensor | None = None) -> Velocity:
         """The model under this condition, all blocks at once. pose: like x. Raises ConfigError where the sink is refreshed."""
         if self.refresh_block:

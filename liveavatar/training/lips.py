@@ -288,8 +288,10 @@ def lips_loss(model: CausalS2V, kept: CausalS2V, painter: Painter, config: LipsC
 
     made = level_parallel(remembered, table, noise, blocks)
     with torch.no_grad():
-        before = left["x"] - table[-2] * condition.velocity(kept, pose=lids)(left["x"], left["sigma"]).float()
-        before = torch.where(piece.told, piece.clip, before)
+        before, own = piece.clip.clone(), ~piece.told.flatten()
+        if own.any():
+            x, guess = left["x"][own], condition.of(own).velocity(kept, pose=lids[own])
+            before[own] = x - table[-2] * guess(x, left["sigma"][own]).float()
         truth = truth_of(before, painter, config, forcing, piece)
     other = exchanged(piece)
     pull = pulled(made - truth, before, painter, piece)[piece.asked.all(-1)].square()
