@@ -180,7 +180,7 @@ def test_speech_that_is_not_there_is_missed_by_name(tmp_path):
 
 
 def on_a_recogniser(folder, **settings):
-    return config_of(folder, **{"moonshine": MoonshineSizes(**TINY_MOONSHINE), "tempo": 0.0, "silent": 0.0, **settings})
+    return config_of(folder, **{"moonshine": MoonshineSizes(**TINY_MOONSHINE), "tempo": 0.0, "strange": 0.0, "silent": 0.0, **settings})
 
 
 def test_windows_are_what_the_front_end_hears(spoken):
@@ -218,6 +218,28 @@ def test_pieces_at_another_pace_keep_their_moments(spoken):
         if len(heard) and 0.05 < (wanted[0] > 0.5).mean() < 0.95:
             found.append((heard[0] - before) / 640 - int((wanted[0] > 0.5).argmax()))
     assert len(found) > 20 and -1.01 < min(found) and max(found) < 0.51, (min(found), max(found))
+
+
+def test_another_throat_moves_formants_and_leaves_pitch_and_time(spoken):
+    """Pulses at 125 Hz through one resonance: with neither warp nor tilt they stay, with warp the resonance moves, never the pulses."""
+    ring = np.exp(-np.arange(400) / 60) * np.sin(2 * np.pi * 1000 * np.arange(400) / 16_000)
+    pulses = (np.arange(32_000) % 128 == 0).astype(np.float64)
+    pcm = (0.3 * np.convolve(pulses, ring)[:32_000]).astype(np.float32)
+
+    def resonance(sound):
+        power = np.abs(np.fft.rfft(sound * np.hanning(len(sound)))) ** 2
+        return float((power * np.arange(len(power))).sum() / power.sum() * 16_000 / len(sound))
+
+    def pitch(sound):
+        power = np.abs(np.fft.rfft(sound, 2 * len(sound))) ** 2
+        return 90 + int(np.fft.irfft(power)[90:170].argmax())
+
+    still = on_a_recogniser(spoken, warp=0.0, tilt=0.0)
+    assert np.abs(hearing.another_throat(pcm, still, np.random.default_rng(0)) - pcm).max() < 1e-5
+    others = [hearing.another_throat(pcm, on_a_recogniser(spoken, warp=0.15, tilt=0.0), np.random.default_rng(k)) for k in range(6)]
+    assert all(len(other) == len(pcm) and other.dtype == np.float32 and pitch(other) == 128 for other in others)
+    moved = [resonance(other) / resonance(pcm) for other in others]
+    assert min(moved) < 0.95 and max(moved) > 1.05, moved
 
 
 def test_a_share_of_pieces_is_a_pause(spoken):

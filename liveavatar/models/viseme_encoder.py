@@ -79,7 +79,7 @@ class MoonshineSizes:
     """layers, hidden, intermediate, heads: of the recogniser's encoder that are kept; those of Moonshine tiny. width: of the head on top.
     context, ahead: tokens of 24 ms that are heard before a block of pictures, and after its last; 4 of them end 100 ms after a block."""
 
-    layers: int = 3
+    layers: int = 6
     hidden: int = 288
     intermediate: int = 1152
     heads: int = 8

@@ -45,7 +45,8 @@ class VisemesConfig:
 
     moonshine: the encoder is one of these sizes instead, which begins as the weights in `published` (training/moonshine.py; none: at random).
     Its convolutions are then not trained, and its layers at loop.audio_factor of the rate. Half of its pieces are played up to exp(tempo) times
-    as fast or as slow, voice and all; a share `silent` is nothing but faint noise."""
+    as fast or as slow, voice and all; a share `strange` is said by another throat, by `warp` and `tilt` too (another_throat); a share `silent`
+    is nothing but faint noise."""
 
     loop: LoopConfig
     folder: str
@@ -58,6 +59,7 @@ class VisemesConfig:
     moonshine: MoonshineSizes | None = None
     published: str = ""
     tempo: float = 0.16
+    strange: float = 0.6
     silent: float = 0.04
 
     def __post_init__(self):
@@ -67,8 +69,8 @@ class VisemesConfig:
             raise ConfigError(f"visemes.voices={self.voices}: at least one voice, and one utterance of each")
         if self.published and not self.moonshine:
             raise ConfigError(f"visemes.published={self.published!r}: needs visemes.moonshine, the sizes of what begins as it; {{}} has those published")
-        if not 0 <= self.tempo < 1 or not 0 <= self.silent <= 1:
-            raise ConfigError(f"visemes: tempo={self.tempo}, silent={self.silent}: in 0..1")
+        if not 0 <= self.tempo < 1 or not 0 <= self.silent <= 1 or not 0 <= self.strange <= 1:
+            raise ConfigError(f"visemes: tempo={self.tempo}, silent={self.silent}, strange={self.strange}: in 0..1")
         if self.seconds <= 0 or not 0 <= self.changed <= 1 or not 0 <= self.warp < 1 or self.tilt < 0:
             raise ConfigError(f"visemes: seconds={self.seconds}: positive; changed={self.changed}, warp={self.warp}: in 0..1; tilt={self.tilt}: not negative")
 
@@ -146,6 +148,8 @@ class SpokenBlocks(Spoken):
         first = int(np.floor(at[0]))
         source = padded(said["pcm"], first, int(at[-1]) + 2)
         pcm = np.interp(at - first, np.arange(len(source)), source).astype(np.float32)
+        if rng.random() < c.strange:
+            pcm = another_throat(pcm, c, rng)
         if rng.random() < c.changed:
             pcm = speech.augment(pcm, int(rng.integers(2**31)))
         ticks = (start + pace * SAMPLES_PER_FRAME * np.arange(BLOCK_FRAMES)) / TICK
@@ -159,6 +163,31 @@ def padded(pcm: np.ndarray, first: int, last: int) -> np.ndarray:
     low, high = max(first, 0), min(last, len(pcm))
     window[low - first : high - first] = pcm[low:high].astype(np.float32) / 32768
     return window
+
+
+FRAME, HOP, SMOOTH = 512, 128, 30  # samples; quefrencies of an envelope: above them is pitch
+
+
+def another_throat(pcm: np.ndarray, config: VisemesConfig, rng: np.random.Generator) -> np.ndarray:
+    """pcm float32 [n], 16 kHz, with its formants elsewhere, by up to `warp` of their frequency and each a little differently, and through another
+    microphone; its pitch and time stay. The envelope is the low part of the cepstrum, as in the source-filter model of speech."""
+    window = np.sqrt(np.hanning(FRAME + 1)[:-1]).astype(np.float32)
+    whole = np.pad(pcm, (FRAME, 2 * FRAME))
+    spectra = np.fft.rfft(np.lib.stride_tricks.sliding_window_view(whole, FRAME)[::HOP] * window)
+    cepstra = np.fft.irfft(np.log(np.abs(spectra) + 1e-4))
+    cepstra[:, SMOOTH : FRAME - SMOOTH + 1] = 0
+    envelope, bins = np.fft.rfft(cepstra).real, np.arange(FRAME // 2 + 1)
+    knots = np.linspace(0, FRAME // 2, 7)
+    shift = 1 + config.warp * (float(rng.uniform(-1, 1)) + 0.4 * np.interp(bins, knots, rng.uniform(-1, 1, size=7)))
+    at = np.clip(bins / shift, 0, FRAME // 2 - 1e-3)
+    low = at.astype(int)
+    moved = envelope[:, low] * (1 - (at - low)) + envelope[:, low + 1] * (at - low)
+    gain = np.exp(np.clip(moved - envelope + config.tilt * 2 * np.interp(bins, knots, rng.normal(size=7)), -4, 4))
+    pieces, made = np.fft.irfft(spectra * gain) * window, np.zeros(len(whole))
+    for k in range(FRAME // HOP):
+        part = pieces[k :: FRAME // HOP]
+        made[k * HOP : k * HOP + part.size] += part.reshape(-1)
+    return (made[FRAME : FRAME + len(pcm)] / (FRAME / HOP / 2)).astype(np.float32)
 
 
 def strange(mels: np.ndarray, config: VisemesConfig, rng: np.random.Generator) -> np.ndarray:
