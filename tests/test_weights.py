@@ -473,7 +473,7 @@ def test_the_weight_of_motion_that_there_is_none_of_is_left_out(tmp_path, model)
 
 
 def test_matrices_in_rows_of_eight_bits_stay_within_half_a_step(tmp_path, model):
-    """Only those that compute in bf16 anyway; a LoRA is added to what was read."""
+    """Only those that compute in bf16 anyway; a matrix without its scales is refused."""
     folder = weights.save_folder(tmp_path / "ours", transformer=model, audio={"kind": "log_mel"}, sampler={}, geometry={"motion_frames": 73},
                                  dtype=torch.float16, eight_bits=True)  # fmt: skip
     held, loaded = load_file(folder / "transformer.safetensors"), weights.load_transformer(folder).state_dict()
