@@ -118,7 +118,7 @@ def main() -> None:
 
     def passed(wanted: dict[int, np.ndarray], log: list[dict]) -> None:
         reached = marks[: len(log)]
-        write(args.out, ranks=args.ranks, minutes=args.minutes, marks=with_colours(wanted, reached, log))
+        write(args.out, complete=reached == marks, ranks=args.ranks, minutes=args.minutes, marks=with_colours(wanted, reached, log))
         sheet(wanted, reached).save(args.out.with_suffix(".jpg"), quality=88)
         print(log[-1], flush=True)
 
