@@ -236,9 +236,10 @@ def save_folder(
     state = transformer.state_dict()
     if _holds_still(geometry):
         del state[FAR_WEIGHT]
-    small = tensorfiles.as_int8({name: t for name, t in state.items() if eight_bits and t.dim() > 1 and stored_dtype(name, torch.float16) == torch.float16})
-    state = {name: tensor.to(stored_dtype(name, dtype)) for name, tensor in state.items() if name not in small}
-    _write_tensors(folder / "transformer.safetensors", state | small)
+    stored = {name: tensor.to(stored_dtype(name, dtype)) for name, tensor in state.items()}
+    if eight_bits:
+        stored |= tensorfiles.as_int8({name: t for name, t in state.items() if t.dim() > 1 and stored_dtype(name, torch.int8) == torch.int8})
+    _write_tensors(folder / "transformer.safetensors", stored)
     if vae is not None:
         config = json.loads(vae.module.to_json_string())
         config.pop("_name_or_path", None)  # where it was loaded from is nobody's business

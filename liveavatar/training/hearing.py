@@ -170,7 +170,7 @@ FRAME, HOP, SMOOTH = 512, 128, 30  # samples; quefrencies of an envelope: above 
 
 def another_throat(pcm: np.ndarray, config: VisemesConfig, rng: np.random.Generator) -> np.ndarray:
     """pcm float32 [n], 16 kHz, with its formants elsewhere, by up to `warp` of their frequency and each a little differently, and through another
-    microphone; its pitch and time stay. The envelope is the low part of the cepstrum, as in the source-filter model of speech."""
+    microphone: a random curve over frequency, of a standard deviation of 2 `tilt` nats; its pitch and time stay. The envelope is the low part of the cepstrum, as in the source-filter model of speech."""
     window = np.sqrt(np.hanning(FRAME + 1)[:-1]).astype(np.float32)
     whole = np.pad(pcm, (FRAME, 2 * FRAME))
     spectra = np.fft.rfft(np.lib.stride_tricks.sliding_window_view(whole, FRAME)[::HOP] * window)
