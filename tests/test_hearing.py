@@ -1,6 +1,7 @@
 """The viseme encoder: speech by many voices with its phones in time, what is learned from it, and how it gets into an avatar."""
 
 import dataclasses
+import re
 import shutil
 import wave
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from liveavatar.conditioning.audio_features import TICKS_PER_FRAME, LogMelFrontEnd, VisemeFrontEnd, log_mels
 from liveavatar.conditioning.behaviour import closure_of
-from liveavatar.conditioning.phones import PHONES
+from liveavatar.conditioning.phones import PHONES, VOWELS
 from liveavatar.conditioning.visemes import CLOSE
 from liveavatar.core import ConfigError, InputError, WeightsError
 from liveavatar.models import weights
@@ -20,7 +21,7 @@ from liveavatar.models.viseme_encoder import MoonshineSizes, MoonshineVisemes, V
 from liveavatar.training import codec, export, hearing, moonshine, recipe, shards, unpack
 from liveavatar.training.checkpoints import load_average
 from liveavatar.training.loop import LoopConfig
-from liveavatar.training.synth import speakers, speech
+from liveavatar.training.synth import narrators, speakers, speech
 
 from conftest import TINY_MOONSHINE, tiny_model, tiny_moonshine, tiny_vae
 
@@ -44,10 +45,79 @@ def config_of(folder, **settings):
     (speakers.CATALAN, "B e1 Z ax L i1 u1", "b eh zh ax y iy uw"),
     (speakers.RUSSIAN, "pp aa mm yy ch ur ae vv", "p aa m ih ch uh eh v"),
     (speakers.ENGLISH, "hh ax l ow pau _", "hh ax l ow pau pau"),
+    (speakers.BRITISH, "h @ l ou uh u @@ ch #", "hh ax l ow ah uh er ch pau"),
 ])  # fmt: skip
 def test_phones_of_other_languages_have_the_mouths_of_ours(language, said, ours):
     assert [language.phone(name) for name in said.split()] == ours.split()
     assert set(language._ours.values()) <= PHONES
+
+
+def test_every_phone_of_ours_has_a_name_that_a_british_voice_knows():
+    theirs = {ours: name for name, ours in speakers.BRITISH._ours.items()}
+    assert {speakers.BRITISH.phone(theirs.get(phone, phone)) for phone in PHONES} == PHONES
+
+
+@needs_flite
+def test_a_copied_voice_says_what_flite_would_as_long_as_it_would(monkeypatch):
+    copied = []
+    monkeypatch.setattr(speakers.speech, "flite", lambda *how, made=speech.flite: copied.append(made(*how)) or copied[-1])
+    said = re.findall(r'\("(\S+)" ([\d.]+)( \(0 \d+\))?\)', speakers.BRITISH.said(np.random.default_rng(3)))
+    assert [speakers.BRITISH.phone(name) for name, *_ in said] == [phone.name for phone in copied[0].phones]
+    assert [float(long) for _, long, _ in said] == pytest.approx([phone.end - phone.start for phone in copied[0].phones], abs=1e-4)
+    assert all(bool(pitch) == (phone.name in VOWELS) for (*_, pitch), phone in zip(said, copied[0].phones))
+
+
+@needs_flite
+def test_who_does_not_tell_its_phones_is_listened_to(monkeypatch):
+    """A voice of flite as if its phones were not known, one text of three not to be aligned: the lips move as they should."""
+    known, texts = [], iter(["Xyzzyq.", "Pam bought five purple maps.", "Move over.", "Why not."])
+
+    def say(voice, text, out, rng):
+        known.append(speech.flite(text.replace("Xyzzyq", "Bob"), voice, 100.0, 1.0))
+        write_sound(out, known[-1].pcm)
+
+    monkeypatch.setitem(narrators.NARRATORS, "slt", narrators.Narrator(say, "slt", "flite", "BSD-style"))
+    (said,) = narrators.utterances("slt", 1, np.random.default_rng(0), lambda rng: next(texts))
+    assert len(known) == 2 and said.text == "move over why not" and said.voice == "slt"
+    heard, true = hearing.articulators_of(said), hearing.articulators_of(speech.trimmed(known[1]))
+    best = max(np.corrcoef(heard[a : a + 100, CLOSE], true[b : b + 100, CLOSE])[0, 1] for a in range(12) for b in range(12))
+    assert best > 0.9  # trimmed at the first phone found, a few hundredths apart
+
+
+def test_texts_that_cannot_be_aligned_do_not_go_on_for_ever(monkeypatch):
+    def silent(voice, text, out, rng):
+        write_sound(out, np.zeros(1600))
+
+    monkeypatch.setitem(narrators.NARRATORS, "bdl", narrators.Narrator(silent, "bdl", "rhvoice", "BSD-style"))
+    with pytest.raises(speech.SpeechError, match="bdl: 20 texts in a row could not be aligned"):
+        next(narrators.utterances("bdl", 1, np.random.default_rng(0), lambda rng: "Xyzzyq."))
+
+
+@needs_flite
+def test_recordings_of_people_are_a_share_of_what_is_heard(spoken, tmp_path, caplog):
+    """Two people, one with two files, of which one cannot be aligned; what came later is added, what is there stays; half of the share is each one's."""
+    said = {"ann__1": "Pam bought five purple maps.", "ann__2": "Xyzzyq.", "bob__1": "Move over, maybe not!"}
+    for name, text in said.items():
+        write_sound(tmp_path / f"{name}.wav", speech.flite(text.replace("Xyzzyq", "Why not"), "slt", 170.0, 1.0).pcm)
+        (tmp_path / f"{name}.txt").write_text(text + "\n")
+    config = config_of(tmp_path / "corpus", recordings=str(tmp_path), recorded=1.0)
+    assert hearing.speak(config, 5) == 3 and hearing.speak(config, 5) == 0
+    assert "ann__2.txt: left out: not in the dictionary: xyzzyq" in caplog.text
+    corpus, again = hearing.Spoken(config), hearing.Spoken(dataclasses.replace(config, recordings=""))
+    assert len(corpus.said) == len(again.said) == 1 and [len(clips) for clips in corpus.recorded] == [1, 1] and not again.recorded
+    drawn = [corpus._draw(np.random.default_rng(k)) for k in range(40)]
+    assert {id(one) for one in drawn} == {id(clips[0]) for clips in corpus.recorded}
+    with pytest.raises(InputError, match="no SPEAKER__NAME.txt beside"):
+        hearing.speak(config_of(tmp_path / "corpus", recordings=str(tmp_path / "corpus")), 5)
+    (tmp_path / "bob__1.wav").unlink()
+    with pytest.raises(InputError, match="bob__1.txt: no sound file bob__1"):
+        hearing.speak(config, 5)
+
+
+def write_sound(path, pcm):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16_000)
+        file.writeframes((np.asarray(pcm) * 32767).astype("<i2").tobytes())
 
 
 def test_a_voice_that_is_not_installed_says_what_to_do(monkeypatch, tmp_path):
@@ -57,6 +127,10 @@ def test_a_voice_that_is_not_installed_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
     with pytest.raises(speakers.FestivalMissing, match="has no voice ked_diphone"):
         next(speakers.utterances("ked_diphone", 1, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for voice, package in (("bdl", "rhvoice-english"), ("pico_gb", "libttspico-utils")):
+        with pytest.raises(narrators.NarratorMissing, match=f"is not installed: install .*{package}.* take {voice} out of visemes.voices"):
+            next(speakers.utterances(voice, 1, 0))
 
 
 def test_what_festival_gives_up_on_is_said_otherwise(monkeypatch):
@@ -64,9 +138,7 @@ def test_what_festival_gives_up_on_is_said_otherwise(monkeypatch):
     def festival(command, **how):
         script = Path(command[2])
         made = script.parent / ("1" if "1.wav" in script.read_text() else "0")
-        with wave.open(f"{made}.wav", "wb") as file:
-            file.setnchannels(1), file.setsampwidth(2), file.setframerate(16_000)
-            file.writeframes((3000 * np.sin(np.arange(8000) / 9)).astype("<i2").tobytes())
+        write_sound(f"{made}.wav", 0.1 * np.sin(np.arange(8000) / 9))
         Path(f"{made}.lab").write_text("#\n 0.25 100 pau\n 0.5 100 m\n")
 
     monkeypatch.setattr(shutil, "which", lambda name: "festival")
@@ -162,7 +234,7 @@ def test_a_resumed_run_repeats_its_losses(spoken, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "problem"), [
-    ({"voices": {"bob": 3}}, "bob: unknown; known: slt"), ({"voices": {}}, "at least one voice"), ({"voices": {"slt": 0}}, "one utterance of each"),
+    ({"recorded": 1.5}, "visemes.recorded=1.5"), ({"voices": {"bob": 3}}, "bob: unknown; known: slt"), ({"voices": {}}, "at least one voice"), ({"voices": {"slt": 0}}, "one utterance of each"),
     ({"seconds": 0.0}, "seconds=0.0: positive"), ({"changed": 1.5}, "must|in 0..1"), ({"tilt": -1.0}, "tilt=-1.0: not negative"),
     ({"published": "x.onnx"}, "needs visemes.moonshine"), ({"tempo": 1.0}, "tempo=1.0"), ({"silent": -0.1}, "silent=-0.1"),
 ])  # fmt: skip

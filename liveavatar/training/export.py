@@ -31,7 +31,7 @@ from liveavatar.training.data import DataConfig
 from liveavatar.training.stored import hears_visemes
 from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import Identity
-from liveavatar.training.synth.speakers import FESTIVAL
+from liveavatar.training.synth.speakers import INSTALLED
 
 HONEST_LABEL = ("Computer-generated head, trained only on renders; not a photograph of anybody; not photoreal; "
                 "{size} px; English speech.")
@@ -184,8 +184,8 @@ def media_text(assets: Path, data: DataConfig, heard: Sequence[str] = (), publis
              "| LibriVox reading of Sense and Sensibility, Debian pocketsphinx-testdata | 0.8+5prealpha | recording public domain, files BSD | training: "
              f"{', '.join(data.readings) or 'none'}; speech.wav: clips ...-0880 and ...-0890, never trained on |",
              f"| pocketsphinx English model | {importlib.metadata.version('pocketsphinx')} | BSD-2-Clause | phone times of the readings |",
-             *(f"| {FESTIVAL[voice].package}, a voice of festival | Debian | {FESTIVAL[voice].licence} | said what the viseme encoder heard, no more |"
-               for voice in heard if voice in FESTIVAL),
+             *(f"| voice {voice} of {INSTALLED[voice].package} | {INSTALLED[voice].origin} | {INSTALLED[voice].licence} | said what the viseme encoder heard, no more |"
+               for voice in heard if voice in INSTALLED),
              *([f"| {moonshine.SOURCE} | MIT, (c) 2025 Useful Sensors, Inc. | what the viseme encoder began as |"] if published else []), "", made, "",
              "| file | bytes | SHA-256 |", "|---|---|---|"]
     for path in sorted(p for p in assets.rglob("*") if p.is_file() and p.name != "MEDIA.md"):

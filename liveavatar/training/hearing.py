@@ -8,6 +8,7 @@ still few: an encoder that begins as the first layers of a recogniser, which has
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,16 +30,18 @@ from liveavatar.training.loop import Draws, LoopConfig, Trainer
 from liveavatar.training.moonshine import LICENCE, NOTICE, begin_as_published
 from liveavatar.training.probing import agreement
 from liveavatar.training.progress import counted
-from liveavatar.training.synth import speakers, speech
+from liveavatar.training.synth import narrators, speakers, speech
 
 TICKS_PER_SECOND = SAMPLE_RATE // TICK
+RECORDED = "recorded"  # split of the corpus
 HELD = 12  # utterances of the held-out voice that `worth` is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisemesConfig:
     """folder: of the spoken corpus. voices: utterances of each (training/synth/speakers.py). changed: share of pieces whose sound is changed
-    (speech.augment).
+    (speech.augment). recordings: a folder of what people said, NAME.wav and its words in NAME.txt (narrators.recordings); a share `recorded` of
+    the pieces is theirs, of each as much as of any other.
 
     Of a VisemeEncoder of `sizes`: seconds of a piece that is trained on; warp: mel bands are moved by up to so much of their number, a voice of
     another size; tilt: standard deviation of a random curve over the mel bands, of their own: another microphone.
@@ -54,6 +57,8 @@ class VisemesConfig:
     sizes: VisemeSizes = VisemeSizes()
     seconds: float = 4.0
     changed: float = 0.8
+    recordings: str = ""
+    recorded: float = 0.25
     warp: float = 0.15
     tilt: float = 0.25
     moonshine: MoonshineSizes | None = None
@@ -69,6 +74,8 @@ class VisemesConfig:
             raise ConfigError(f"visemes.voices={self.voices}: at least one voice, and one utterance of each")
         if self.published and not self.moonshine:
             raise ConfigError(f"visemes.published={self.published!r}: needs visemes.moonshine, the sizes of what begins as it; {{}} has those published")
+        if not 0 <= self.recorded <= 1:
+            raise ConfigError(f"visemes.recorded={self.recorded}: must be in 0..1")
         if not 0 <= self.tempo < 1 or not 0 <= self.silent <= 1 or not 0 <= self.strange <= 1:
             raise ConfigError(f"visemes: tempo={self.tempo}, silent={self.silent}, strange={self.strange}: in 0..1")
         if self.seconds <= 0 or not 0 <= self.changed <= 1 or not 0 <= self.warp < 1 or self.tilt < 0:
@@ -92,12 +99,22 @@ def speak(config: VisemesConfig, seed: int) -> int:
             continue
         spoken = speakers.utterances(voice, count, seed)
         for number in counted(range(count), f"utterances by {voice}"):
-            said = next(spoken)
-            pcm = np.clip(np.round(said.pcm * 32768), -32768, 32767).astype(np.int16)
-            shards.write_arrays(shards.clip_path(config.folder, voice, number), {"voice": voice, "text": said.text}, pcm=pcm,
-                                articulators=articulators_of(said).astype(np.float16))  # fmt: skip
+            _keep(config, voice, number, next(spoken))
             made += 1
+    known = {shards.read_arrays(path, "pcm")[0].get("file") for path in shards.clip_paths(config.folder, RECORDED)}
+    if config.recordings:
+        for path, said in narrators.recordings(config.recordings):
+            if path.name not in known:
+                _keep(config, RECORDED, len(known), said, file=path.name)
+                known.add(path.name)
+                made += 1
     return made
+
+
+def _keep(config: VisemesConfig, folder: str, number: int, said: Utterance, **card: str) -> None:
+    pcm = np.clip(np.round(said.pcm * 32768), -32768, 32767).astype(np.int16)
+    shards.write_arrays(shards.clip_path(config.folder, folder, number), {"voice": said.voice, "text": said.text} | card, pcm=pcm,
+                        articulators=articulators_of(said).astype(np.float16))  # fmt: skip
 
 
 class Spoken:
@@ -106,17 +123,29 @@ class Spoken:
     def __init__(self, config: VisemesConfig):
         self.config, self.ticks = config, round(config.seconds * TICKS_PER_SECOND)
         self.said = [shards.read_arrays(path)[1] for voice in config.voices for path in shards.clip_paths(config.folder, voice)]
+        people = defaultdict(list)
+        for path in shards.clip_paths(config.folder, RECORDED) if config.recordings else ():
+            card, said = shards.read_arrays(path)
+            people[card["voice"]].append(said)
+        self.recorded = list(people.values())
         if not self.said:
             raise InputError(f"{config.folder}: no speech; `speak` makes it")
         spread = np.concatenate([said["articulators"] for said in self.said[:: max(1, len(self.said) // 200)]]).astype(np.float32).std(0)
         self.weight = torch.from_numpy(1 / (spread + 0.05) ** 2)[:, None]
+
+    def _draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """An utterance's pcm and articulators."""
+        among = self.said
+        if self.recorded and rng.random() < self.config.recorded:
+            among = self.recorded[int(rng.integers(len(self.recorded)))]
+        return among[int(rng.integers(len(among)))]
 
     def batch(self, rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """mels float32 [B,40,reach+T] and articulators [B,8,T] of pieces drawn at random, their sound changed."""
         return tuple(torch.from_numpy(np.stack(part)) for part in zip(*(self._piece(rng) for _ in range(count))))
 
     def _piece(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        said, c = self.said[int(rng.integers(len(self.said)))], self.config
+        said, c = self._draw(rng), self.config
         wanted = said["articulators"]
         start = int(rng.integers(max(1, len(wanted) - self.ticks)))
         wanted = wanted[start : start + self.ticks].astype(np.float32)
@@ -137,7 +166,7 @@ class SpokenBlocks(Spoken):
         self.pause = articulators_of(speech.silence(1.0))[TICKS_PER_SECOND // 2]
 
     def _piece(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        said, c = self.said[int(rng.integers(len(self.said)))], self.config
+        said, c = self._draw(rng), self.config
         before, after = c.moonshine.margins(BLOCK_FRAMES)
         if rng.random() < c.silent:
             noise = rng.normal(size=before + after) * 10 ** rng.uniform(-5, -2.3)

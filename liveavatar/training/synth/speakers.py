@@ -1,7 +1,8 @@
 """Hours of speech by many voices, its phones known in time: what the viseme encoder hears in training.
 
-The voices of `flite` read words of a dictionary. Those of `festival`, each a Debian package, speak syllables of their own language: a
-stranger's voice is learned from other strangers, whatever they say.
+The voices of `flite` read words of a dictionary. Those of `festival`, each a Debian package, speak syllables of their own language, or what
+`flite` would say as it would: a stranger's voice is learned from other strangers, whatever they say. Programs that do not tell when a phone is
+said read aloud too (narrators.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from liveavatar.conditioning.media import read_audio
-from liveavatar.conditioning.phones import PAUSE, PHONES, SpeechError, Utterance, dictionary, merge_pauses
+from liveavatar.conditioning.phones import PAUSE, PHONES, VOWELS, SpeechError, Utterance, dictionary, merge_pauses
 from liveavatar.core import SAMPLE_RATE
-from liveavatar.training.synth import speech
+from liveavatar.training.synth import narrators, speech
 
 SECONDS = 7.0  # at least, of an utterance by flite
 AT_ONCE = 50  # utterances of one call of festival
@@ -57,6 +58,10 @@ class Language:
 
         return " ".join(word() for _ in range(int(rng.integers(4, 10))))
 
+    def said(self, rng: np.random.Generator) -> str:
+        """An expression that makes festival say something."""
+        return f'(SynthText "{self.text(rng)}")'
+
     def phone(self, name: str) -> str:
         """One of PHONES; a pause for what is none."""
         ours, plain = self._ours, name.rstrip(":*")
@@ -69,6 +74,20 @@ class Language:
     @functools.cached_property
     def _ours(self) -> dict[str, str]:
         return dict(pair.split("=") for pair in self.phones.split())
+
+
+class Copied(Language):
+    """What flite says, phone by phone and as long: the voices' own dictionary of pronunciations is not free, their sounds are."""
+
+    def said(self, rng: np.random.Generator) -> str:
+        theirs = {ours: name for name, ours in self._ours.items()}
+        model = str(rng.choice(speech.TRAIN_VOICES))
+        said = speech.flite(read(rng), model, speech.PITCH[model], float(rng.uniform(0.85, 1.25)))
+        pitch, segments = float(rng.uniform(90, 150)), []
+        for phone in said.phones:
+            target = f" (0 {pitch * (1.1 - 0.2 * phone.start / said.seconds) * rng.uniform(0.9, 1.2):.0f})" if phone.name in VOWELS else ""
+            segments.append(f'("{theirs.get(phone.name, phone.name)}" {phone.end - phone.start:.4f}{target})')
+        return f"(utt.synth (Utterance Segments ({' '.join(segments)})))"
 
 
 _VOWELS = "a=aa e=eh E=eh i=iy o=ao O=ao u=uw "
@@ -84,19 +103,27 @@ CATALAN = Language("p b m f v t d s l r n c g x j pr tr", "a e i o u", "n r l s 
 RUSSIAN = Language("п б м ф в т д с л р н к г з ж ш ч х", "а о у э и ы я е ё ю", "н р л с т м к", "utf-8",
                    _VOWELS + _TONGUE + "ay=ax ae=eh ur=uh y=ih yy=ih ii=iy ee=eh oo=ao uu=uw sch=sh h=hh j=y")
 
+BRITISH = Copied(phones="uh=ah e=eh a=ae i=ih u=uh ii=iy uu=uw oo=ao @@=er ei=ey ai=ay oi=oy au=aw ou=ow @=ax h=hh #=pau")
+WITHOUT_DICTIONARY = '(define (setup_oald_lex) nil) (lex.create "oald") (lex.set.phoneset "mrpa")'
+
 
 class Installed(NamedTuple):
-    """A voice of festival. package: Debian's; licence: of the voice, of which nothing but what it said goes into weights."""
+    """A voice of festival. package, origin: where it comes from; licence: of the voice, of which nothing but what it said goes into weights.
+    first: what is told festival before the voice."""
 
     language: Language
     package: str
     licence: str
+    origin: str = "Debian"
+    first: str = ""
 
 
 FESTIVAL = {
     "kal_diphone": Installed(ENGLISH, "festvox-kallpc16k", "BSD-style"),
     "ked_diphone": Installed(ENGLISH, "festvox-kdlpc16k", "BSD-style"),
     "cmu_us_slt_arctic_hts": Installed(ENGLISH, "festvox-us-slt-hts", "BSD-3-Clause"),
+    "rab_diphone": Installed(BRITISH, "festvox-rablpc16k", "BSD-style", "Debian contrib", WITHOUT_DICTIONARY),
+    "don_diphone": Installed(BRITISH, "festvox-don", "BSD-style", "Debian contrib", WITHOUT_DICTIONARY),
     "lp_diphone": Installed(ITALIAN, "festvox-italp16k", "GPL-2"),
     "pc_diphone": Installed(ITALIAN, "festvox-itapc16k", "GPL-2"),
     "czech_dita": Installed(CZECH, "festvox-czech-dita", "GPL-3"),
@@ -108,12 +135,20 @@ FESTIVAL = {
     "upc_ca_ona_hts": Installed(CATALAN, "festvox-ca-ona-hts", "LGPL-2.1"),
     "msu_ru_nsh_clunits": Installed(RUSSIAN, "festvox-ru", "BSD-style"),
 }
-VOICES = (*speech.TRAIN_VOICES, *FESTIVAL)
+INSTALLED = {**FESTIVAL, **narrators.NARRATORS}
+VOICES = (*speech.TRAIN_VOICES, *INSTALLED)
+
+
+def read(rng: np.random.Generator) -> str:
+    """A sentence, or words in a row."""
+    return speech.sentence(rng) if rng.random() < 0.35 else ENGLISH.text(rng) + "."
 
 
 def utterances(voice: str, count: int, seed: int) -> Iterator[Utterance]:
-    """`count` of them by one of VOICES; the same seed, the same words. Raises FliteMissing, FestivalMissing, SpeechError."""
+    """`count` of them by one of VOICES; the same seed, the same words. Raises FliteMissing, FestivalMissing, NarratorMissing, SpeechError."""
     rng = np.random.default_rng([seed, 31, *voice.encode()])
+    if voice in narrators.NARRATORS:
+        return narrators.utterances(voice, count, rng, read)
     return _by_festival(voice, count, rng) if voice in FESTIVAL else _by_flite(voice, count, rng)
 
 
@@ -122,8 +157,7 @@ def _by_flite(voice: str, count: int, rng: np.random.Generator) -> Iterator[Utte
         pitch, stretch = speech.PITCH[voice] * float(rng.uniform(0.75, 1.35)), float(rng.uniform(0.8, 1.3))
         parts = []
         while sum(part.seconds for part in parts) < SECONDS:
-            text = speech.sentence(rng) if rng.random() < 0.35 else ENGLISH.text(rng) + "."
-            parts.append(speech.trimmed(speech.flite(text, voice, pitch, stretch)))
+            parts.append(speech.trimmed(speech.flite(read(rng), voice, pitch, stretch)))
         seconds = sum(part.seconds for part in parts) + float(rng.uniform(0.2, 1.5))
         yield speech.joined(parts, round(seconds * SAMPLE_RATE), rng, voice)
 
@@ -141,9 +175,9 @@ def _by_festival(voice: str, count: int, rng: np.random.Generator) -> Iterator[U
 
 def _spoken(program: str, voice: str, count: int, rng: np.random.Generator, folder: Path) -> list[Utterance]:
     """At most `count`, at least one."""
-    language, lines = FESTIVAL[voice].language, [f"(voice_{voice})"]
+    language, lines = FESTIVAL[voice].language, [FESTIVAL[voice].first, f"(voice_{voice})"]
     for number in range(count):
-        lines += [f"(Parameter.set 'Duration_Stretch {rng.uniform(0.85, 1.25):.2f})", f'(set! said (SynthText "{language.text(rng)}"))',
+        lines += [f"(Parameter.set 'Duration_Stretch {rng.uniform(0.85, 1.25):.2f})", f"(set! said {language.said(rng)})",
                   f'(utt.save.wave said "{folder}/{number}.wav" \'riff)', f'(utt.save.segs said "{folder}/{number}.lab")']  # fmt: skip
     script = folder / "say.scm"
     script.write_bytes("\n".join(lines).encode(language.encoding))
