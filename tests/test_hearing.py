@@ -151,7 +151,7 @@ def test_marks_of_festival_fill_the_sound():
     pcm = np.sin(np.arange(16_000) / 9).astype(np.float32)
     said = speakers._marked(pcm, "#\n 0.2500 100 #\n 0.4 100 p:\n0.8 100 a:\n 1.5 100 m\n", speakers.FINNISH, "v")
     assert [(p.name, p.start, p.end) for p in said.phones] == [("pau", 0, 0.25), ("p", 0.25, 0.4), ("aa", 0.4, 0.8), ("m", 0.8, 1.0)]
-    assert np.abs(said.pcm).max() == pytest.approx(speakers.LOUDEST)
+    assert np.abs(said.pcm).max() == pytest.approx(speech.LOUDEST)
 
 
 @needs_flite

@@ -25,7 +25,6 @@ from liveavatar.core import SAMPLE_RATE, InputError
 from liveavatar.training.progress import LOG
 from liveavatar.training.synth import speech
 
-LOUDEST = 0.5
 PATIENCE = 20  # texts in a row that cannot be aligned
 
 
@@ -59,7 +58,10 @@ def _hibari(voice: str, text: str, out: Path, rng: np.random.Generator) -> None:
 def _run(command: list[str | os.PathLike], text: str | None = None) -> None:
     if shutil.which(command[0]) is None:
         raise NarratorMissing(f"{command[0]} is not installed")
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise SpeechError(f"{command[0]} took more than {error.timeout:.0f} s") from error
     if done.returncode:
         raise SpeechError(f"{command[0]} failed: {done.stderr.strip()[-200:]}")
 
@@ -125,6 +127,5 @@ def recordings(folder: str | Path) -> Iterator[tuple[Path, Utterance]]:
 
 
 def _levelled(path: Path) -> np.ndarray:
-    """The sound of a file, as loud as all others, with a tenth of a second of silence around."""
-    pcm = np.concatenate(list(read_audio(path)))
-    return np.pad(pcm * (LOUDEST / max(1e-3, float(np.abs(pcm).max()))), round(0.1 * SAMPLE_RATE)).astype(np.float32)
+    """The sound of a file with a tenth of a second of silence around."""
+    return np.pad(speech.levelled(np.concatenate(list(read_audio(path)))), round(0.1 * SAMPLE_RATE))

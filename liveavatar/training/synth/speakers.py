@@ -26,7 +26,6 @@ from liveavatar.training.synth import narrators, speech
 
 SECONDS = 7.0  # at least, of an utterance by flite
 AT_ONCE = 50  # utterances of one call of festival
-LOUDEST = 0.5
 
 
 class FestivalMissing(SpeechError):
@@ -196,7 +195,7 @@ def _spoken(program: str, voice: str, count: int, rng: np.random.Generator, fold
 
 def _marked(pcm: np.ndarray, marks: str, language: Language, voice: str) -> Utterance:
     """pcm with the lines "end time, colour, phone" of a label file."""
-    pcm = (pcm * (LOUDEST / max(1e-3, float(np.abs(pcm).max())))).astype(np.float32)
+    pcm = speech.levelled(pcm)
     total, lines = len(pcm) / SAMPLE_RATE, re.findall(r"^\s*([\d.]+)\s+\S+\s+(\S+)", marks, re.MULTILINE)
     ends = [(language.phone(name), float(end)) for end, name in lines]
     return Utterance(pcm, merge_pauses(speech.one_after_another([*ends, (PAUSE, total)], total)), "", voice)

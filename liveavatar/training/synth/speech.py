@@ -24,6 +24,7 @@ from liveavatar.core import SAMPLE_RATE
 
 RATE = SAMPLE_RATE
 LOOKAHEAD_SECONDS = 0.16  # of sound kept beyond the last picture: the front end looks 0.125 s ahead
+LOUDEST = 0.5
 TRAIN_VOICES = ("slt", "rms", "kal16")
 HELD_OUT_VOICE = "awb"
 TEXTS = Path("/usr/share/pocketsphinx/test/data/librivox")
@@ -123,6 +124,11 @@ def one_after_another(ends: Iterable[tuple[str, float]], total: float) -> list[P
             phones.append(Phone(name, start, end))
             start = end
     return phones
+
+
+def levelled(pcm: np.ndarray) -> np.ndarray:
+    """As loud as all others, at most LOUDEST."""
+    return (pcm * (LOUDEST / max(1e-3, float(np.abs(pcm).max())))).astype(np.float32)
 
 
 def _cut(u: Utterance, a: float, b: float) -> Utterance:
