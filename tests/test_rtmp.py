@@ -81,7 +81,7 @@ async def on_air(folder):
                       ask_keyframe=station.ask_keyframe, report=lambda event, facts: seen.append((event, facts)))  # fmt: skip
     station.sinks.append(out)
     running = asyncio.create_task(out.run())
-    await station.play(lambda: out.status.failures >= 2)  # nobody listens yet
+    await station.play(lambda: out.status.failures >= 2 and out.status.state == "waiting")  # nobody listens yet
     assert out.status.state == "waiting" and "refused" in out.status.last_error
 
     with nginx(folder / "a", port):

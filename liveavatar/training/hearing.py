@@ -2,7 +2,8 @@
 
 Avatars that hear the spectrum know the sentences they were trained on by heart: lips follow r .94 there, .82 elsewhere, .73 with a strange
 voice (bench/results/training-v5). Pictures are dear and speech is not, so what sound says of lips is learned from speech alone. Sixteen voices are
-still few: an encoder that begins as the first layers of a recogniser, which has heard people, follows strangers better (bench/results/training-v9).
+still few: an encoder that begins as the first layers of a recogniser, which has heard people, follows strangers better (bench/results/training-v9),
+and best where all whom it hears speak the language (bench/results/training-v11).
 """
 
 from __future__ import annotations
