@@ -41,8 +41,8 @@ HELD = 12  # utterances of the held-out voice that `worth` is measured on
 @dataclass(frozen=True, kw_only=True)
 class VisemesConfig:
     """folder: of the spoken corpus. voices: utterances of each (training/synth/speakers.py). changed: share of pieces whose sound is changed
-    (speech.augment). recordings: a folder of what people said, NAME.wav and its words in NAME.txt (narrators.recordings); a share `recorded` of
-    the pieces is theirs, of each as much as of any other.
+    (speech.augment). recordings: a folder of what people said, SPEAKER__NAME.wav and its words in SPEAKER__NAME.txt
+    (narrators.recordings); a share `recorded` of the pieces is theirs, of each person as much as of any other.
 
     Of a VisemeEncoder of `sizes`: seconds of a piece that is trained on; warp: mel bands are moved by up to so much of their number, a voice of
     another size; tilt: standard deviation of a random curve over the mel bands, of their own: another microphone.
@@ -102,13 +102,11 @@ def speak(config: VisemesConfig, seed: int) -> int:
         for number in counted(range(count), f"utterances by {voice}"):
             _keep(config, voice, number, next(spoken))
             made += 1
-    known = {shards.read_arrays(path, "pcm")[0].get("file") for path in shards.clip_paths(config.folder, RECORDED)}
     if config.recordings:
-        for path, said in narrators.recordings(config.recordings):
-            if path.name not in known:
-                _keep(config, RECORDED, len(known), said, file=path.name)
-                known.add(path.name)
-                made += 1
+        known = {shards.read_arrays(path, "pcm")[0]["file"] for path in shards.clip_paths(config.folder, RECORDED)}
+        for number, (name, said) in enumerate(narrators.recordings(config.recordings, known), len(known)):
+            _keep(config, RECORDED, number, said, file=name)
+            made += 1
     return made
 
 
@@ -200,7 +198,8 @@ FRAME, HOP, SMOOTH = 512, 128, 30  # samples; quefrencies of an envelope: above 
 
 def another_throat(pcm: np.ndarray, config: VisemesConfig, rng: np.random.Generator) -> np.ndarray:
     """pcm float32 [n], 16 kHz, with its formants elsewhere, by up to `warp` of their frequency and each a little differently, and through another
-    microphone: a random curve over frequency, of a standard deviation of 2 `tilt` nats; its pitch and time stay. The envelope is the low part of the cepstrum, as in the source-filter model of speech."""
+    microphone: a random curve over frequency, of a standard deviation of 2 `tilt` nats; its pitch and time stay. The envelope is the low part of the
+    cepstrum, as in the source-filter model of speech."""
     window = np.sqrt(np.hanning(FRAME + 1)[:-1]).astype(np.float32)
     whole = np.pad(pcm, (FRAME, 2 * FRAME))
     spectra = np.fft.rfft(np.lib.stride_tricks.sliding_window_view(whole, FRAME)[::HOP] * window)

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ def utterances(voice: str, count: int, rng: np.random.Generator, read: Callable[
                 who.say(who.voice, text, out, rng)
             except NarratorMissing as error:
                 raise NarratorMissing(f"{error}: install {who.package} ({who.origin}), or take {voice} out of visemes.voices") from None
-            pcm = _levelled(out)
+            pcm = _sound_of(out)
         try:
             said = align(pcm, text.replace(".", " "), voice)
         except AlignmentError:
@@ -109,9 +109,9 @@ def utterances(voice: str, count: int, rng: np.random.Generator, read: Callable[
         raise SpeechError(f"{voice}: {PATIENCE} texts in a row could not be aligned")
 
 
-def recordings(folder: str | Path) -> Iterator[tuple[Path, Utterance]]:
-    """What people said: for every SPEAKER__NAME.txt in `folder`, English words, the sound file SPEAKER__NAME.* beside it. What cannot be aligned is left
-    out, and said so. Raises InputError without a text or without the sound of one."""
+def recordings(folder: str | Path, known: Collection[str] = ()) -> Iterator[tuple[str, Utterance]]:
+    """What people said: for every SPEAKER__NAME.txt in `folder`, English words, but those `known`, its name and the sound of the file SPEAKER__NAME.*
+    beside it, aligned. What cannot be is left out, and said so. Raises InputError without a text or without the sound of one."""
     texts = sorted(Path(folder).glob("*.txt"))
     if not texts:
         raise InputError(f"{folder}: no SPEAKER__NAME.txt beside a sound file of that name")
@@ -119,13 +119,15 @@ def recordings(folder: str | Path) -> Iterator[tuple[Path, Utterance]]:
         sound = next((other for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if other != path), None)
         if sound is None:
             raise InputError(f"{path}: no sound file {path.stem}.* beside it")
+        if path.name in known:
+            continue
         words = re.sub(r"[^a-z' ]", " ", path.read_text(encoding="utf-8").lower().replace("\n", " "))
         try:
-            yield path, speech.trimmed(align(_levelled(sound), words, path.stem.partition("__")[0]))
+            yield path.name, speech.trimmed(align(_sound_of(sound), words, path.stem.partition("__")[0]))
         except AlignmentError as error:
             LOG.warning("%s: left out: %s", path, error)
 
 
-def _levelled(path: Path) -> np.ndarray:
-    """The sound of a file with a tenth of a second of silence around."""
+def _sound_of(path: Path) -> np.ndarray:
+    """A file as float32 [n], 16 kHz, as loud as all others, with a tenth of a second of silence around."""
     return np.pad(speech.levelled(np.concatenate(list(read_audio(path)))), round(0.1 * SAMPLE_RATE))

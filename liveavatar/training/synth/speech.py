@@ -127,7 +127,7 @@ def one_after_another(ends: Iterable[tuple[str, float]], total: float) -> list[P
 
 
 def levelled(pcm: np.ndarray) -> np.ndarray:
-    """As loud as all others, at most LOUDEST."""
+    """float32 [n] in -1..1 as loud as all others: its largest sample is LOUDEST."""
     return (pcm * (LOUDEST / max(1e-3, float(np.abs(pcm).max())))).astype(np.float32)
 
 
