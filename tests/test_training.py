@@ -385,6 +385,23 @@ def test_an_export_says_what_its_avatar_is_told_of(micro, tmp_path):
         assert (source.lids, source.head_motion) == (bool(control), source.config.sampler.head_motion if control == LIDS_AND_HEAD else None)
 
 
+def test_an_avatar_is_averaged_with_the_one_it_grew_from(micro, tmp_path):
+    """export.blended of the one, the rest its own; only of the same sizes."""
+    r, overrides = micro
+    to = [*overrides, "export.dtype=float32", "export.media=''", "export.portrait=''"]
+    recipe.run("export", MICRO, [*to, f"export.folder={tmp_path}/own"])
+    other = shutil.copytree(tmp_path / "own", tmp_path / "other")
+    own = load_file(tmp_path / "own" / "transformer.safetensors")
+    save_file({name: tensor + 1 for name, tensor in own.items()}, other / "transformer.safetensors")
+    recipe.run("export", MICRO, [*to, f"export.folder={tmp_path}/mixed", f"export.blend={other}", "export.blended=0.25"])
+    mixed = load_file(tmp_path / "mixed" / "transformer.safetensors")
+    assert all(torch.allclose(mixed[name], own[name] + 0.25, atol=1e-5) for name in own)
+    with pytest.raises(ConfigError, match="a transformer of other sizes than forcing.model"):
+        recipe.run("export", MICRO, [*to, f"export.folder={tmp_path}/no", f"export.blend={DEFAULT_FOLDER}"])
+    with pytest.raises(ConfigError, match="export.blended=2"):
+        recipe.read_recipe(MICRO, ["export.blended=2"])
+
+
 def test_the_exported_folder_loads_and_speaks(micro):
     r, overrides = micro
     recipe.run("export", MICRO, overrides)
@@ -446,6 +463,27 @@ def test_portraits_dressed_otherwise_are_encoded(micro):
     assert made.card["exchanged"] == kinds
     undressed = [p for p in clips if shards.read_clip(p).caption == Identity.sample(shards.read_clip(p).card["identity"]["seed"]).caption]
     assert data.render_portraits(r.data, r.seed) == 0 and len(undressed) < len(clips), "dress_share shows in this seed"
+
+
+def test_people_who_look_aside_are_told_how_they_turn_from_there(micro, tmp_path):
+    """A turned portrait, its clip turned as far, and a head control that counts from the portrait; held-out clips look ahead."""
+    r = micro[0]
+    config = dataclasses.replace(r.data, folder=str(tmp_path), clips=1, held_clips=1, default_clips=0, turned_share=1.0, turned=30.0)
+    data.render_corpus(config, r.seed)
+    data.render_portraits(config, r.seed)
+    turned, ahead = (shards.read_clip(shards.clip_path(folder, "train", 0)) for folder in (tmp_path, r.data.folder))
+    yaw = turned.card["turned"]
+    assert abs(yaw) > 3 and "turned" not in ahead.card and turned.caption == ahead.caption
+    assert np.allclose(turned.pose - ahead.pose, [yaw, 0, 0], atol=1e-4)
+    assert np.abs(turned.reference.astype(int) - ahead.reference).mean() > 2
+    others = [data.read_portraits(shards.clip_path(folder, "train", 0)).pictures.astype(int) for folder in (tmp_path, r.data.folder)]
+    assert np.abs(others[0] - others[1]).mean() > 2
+    encoded = forcing.encode_clip(StreamingVAE.from_folder(Path(r.run) / "vae"), turned, r.forcing, front_end_of_run(r.forcing.model, r.run))
+    assert np.allclose(encoded.head, forcing.by_latent(ahead.pose), atol=1e-4)
+    held = shards.read_clip(shards.clip_path(tmp_path, "held", 0))
+    assert np.array_equal(held.frames, shards.read_clip(shards.clip_path(r.data.folder, "held", 0)).frames)
+    with pytest.raises(ConfigError, match="data.turned=90: must be in 0..45"):
+        dataclasses.replace(config, turned=90.0)
 
 
 def test_latents_are_normalised_over_the_corpus(micro):

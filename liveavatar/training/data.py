@@ -21,7 +21,7 @@ from liveavatar.training.synth.head import HeadRenderer
 from liveavatar.training.synth.people import DRESS as DRESS_PARTS
 from liveavatar.training.synth.people import Identity
 
-DRESS, PORTRAITS = 1, 2  # what a generator beside a clip's own is for
+DRESS, PORTRAITS, TURNED = 1, 2, 3  # what a generator beside a clip's own is for
 SPLITS = ("train", "held", "default")  # default: the avatar that ships, with words and voices it was not trained on
 
 
@@ -46,6 +46,8 @@ class DataConfig:
     real_share: float = 0.15  # clips spoken by the LibriVox readers
     silent_share: float = 0.12  # listening clips
     dress_share: float = 0.0  # of the clips show their person in other clothes before another backdrop than usual
+    turned_share: float = 0.0  # of the training clips, and their portraits, show their person from aside
+    turned: float = 22.0  # by up to so many degrees to either side
     portraits: int = 0  # per clip, of its person dressed otherwise: where prompt and portrait differ, the prompt must win
     partial_portraits: int = 0  # per clip, in another shirt alone, and as many before another backdrop alone
     default_clips: int = 0  # of the default split: the held-out voice
@@ -58,8 +60,9 @@ class DataConfig:
         for name in ("size", "height", "width"):
             if (side := getattr(self, name)) is not None and (side % 16 or side <= 0):
                 raise ConfigError(f"data.{name}={side}: must be a positive multiple of 16 pixels")
-        if not 0 <= self.dress_share <= 1:
-            raise ConfigError(f"data.dress_share={self.dress_share}: must be in 0..1")
+        for name, most in (("dress_share", 1), ("turned_share", 1), ("turned", 45)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"data.{name}={getattr(self, name):g}: must be in 0..{most}")
         for name, least in (("clips", 1), ("identities", 1), ("held_clips", 0), ("held_identities", 1), ("default_clips", 0), ("portraits", 0),
                             ("partial_portraits", 0)):
             if getattr(self, name) < least:
@@ -144,19 +147,26 @@ def make_clip(config: DataConfig, split: str, index: int, base_seed: int, render
     if split == "train" and dress.random() < config.dress_share:
         identity = identity.dressed(dress)
     utterance = choose_speech(config, split, index, seed, rng, recordings)
-    track = director.direct(utterance, config.pictures, seed)
+    track, yaw = director.direct(utterance, config.pictures, seed), turned_by(config, split, seed)
+    track.pose[:, 0] += yaw
     pictures = renderer.render_clip(identity, track.units, track.pose, track.translation, track.gaze)
     card = {"generator": GENERATOR_VERSION, "seed": seed, "split": split, "index": index, "caption": identity.caption,
             "identity": identity.record(), "voice": utterance.voice, "text": utterance.text, "fps": FPS,
-            "phones": [[p.name, round(p.start, 4), round(p.end, 4)] for p in utterance.phones]}
+            "phones": [[p.name, round(p.start, 4), round(p.end, 4)] for p in utterance.phones]} | ({"turned": yaw} if yaw else {})
 
     def stack(name: str) -> np.ndarray:
         return np.array([getattr(p, name) for p in pictures], np.float32)
 
-    return Clip(frames=np.stack([p.rgb for p in pictures]), reference=renderer.neutral(identity),
+    return Clip(frames=np.stack([p.rgb for p in pictures]), reference=renderer.neutral(identity, yaw),
                 pcm=np.clip(np.round(utterance.pcm * 32767), -32768, 32767).astype(np.int16),
                 mouth=stack("mouth_box"), eyes=stack("eye_boxes"), aperture=stack("aperture"), width=stack("width"),
                 lid=stack("lid"), units=track.units, pose=track.pose, card=card)
+
+
+def turned_by(config: DataConfig, split: str, seed: int) -> float:
+    """Degrees of yaw that the person of a clip, and its portrait, are turned by."""
+    rng = np.random.default_rng([TURNED, seed])
+    return round(float(rng.uniform(-config.turned, config.turned)), 2) if split == "train" and rng.random() < config.turned_share else 0.0
 
 
 def is_kept(config: DataConfig, split: str, index: int, base_seed: int) -> bool:
@@ -215,7 +225,7 @@ def render_portraits(config: DataConfig, seed: int) -> int:
         rng = np.random.default_rng([PORTRAITS, seed, card["seed"]])
         others = [Identity(**card["identity"]).dressed(rng, parts) for parts in kinds]
         write_arrays(portraits_path(path), {"captions": [other.caption for other in others], "exchanged": kinds},
-                     portraits=np.stack([renderer.neutral(other) for other in others]))
+                     portraits=np.stack([renderer.neutral(other, card.get("turned", 0.0)) for other in others]))
     return len(todo)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from liveavatar.conditioning.behaviour import LIDS, LIDS_AND_HEAD
 from liveavatar.config import one_of
@@ -22,7 +23,7 @@ from liveavatar.models.encoders import TextEncoder
 from liveavatar.models.folders import SETTINGS_FILE
 from liveavatar.models.vae import StreamingVAE
 from liveavatar.models.viseme_encoder import load_viseme_encoder
-from liveavatar.models.weights import save_folder
+from liveavatar.models.weights import load_transformer, save_folder
 from liveavatar.training import forcing, moonshine
 from liveavatar.training.adapters import BaseConfig, save_adapter
 from liveavatar.training.casting import averaged_model
@@ -44,7 +45,8 @@ class ExportConfig:
     """stage: whose averages are exported; chosen: by the stage `choose`, best: by dmd.judge. folder: where the checkpoint folder goes;
     portrait: picture of the default identity, "" for none; others: identity seeds whose portraits go beside it, into portraits/. history: how
     the weights came about, in plain words, for the card. gates: report that `liveavatar evaluate gates` wrote about these very weights, "" for
-    none. eight_bits: the transformer's matrices are stored as rows of eight bits; what it computes in is not changed by that."""
+    none. eight_bits: the transformer's matrices are stored as rows of eight bits; what it computes in is not changed by that. blend: folder of
+    an avatar that this one was trained on from, of which a share `blended` is mixed into the weights (model soups, arXiv 2203.05482)."""
 
     stage: str = "forcing"
     folder: str = "liveavatar/assets/default"
@@ -59,6 +61,8 @@ class ExportConfig:
     sigmas: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625, 0.0)
     sink_distance: int = 30
     refresh_block: int = 0
+    blend: str = ""
+    blended: float = 0.5
 
     def __post_init__(self):
         one_of("export.stage", self.stage, ("forcing", "ode", "consistency", "dmd", "chosen", "best", "lids", "lips"))
@@ -66,6 +70,8 @@ class ExportConfig:
             raise ConfigError(f"export.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if len(self.sigmas) < 2 or self.sigmas[-1] != 0 or sorted(self.sigmas, reverse=True) != list(self.sigmas):
             raise ConfigError(f"export.sigmas={self.sigmas}: must fall and end in 0")
+        if not 0 <= self.blended <= 1:
+            raise ConfigError(f"export.blended={self.blended}: must be in 0..1")
 
 
 def geometry_of(config: forcing.ForcingConfig, size: int) -> dict:
@@ -81,12 +87,24 @@ def control_of(stage: str, heads: bool) -> dict | None:
     return LIDS_AND_HEAD if heads and stage == "lips" else LIDS
 
 
+@torch.no_grad()
+def blend_in(model: nn.Module, folder: str, share: float) -> None:
+    """Mix a share of the transformer of a checkpoint folder into one of the same sizes. Raises WeightsError, ConfigError."""
+    own, other = model.state_dict(), load_transformer(folder).state_dict()
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in other.items()}:
+        raise ConfigError(f"export.blend={folder}: a transformer of other sizes than forcing.model; name an avatar that this one was trained on from")
+    for name, weight in own.items():
+        weight.lerp_(other[name].to(weight), share)
+
+
 def export_folder(config: ExportConfig, training: forcing.ForcingConfig, data: DataConfig, run: str | Path, seed: int, text: TextEncoder,
                   rendered: bool = True, heard: Sequence[str] = (), heads: bool = False) -> Path:
     """Write the checkpoint folder, the portrait and MEDIA.md; returns the folder. rendered: the clips are the generator's, whose framing is
     known; portraits are then cut to it. heard: voices that the viseme encoder was trained on; heads: stage lips was
     told how heads are held. Raises WeightsError without checkpoints."""
     model, iteration = averaged_model(training, run, config.stage, seed)
+    if config.blend:
+        blend_in(model, config.blend, config.blended)
     vae = StreamingVAE.from_folder(Path(run) / "vae")
     encoder = load_viseme_encoder(Path(run) / "visemes") if hears_visemes(training.model) else None
     card = {"label": HONEST_LABEL.format(size=data.size), "stage": config.stage, "iterations": iteration, "seed": seed,

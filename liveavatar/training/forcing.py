@@ -112,7 +112,7 @@ class Encoded:
     [n,z,M,h,w], motion of the same person dressed otherwise; card: the clip's, with what is other there under "exchanged". Not in files
     of before there were controls: closure float32 [F,4] of the lids, of the first latent 0, and eyes bool [F,h,w], the cells they are in; not
     of before lips were read: lips float32 [F,4,2], the gap and the width of them in eye distances, of the first latent its one picture's; only
-    of rendered clips: head float32 [F,4,3], yaw, pitch and roll in degrees, likewise."""
+    of rendered clips: head float32 [F,4,3], yaw, pitch and roll in degrees from how the portrait holds it, likewise."""
 
     latents: np.ndarray
     reference: np.ndarray
@@ -147,7 +147,7 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, fro
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
                    torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
                    card, closure_by_latent(clip.lid), eyes.numpy(),
-                   by_latent(np.stack([clip.aperture, clip.width], axis=-1)), None if clip.pose is None else by_latent(clip.pose))
+                   by_latent(np.stack([clip.aperture, clip.width], axis=-1)), None if clip.pose is None else by_latent(clip.pose - [clip.card.get("turned", 0.0), 0.0, 0.0]))
 
 
 def closure_by_latent(lid: np.ndarray) -> np.ndarray:
