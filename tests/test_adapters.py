@@ -248,6 +248,8 @@ def test_stages_over_a_base_are_those_that_train_adapters(miniature):
         recipe.read_recipe(path, ["forcing.model={dim: 48}"])
     with pytest.raises(ConfigError, match="section 'teacher': not over a base"):
         recipe.read_recipe(path, ["teacher.loop.iterations=1"])
+    with pytest.raises(ConfigError, match="export.blend: not over a base"):
+        recipe.read_recipe(path, ["export.blend=elsewhere"])
 
 
 def test_checkpoints_hold_adapters_only(miniature):

@@ -20,7 +20,7 @@ from liveavatar.core import InputError
 class Clip:
     """T pictures of one person speaking and the truth about them (training.md 5.7), or what a tracker makes of them.
 
-    frames uint8 [T,H,W,3]; reference uint8 [H,W,3] (closed mouth, looking ahead); pcm int16 [n] at
+    frames uint8 [T,H,W,3]; reference uint8 [H,W,3] (closed mouth, looking ahead, or aside as `turned` says); pcm int16 [n] at
     16 kHz, sample 0 at picture 0, longer than the pictures by the audio look-ahead; mouth float32
     [T,4] and eyes float32 [T,2,4] boxes x0 y0 x1 y1 in pixels; aperture, width, lid float32 [T] in
     distances between the eyes' middles; card: JSON-ready description. Only where the generator made it:
@@ -42,6 +42,11 @@ class Clip:
     @property
     def caption(self) -> str:
         return self.card["caption"]
+
+    @property
+    def turned(self) -> float:
+        """Degrees of yaw that the reference, and the head on the whole, are turned by."""
+        return self.card.get("turned", 0.0)
 
     @property
     def sound(self) -> np.ndarray:

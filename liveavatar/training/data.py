@@ -221,7 +221,7 @@ def render_portraits(config: DataConfig, seed: int) -> int:
     todo = missing(clip_paths(config.folder, "train"), portraits_path) if kinds else []
     renderer = HeadRenderer(config.size, config.supersample) if todo else None
     for path in counted(todo, "clips with portraits"):
-        card = read_arrays(path)[0]
+        card = read_arrays(path, "card")[0]
         rng = np.random.default_rng([PORTRAITS, seed, card["seed"]])
         others = [Identity(**card["identity"]).dressed(rng, parts) for parts in kinds]
         write_arrays(portraits_path(path), {"captions": [other.caption for other in others], "exchanged": kinds},

@@ -147,7 +147,8 @@ def encode_clip(vae: StreamingVAE, clip: shards.Clip, config: ForcingConfig, fro
     return Encoded(latents.half().numpy(), held[:, :1].half().numpy(), held.half().numpy(), features.numpy(), weight.numpy(),
                    torch.stack(portraits).half().numpy() if portraits else np.zeros((0, *held.shape), np.float16),
                    card, closure_by_latent(clip.lid), eyes.numpy(),
-                   by_latent(np.stack([clip.aperture, clip.width], axis=-1)), None if clip.pose is None else by_latent(clip.pose - [clip.card.get("turned", 0.0), 0.0, 0.0]))
+                   by_latent(np.stack([clip.aperture, clip.width], axis=-1)),
+                   None if clip.pose is None else by_latent(clip.pose - [clip.turned, 0.0, 0.0]))
 
 
 def closure_by_latent(lid: np.ndarray) -> np.ndarray:
@@ -185,7 +186,7 @@ def encode_corpus(config: ForcingConfig, data_folder: str, run: str | Path, part
         arrays = {f.name: getattr(made, f.name) for f in fields(Encoded) if f.name != "card"}
         shards.write_arrays(encoded_path(run, path), made.card, **{name: array for name, array in arrays.items() if array is not None})
     if base and part == 0:
-        stored.store_conditions(base, run, (shards.read_arrays(p)[0]["caption"] for p in paths), front_end)
+        stored.store_conditions(base, run, (shards.read_arrays(p, "card")[0]["caption"] for p in paths), front_end)
     return len(todo)
 
 

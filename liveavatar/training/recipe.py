@@ -92,7 +92,8 @@ class Recipe:
         surplus = [name for name in own if self.forcing.base and getattr(self, name)]
         if surplus:
             raise ConfigError(f"section {surplus[0]!r}: not over a base; {self.forcing.base.folder} is used as it is; dmd.judge says what Stage 2 is worth")
-
+        if self.forcing.base and self.export.blend:
+            raise ConfigError("export.blend: not over a base, whose adapters are exported as they are; leave it out")
         if not self.forcing.base and hears_visemes(self.forcing.model) != (self.visemes is not None):
             raise ConfigError(f"forcing.model.audio_dim={self.forcing.model.get('audio_dim')}: {len(ARTICULATORS)} where the recipe has a visemes "
                               "section, else what the spectrum has")
